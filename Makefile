@@ -1,0 +1,39 @@
+# Everything runs from the virtual environment in .venv, made once from the pinned versions.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test ui check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "embed_assets needs Python 3.11 or newer; '$(PYTHON)' was not found. Name yours: make $(or $(MAKECMDGOALS),install) PYTHON=python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the pinned versions into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/embed-assets sample
+	@$(BIN)/embed-assets sync
+	@$(BIN)/embed-assets search "how do I handle an exception" -k 3
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest embed_assets_tests/test_architecture.py
+
+ui: install
+	$(BIN)/dagster dev --host 127.0.0.1
+
+bench: install
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m embed_assets_tests.benchmarks
+
+clean:
+	rm -rf .venv .dagster landing lake

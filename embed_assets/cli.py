@@ -1,0 +1,292 @@
+"""The command line: thin commands over the rooms. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from embed_assets.errors import UserError
+from embed_assets.settings import load_settings
+
+_WIDTH_OF_PIPES = 200
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH_OF_PIPES)
+
+
+_err = _console(stderr=True)
+_out = _console()
+
+
+def command(function: Callable[..., object]) -> click.Command:
+    """A sub-command with --json and --debug, whose user errors are one line and exit code 1.
+
+    The function returns what --json prints, and prints tables itself when `as_json` is False.
+    """
+
+    @functools.wraps(function)
+    def wrapper(as_json: bool, debug: bool, **arguments: object) -> None:
+        warnings.filterwarnings("default" if debug else "ignore")
+        logging.getLogger("dagster").setLevel(logging.DEBUG if debug else logging.ERROR)
+        try:
+            answer = function(as_json=as_json, **arguments)
+        except UserError as error:
+            if debug:
+                raise
+            _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            if as_json:
+                click.echo(json.dumps({"error": str(error)}))
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _err.print("stopped; what was embedded so far is kept and will be reused")
+            sys.exit(130)
+        if as_json:
+            click.echo(json.dumps(answer, ensure_ascii=False, indent=2))
+        if isinstance(answer, dict) and answer.get("exit_code"):
+            sys.exit(int(answer["exit_code"]))
+
+    wrapper = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else to stdout."
+    )(wrapper)
+    wrapper = click.option("--debug", is_flag=True, help="Show tracebacks, warnings and Dagster's own log.")(wrapper)
+    return main.command(function.__name__)(wrapper)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="embed-assets")
+def main() -> None:
+    """Keep a Delta table of embeddings in step with a corpus.
+
+    Settings are environment variables, EMBED_SOURCE, EMBED_LAKE, EMBED_MODEL and so on: see the README.
+    """
+
+
+@command
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+def sample(as_json: bool, folder: Path | None) -> object:
+    """Write a small real corpus (the Python language reference) to FOLDER, by default EMBED_SOURCE."""
+    from embed_assets.sample import write_sample
+
+    folder = folder or Path(load_settings().source)
+    counts = write_sample(folder)
+    if not as_json:
+        _out.print(f"{sum(counts.values())} documents in {len(counts)} partitions under {folder}/", markup=False)
+    return {"folder": str(folder), "documents": sum(counts.values()), "partitions": counts}
+
+
+@command
+def discover(as_json: bool) -> object:
+    """List the source, register its partitions, and record which of them changed."""
+    from embed_assets.defs.discovery import discover as discover_partitions
+    from embed_assets.defs.discovery import list_partitions
+    from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.staleness import load_history
+
+    pipeline = _pipeline()
+    with open_instance() as instance:
+        partitions = list_partitions(instance, pipeline.source)
+        found = discover_partitions(instance, partitions, load_history(instance, pipeline))
+    if not as_json:
+        _print_names("new", found.added)
+        _print_names("changed", found.changed)
+        _print_names("emptied", found.emptied)
+        _out.print(f"{len(found.partitions)} partitions in {pipeline.source.root}", markup=False)
+    files = {key: len(partition.files) for key, partition in sorted(found.partitions.items())}
+    return {"partitions": files, "added": found.added, "changed": found.changed, "emptied": found.emptied}
+
+
+@command
+@click.option(
+    "--count", is_flag=True, help="Also count chunks and tokens and estimate the time, by reading and splitting."
+)
+def plan(as_json: bool, count: bool) -> object:
+    """Show what is missing or stale, why, and (with --count) what it will cost. Changes nothing."""
+    from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.sync import estimated_seconds, make_plan
+
+    pipeline = _pipeline()
+    with open_instance() as instance:
+        plans = make_plan(instance, pipeline, count)
+        seconds = estimated_seconds(instance, pipeline, plans) if count else None
+    rows = [_plan_row(p) for p in plans]
+    if not as_json:
+        _print_plan(rows, count, seconds)
+    answer: dict[str, object] = {"partitions": rows, "space": pipeline.space.name}
+    if count:
+        totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens")
+        answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}
+    return answer
+
+
+@command
+@click.option(
+    "--partition", "partitions", multiple=True, metavar="KEY", help="Only this partition; can be given again."
+)
+def sync(as_json: bool, partitions: Sequence[str]) -> object:
+    """Discover, then materialize what is missing or stale. Exits 1 if any partition failed."""
+    from embed_assets.definitions import definitions_over
+    from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.sync import run_sync
+    from embed_assets.progress import ConsoleObserver
+
+    pipeline = _pipeline()
+    with open_instance() as instance, ConsoleObserver(_err) as observer:
+        result = run_sync(instance, pipeline, lambda inner: definitions_over(pipeline, inner), observer, partitions)
+    totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
+    if not as_json:
+        _print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
+    if result.failed:
+        _err.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
+    answer: dict[str, object] = {"partitions": {key: r.as_json() for key, r in result.partitions.items()}}
+    return (
+        answer
+        | totals
+        | {"seconds": result.seconds, "space": pipeline.space.name, "exit_code": int(bool(result.failed))}
+    )
+
+
+@command
+@click.argument("query")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many results.")
+def search(as_json: bool, query: str, k: int) -> object:
+    """Find the chunks nearest to QUERY, exactly, by cosine similarity."""
+    from embed_assets.lake.search import search as search_table
+
+    pipeline = _pipeline()
+    pipeline.require_embeddings()
+    with _err.status("loading the model"):
+        vector = pipeline.embedder.embed([pipeline.space.query_prompt + query]).vectors[0]
+    results = search_table(pipeline.lake, pipeline.embeddings_table, vector, k)
+    if not as_json:
+        for result in results:
+            place = f"{result.partition_key}/{result.document_id}"
+            _out.print(
+                f"[bold]{result.score:.3f}[/bold]  {_escape(place)}  [dim]{_escape(result.heading_path)}[/dim]",
+                soft_wrap=True,
+            )
+            _out.print("       " + " ".join(result.text.split())[:160], markup=False, soft_wrap=True)
+    return {"results": [asdict(result) for result in results]}
+
+
+@command
+@click.option("--repair", is_flag=True, help="Mark the damaged partitions stale, so that the next sync mends them.")
+def verify(as_json: bool, repair: bool) -> object:
+    """Check that every chunk has exactly one good vector, for its current text. Exits 1 if not."""
+    from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.repair import mark_for_repair
+    from embed_assets.lake.verify import verify as verify_table
+
+    pipeline = _pipeline()
+    with _err.status("verifying"):
+        found = dict(verify_table(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt))
+    damaged = {key: gaps for key, gaps in found.items() if gaps.total}
+    if repair and damaged:
+        with open_instance() as instance:
+            mark_for_repair(instance, damaged)
+    if not as_json:
+        for key, gaps in damaged.items():
+            _out.print(
+                f"{key}: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in asdict(gaps).items() if n),
+                markup=False,
+            )
+        advice = "marked stale, run 'embed-assets sync'" if repair else "run 'embed-assets verify --repair'"
+        _out.print(f"{len(found)} partitions checked, {len(damaged)} damaged" + (f": {advice}" if damaged else ""))
+    answer: dict[str, object] = {"ok": not damaged, "checked": len(found), "repaired": repair and bool(damaged)}
+    return answer | {
+        "partitions": {key: asdict(gaps) for key, gaps in damaged.items()},
+        "exit_code": int(bool(damaged)),
+    }
+
+
+def _pipeline() -> Any:
+    from embed_assets.stages.pipeline import Pipeline
+
+    return Pipeline.from_settings(load_settings())
+
+
+def _plan_row(plan: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "partition_key": plan.partition.key,
+        "assets": {name: {"state": s.state, "reasons": list(s.reasons)} for name, s in plan.statuses.items()},
+    }
+    if plan.estimate is not None:
+        row |= {
+            "chunks_to_embed": plan.estimate.to_embed,
+            "chunks_to_reuse": plan.estimate.to_reuse,
+            "chunks_to_drop": plan.estimate.to_drop,
+            "tokens": plan.estimate.tokens,
+        }
+    return row
+
+
+def _print_plan(rows: Sequence[dict[str, Any]], count: bool, seconds: float | None) -> None:
+    counts = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens") if count else ()
+    table = _table("partition", "state", "why", numbers=[name.removeprefix("chunks_") for name in counts])
+    for row in rows:
+        states = [asset["state"] for asset in row["assets"].values()]
+        state = next((s for s in ("missing", "stale") if s in states), "fresh")
+        why = "; ".join(
+            f"{name}: {', '.join(asset['reasons'])}" for name, asset in row["assets"].items() if asset["reasons"]
+        )
+        if state == "missing" and all(s == "missing" for s in states):
+            why = "never materialized"
+        table.add_row(_escape(row["partition_key"]), state, _escape(why), *(f"{row[name]:,}" for name in counts))
+    _out.print(table)
+    due = sum(any(a["state"] != "fresh" for a in row["assets"].values()) for row in rows)
+    time = "" if seconds is None else f"; about {seconds:,.0f} s for the model"
+    _out.print(
+        f"{due} of {len(rows)} partitions to materialize"
+        + (f", {sum(r['tokens'] for r in rows):,} tokens{time}" if count else "")
+    )
+
+
+def _print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds: float) -> None:
+    names = ("documents", "rejected", "chunks", "embedded", "reused", "dropped")
+    table = _table("partition", "state", numbers=names)
+    for key, row in rows.items():
+        table.add_row(_escape(key), row["state"], *(f"{row[name]:,}" for name in names))
+    _out.print(table)
+    for key, row in rows.items():
+        if row["error"]:
+            _err.print(f"{key}: {row['error']}", style="red", markup=False, soft_wrap=True)
+    _out.print(
+        f"{totals['embedded']:,} chunks embedded ({totals['tokens']:,} tokens), {totals['reused']:,} reused, "
+        f"{totals['dropped']:,} dropped in {seconds:,.1f} s"
+    )
+
+
+def _table(*texts: str, numbers: Iterable[str] = ()) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in texts:
+        table.add_column(name, overflow="fold", no_wrap=name == "state")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _print_names(label: str, names: Sequence[str]) -> None:
+    for name in names[:20]:
+        _out.print(f"{label}: {name}", markup=False)
+    if len(names) > 20:
+        _out.print(f"{label}: and {len(names) - 20} more")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""Documents to chunks that fit the model, from one tokenization of each document. Pure.
+
+1. The text is tokenized once, in segments, for the code points where each token starts and ends.
+2. `structure` says where it may be cut; where even that leaves pieces over the limit, words and then
+   characters are added.
+3. The cheapest way from start to end is taken (a shortest path whose steps hold at most the limit of
+   tokens), which is what keeps the chunks few, the cuts good, and edits local.
+4. Chunks whose edges may have changed their tokens are counted again, and split while over the limit.
+
+The invariants, held by property tests: ``text[char_start:char_end] == chunk.text``; in order; nothing but
+whitespace lost between chunks; none empty; none over the limit by the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from embed_assets.corpus.structure import CHARACTER, WORD, Structure, cut_cost, find_structure
+from embed_assets.records import Chunk, hash_text
+
+CHUNKER_VERSION = "1"
+"""Raise it when the same text would give other chunks: the chunks of every partition are made again."""
+
+_SEGMENT_CHARACTERS = 20_000
+_BATCH_CHARACTERS = 1 << 20
+_SAFE_SPACE = " \t\n\r"
+"""Whitespace for Python and for every tokenizer: a cut beside it can't change the tokens on either side."""
+_LEADING_SPACE = re.compile(r"\s*")
+
+
+class Tokenizer(Protocol):
+    """What chunking needs of the model's tokenizer."""
+
+    @property
+    def special_tokens(self) -> int:
+        """Tokens added to every text."""
+        ...
+
+    @property
+    def splits_at_whitespace(self) -> bool:
+        """A text cut at whitespace gives exactly the tokens that the pieces give."""
+        ...
+
+    def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Per text an int32 array of shape (tokens, 2): code points where each token starts and ends."""
+        ...
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens per text, special tokens included, nothing truncated."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOptions:
+    """The settings that decide what the chunks are."""
+
+    max_tokens: int
+    """Largest chunk, special tokens included."""
+    overlap_tokens: int = 0
+
+    def version(self, tokenizer_hash: str) -> str:
+        """Code version of chunks: changes when the same documents would give other chunks."""
+        return hash_text(f"{CHUNKER_VERSION}/{self.max_tokens}/{self.overlap_tokens}/{tokenizer_hash}")[:12]
+
+
+def split_document(text: str, media_type: str, tokenizer: Tokenizer, options: ChunkOptions) -> list[Chunk]:
+    """The chunks of one document, in order; none for a text of only whitespace."""
+    return next(split_documents([(text, media_type)], tokenizer, options))
+
+
+def split_documents(
+    documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, options: ChunkOptions
+) -> Iterator[list[Chunk]]:
+    """The chunks of each (text, media type), in order.
+
+    Documents are tokenized about a million characters at a time, which is what keeps all cores busy.
+    """
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[0])
+        if size >= _BATCH_CHARACTERS:
+            yield from _split_batch(batch, tokenizer, options)
+            batch, size = [], 0
+    if batch:
+        yield from _split_batch(batch, tokenizer, options)
+
+
+def _split_batch(
+    batch: Sequence[tuple[str, str]], tokenizer: Tokenizer, options: ChunkOptions
+) -> Iterator[list[Chunk]]:
+    segments = [_segments(text) for text, _ in batch]
+    pieces = ((text, span) for (text, _), spans in zip(batch, segments, strict=True) for span in spans)
+    found = _tokenize(pieces, tokenizer)
+    for (text, media_type), spans in zip(batch, segments, strict=True):
+        tokens = _Tokens.join(text, spans, [next(found) for _ in spans])
+        yield _Splitter(text, find_structure(text, media_type), tokens, tokenizer, options).chunks()
+
+
+def _tokenize(pieces: Iterable[tuple[str, tuple[int, int]]], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Token spans of each piece; encodings of at most about a million characters are alive at a time."""
+    texts: list[str] = []
+    size = 0
+    for text, (start, end) in pieces:
+        texts.append(text[start:end])
+        size += end - start
+        if size >= _BATCH_CHARACTERS:
+            yield from tokenizer.spans(texts)
+            texts, size = [], 0
+    yield from tokenizer.spans(texts)
+
+
+def _segments(text: str) -> list[tuple[int, int]]:
+    """Consecutive spans of bounded length, cut at blank lines, line ends or spaces where there are any."""
+    spans: list[tuple[int, int]] = []
+    start = 0
+    while len(text) - start > _SEGMENT_CHARACTERS:
+        limit = start + _SEGMENT_CHARACTERS
+        for separator in ("\n\n", "\n", " "):
+            end = text.rfind(separator, start + _SEGMENT_CHARACTERS // 2, limit) + len(separator)
+            if end > start + len(separator):
+                break
+        else:
+            end = limit
+        spans.append((start, end))
+        start = end
+    spans.append((start, len(text)))
+    return spans
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Where a text's tokens are."""
+
+    starts: np.ndarray
+    """int64, code point of each token's first visible character, ascending."""
+    ends_before: np.ndarray
+    """int64, one longer: where the token before each one ends, 0 for the first, and where the last one ends."""
+    doubtful: list[int]
+    """Ends of segments cut where the tokenizer would not have: counts across them may be off by a little."""
+
+    @classmethod
+    def join(cls, text: str, segments: Sequence[tuple[int, int]], spans: Sequence[np.ndarray]) -> _Tokens:
+        """The tokens of all segments, with spaces that some tokenizers count to a token taken off its start."""
+        joined = np.concatenate([s + start for (start, _), s in zip(segments, spans, strict=True)]).astype(np.int64)
+        starts, ends = joined[:, 0], joined[:, 1]
+        if len(starts) and any(text[p].isspace() for p in starts[: 1 + len(starts) // 50].tolist() if p < len(text)):
+            starts = np.array([_skip_space(text, s, e) for s, e in joined.tolist()], dtype=np.int64)
+        doubtful = [end for _, end in segments[:-1] if text[end - 1] not in _SAFE_SPACE]
+        # Tokens of one character share its span; a space-only token is empty. Both keep the order.
+        return cls(np.maximum.accumulate(starts), np.concatenate([[0], ends]), doubtful)
+
+    def index(self, positions: np.ndarray) -> np.ndarray:
+        """How many tokens start before each position."""
+        return np.searchsorted(self.starts, positions)
+
+
+def _skip_space(text: str, start: int, end: int) -> int:
+    match = _LEADING_SPACE.match(text, start, end)
+    return match.end() if match else start
+
+
+class _Splitter:
+    """Splits one document."""
+
+    def __init__(
+        self, text: str, structure: Structure, tokens: _Tokens, tokenizer: Tokenizer, options: ChunkOptions
+    ) -> None:
+        self._text, self._structure, self._tokens, self._tokenizer = text, structure, tokens, tokenizer
+        self._limit = options.max_tokens - tokenizer.special_tokens
+        self._overlap = options.overlap_tokens
+        self._special = tokenizer.special_tokens
+
+    def chunks(self) -> list[Chunk]:
+        if not self._text.strip():
+            return []
+        cuts, costs = self._cuts()
+        bounds = self._cheapest(cuts, costs)
+        spans = [self._widen(start, end) for start, end in pairwise(bounds)]
+        spans = [s for s in (_strip(self._text, *span) for span in spans) if s[0] < s[1]]
+        counted = self._count(spans)
+        paths = self._structure.heading_paths([start for (start, _), _ in counted])
+        return [
+            Chunk(i, self._text[start:end], path, start, end, count)
+            for i, (((start, end), count), path) in enumerate(zip(counted, paths, strict=True))
+        ]
+
+    def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and costs of all cuts to choose from: enough of them that no piece is over the limit."""
+        positions, costs = self._usable(self._structure.cuts, self._structure.costs)
+        limit = self._limit - self._overlap
+        for kind, candidates in ((WORD, self._word_starts), (CHARACTER, self._token_starts)):
+            more = [p for start, end in self._oversize(positions, limit) for p in candidates(start, end)]
+            if more:
+                positions = np.concatenate([positions, np.array(more, dtype=np.int64)])
+                costs = np.concatenate([costs, [cut_cost(self._text, p, kind) for p in more]])
+                order = np.argsort(positions, kind="stable")
+                positions, costs = positions[order], costs[order]
+        return positions, costs
+
+    def _usable(self, positions: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Without cuts inside a token, and inside code that fits a chunk."""
+        before = self._tokens.index(positions)
+        keep = self._tokens.ends_before[before] <= positions
+        for start, end in self._structure.fences:
+            first, last = self._tokens.index(np.array([start, end]))
+            if last - first <= self._limit - self._overlap:
+                low, high = np.searchsorted(positions, [start + 1, end])
+                keep[low:high] = False
+        return positions[keep], costs[keep]
+
+    def _oversize(self, positions: np.ndarray, limit: int) -> list[tuple[int, int]]:
+        """Pieces between consecutive cuts that hold more than `limit` tokens."""
+        bounds = np.concatenate([[0], positions, [len(self._text)]])
+        counts = np.diff(self._tokens.index(bounds))
+        return [(int(bounds[i]), int(bounds[i + 1])) for i in np.flatnonzero(counts > limit)]
+
+    def _word_starts(self, start: int, end: int) -> list[int]:
+        """Token starts in the piece that follow whitespace."""
+        return [p for p in self._token_starts(start, end) if self._text[p - 1] in _SAFE_SPACE]
+
+    def _token_starts(self, start: int, end: int) -> list[int]:
+        """Token starts strictly inside the piece that are not inside an earlier token."""
+        low, high = self._tokens.index(np.array([start + 1, end]))
+        starts, ends = self._tokens.starts[low:high], self._tokens.ends_before[low:high]
+        return [int(p) for p in np.unique(starts[ends <= starts])]
+
+    def _cheapest(self, cuts: np.ndarray, costs: np.ndarray) -> list[int]:
+        """Bounds of the chunks, 0 and the end included: a shortest path over the cuts.
+
+        A step is a chunk and holds at most the limit of tokens (or is the one piece that can't be cut);
+        its price is that of the cut it ends at.
+        """
+        limit = self._limit - self._overlap
+        bounds = [0, *cuts.tolist(), len(self._text)]
+        before = self._tokens.index(np.array(bounds)).tolist()
+        prices = [0.0, *costs.tolist(), 1.0]
+        best = [0.0] * len(bounds)
+        previous = [0] * len(bounds)
+        first = 0
+        for i in range(1, len(bounds)):
+            while before[i] - before[first] > limit and first < i - 1:
+                first += 1
+            reachable = best[first:i]
+            cheapest = min(reachable)
+            best[i] = cheapest + prices[i]
+            previous[i] = first + reachable.index(cheapest)
+        path = [len(bounds) - 1]
+        while path[-1] > 0:
+            path.append(previous[path[-1]])
+        return [bounds[i] for i in reversed(path)]
+
+    def _widen(self, start: int, end: int) -> tuple[int, int]:
+        """The chunk with up to the overlap's tokens before it, from a sentence's start or else a word's."""
+        if not self._overlap or start == 0:
+            return start, end
+        first = int(self._tokens.index(np.array([start]))[0])
+        earliest = int(self._tokens.starts[max(0, first - self._overlap)])
+        sentence = int(np.searchsorted(self._structure.cuts, earliest))
+        if sentence < len(self._structure.cuts) and self._structure.cuts[sentence] < start:
+            return int(self._structure.cuts[sentence]), end
+        words = self._word_starts(max(earliest - 1, 0), start)
+        return (words[0] if words else start), end
+
+    def _count(self, spans: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
+        """The spans with their exact token counts; those over the limit are split."""
+        bounds = self._tokens.index(np.array(spans, dtype=np.int64).reshape(-1, 2))
+        counts = (bounds[:, 1] - bounds[:, 0] + self._special).tolist()
+        doubtful = [i for i, span in enumerate(spans) if not self._is_certain(*span)]
+        for i, count in zip(
+            doubtful, self._tokenizer.count([self._text[slice(*spans[i])] for i in doubtful]), strict=True
+        ):
+            counts[i] = count
+        result: list[tuple[tuple[int, int], int]] = []
+        for span, count in zip(spans, counts, strict=True):
+            if count <= self._limit + self._special:
+                result.append((span, count))
+            else:
+                result.extend(self._count(self._halve(*span)))
+        return result
+
+    def _halve(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Two spans of a chunk that turned out too long: cut at the space nearest its middle, else in the middle."""
+        middle = (start + end) // 2
+        spaces = [m.end() for m in re.finditer(r"\s+", self._text[start:end])]
+        inner = [start + s for s in spaces if 0 < s < end - start]
+        cut = min(inner, key=lambda p: abs(p - middle)) if inner else middle
+        return [s for s in (_strip(self._text, start, cut), _strip(self._text, cut, end)) if s[0] < s[1]]
+
+    def _is_certain(self, start: int, end: int) -> bool:
+        """The chunk's own tokens are those that the whole text has there."""
+        text = self._text
+        if not self._tokenizer.splits_at_whitespace:
+            return False
+        if start > 0 and text[start - 1] not in _SAFE_SPACE:
+            return False
+        if end < len(text) and text[end] not in _SAFE_SPACE:
+            return False
+        i = bisect_right(self._tokens.doubtful, start)
+        return not (i < len(self._tokens.doubtful) and self._tokens.doubtful[i] < end)
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without whitespace at its ends."""
+    piece = text[start:end]
+    left = len(piece) - len(piece.lstrip())
+    return (start + left, start + left + len(piece.strip()))

@@ -1,0 +1,203 @@
+"""Files to documents: one parser per format, and a reason for every file or row that is not read.
+
+Nothing here raises for a bad document: what can't be read becomes a `Rejection`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from embed_assets.corpus.encoding import Undecodable, decode
+from embed_assets.corpus.formats import MissingExtra, docx_to_markdown, html_to_markdown, pdf_to_text
+from embed_assets.corpus.rows import BadRow, Row, iter_csv, iter_jsonl, iter_parquet
+from embed_assets.corpus.source import Source, SourceFile, SourcePartition
+from embed_assets.records import Document, Rejection, hash_text
+from embed_assets.settings import Settings
+
+PARSER_VERSION = "1"
+"""Raise it when the same bytes would give other documents: raw_documents of every partition is read again."""
+
+REASONS: dict[str, str] = {
+    "empty": "there is no text in it",
+    "too_large": "it is larger than EMBED_MAX_FILE_BYTES",
+    "undecodable": "its bytes are no text in any known encoding",
+    "invalid_unicode": "its text holds lone surrogates, which no UTF-8 text can",
+    "unsupported_format": "its file name ending is none of the supported ones",
+    "broken_file": "its format could not be parsed",
+    "encrypted": "it is protected by a password",
+    "missing_extra": "reading it needs an optional package",
+    "invalid_json": "the line is no JSON object",
+    "invalid_row": "the row does not fit its table",
+    "missing_text": "there is no text column in it",
+    "duplicate_id": "an earlier row of the file has the same id",
+    "unreadable": "it could not be opened or read",
+    "symlink_outside": "it is a link that leaves the source",
+    "symlink_to_folder": "it is a link to a folder; the folder's files are read at their own place",
+    "broken_link": "it is a link to nothing, or to itself",
+    "not_a_file": "it is a device, socket or pipe",
+}
+
+_ROW_FORMATS: dict[str, tuple[str, Callable[..., Iterator[Row | BadRow]]]] = {
+    ".jsonl": ("application/jsonl", iter_jsonl),
+    ".csv": ("text/csv", iter_csv),
+    ".parquet": ("application/vnd.apache.parquet", iter_parquet),
+}
+_TEXT_FORMATS = {".txt": "text/plain", ".md": "text/markdown", ".rst": "text/x-rst"}
+_BINARY_FORMATS: dict[str, tuple[str, Callable[[bytes], tuple[str, str]]]] = {
+    ".html": ("text/markdown", lambda data: html_to_markdown(decode(data, html=True)[0])),
+    ".htm": ("text/markdown", lambda data: html_to_markdown(decode(data, html=True)[0])),
+    ".pdf": ("text/plain", pdf_to_text),
+    ".docx": ("text/markdown", docx_to_markdown),
+}
+SUPPORTED_ENDINGS = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *_BINARY_FORMATS]))
+
+_MARKDOWN_TITLE = re.compile(
+    r"\A(?:---\n.*?\n---\n)?\s*#{1,2}[ \t]+(?P<title>\S[^\n]*?)[ \t#]*$", re.MULTILINE | re.DOTALL
+)
+_RST_TITLE = re.compile(
+    r"\A\s*(?:([=*#^~\"'+-])\1{2,}\n)? ?(?P<title>\S[^\n]*)\n([=*#^~\"'+-])\3{2,}\s*$", re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParseOptions:
+    """The settings that decide what comes out of a file."""
+
+    text_column: str = "text"
+    id_column: str = "id"
+    title_column: str = "title"
+    max_file_bytes: int = 64 << 20
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> ParseOptions:
+        """The options that the settings name."""
+        return cls(settings.text_column, settings.id_column, settings.title_column, settings.max_file_bytes)
+
+    @property
+    def version(self) -> str:
+        """Code version of raw_documents: changes when the same bytes would give other documents."""
+        return hash_text(
+            f"{PARSER_VERSION}/{self.text_column}/{self.id_column}/{self.title_column}/{self.max_file_bytes}"
+        )[:12]
+
+
+def read_documents(source: Source, partition: SourcePartition, options: ParseOptions) -> Iterator[Document | Rejection]:
+    """Every document of the partition, or why it is none, in order of the files' paths.
+
+    One file (one row of JSONL, CSV and Parquet) is in memory at a time.
+    """
+    for file in partition.files:
+        yield from _read_file(source, file, partition.document_id(file), options)
+
+
+def _read_file(
+    source: Source, file: SourceFile, document_id: str, options: ParseOptions
+) -> Iterator[Document | Rejection]:
+    uri = source.uri(file)
+
+    def rejected(reason: str, detail: str = "", row_key: str = "") -> Rejection:
+        what = detail or REASONS[reason]
+        return Rejection(
+            f"{document_id}#{row_key}" if row_key else document_id, uri, reason, " ".join(what.split())[:500]
+        )
+
+    ending = PurePosixPath(file.path).suffix.lower()
+    is_rows = ending in _ROW_FORMATS
+    if file.rejected:
+        yield rejected(file.rejected)
+    elif ending not in SUPPORTED_ENDINGS:
+        yield rejected(
+            "unsupported_format",
+            f"files named {ending or 'without an ending'} are not read, only {' '.join(SUPPORTED_ENDINGS)}",
+        )
+    elif file.size > options.max_file_bytes and not is_rows:
+        yield rejected("too_large", f"{file.size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
+    else:
+        read = _read_rows if is_rows else _read_whole
+        try:
+            for item in read(source, file, ending, options):
+                if isinstance(item, BadRow):
+                    yield rejected(item.reason, item.detail, item.key)
+                elif problem := _problem_of(item.text):
+                    yield rejected(problem, row_key=item.key)
+                else:
+                    yield Document(
+                        f"{document_id}#{item.key}" if item.key else document_id,
+                        uri,
+                        item.media_type,
+                        item.title or PurePosixPath(document_id).name,
+                        item.text,
+                        item.byte_size,
+                        file.modified_at,
+                        item.metadata,
+                    )
+        except MissingExtra as error:
+            yield rejected("missing_extra", str(error))
+        except OSError as error:
+            yield rejected("unreadable", f"{type(error).__name__}: {error.strerror or error}")
+
+
+def _problem_of(text: str) -> str:
+    if not text.strip():
+        return "empty"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "invalid_unicode"
+    return ""
+
+
+def _read_rows(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:
+    """The rows of a table-like file, each with an id that no earlier row of the file has."""
+    seen: set[str] = set()
+    with source.open(file) as stream:
+        rows = _ROW_FORMATS[ending][1](
+            stream, options.text_column, options.id_column, options.title_column, options.max_file_bytes
+        )
+        for row in rows:
+            if isinstance(row, Row):
+                if row.key in seen and row.has_id:
+                    yield BadRow(
+                        row.key, "duplicate_id", f"the id {row.key!r} was used by an earlier row; ids must be unique"
+                    )
+                    continue
+                occurrence, key = 1, row.key
+                while row.key in seen:  # rows without ids are named after their text: equal texts count up
+                    occurrence += 1
+                    row = row.named(f"{key}.{occurrence}")
+                seen.add(row.key)
+            yield row
+
+
+def _read_whole(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:
+    """The one document of a file that is read whole."""
+    with source.open(file) as stream:
+        data = stream.read(options.max_file_bytes + 1)
+    if len(data) > options.max_file_bytes:
+        yield BadRow("", "too_large", f"over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
+        return
+    if not data.strip():
+        yield BadRow("", "empty", f"the file has {len(data)} bytes and no text")
+        return
+    try:
+        if ending in _TEXT_FORMATS:
+            text, encoding = decode(data)
+            metadata = "{}" if encoding == "utf-8" else f'{{"encoding": "{encoding}"}}'
+            yield Row("", text, _title_of(text, ending), _TEXT_FORMATS[ending], len(data), metadata)
+        else:
+            media_type, parse = _BINARY_FORMATS[ending]
+            text, title = parse(data)
+            yield Row("", text, title, media_type, len(data))
+    except Undecodable as error:
+        yield BadRow("", "undecodable", str(error))
+    except BadRow.Error as error:
+        yield error.row
+
+
+def _title_of(text: str, ending: str) -> str:
+    pattern = {".md": _MARKDOWN_TITLE, ".rst": _RST_TITLE}.get(ending)
+    match = pattern.search(text[:4000]) if pattern else None
+    return match["title"].strip() if match else ""

@@ -1,0 +1,222 @@
+"""Where documents come from: list them, tell versions apart, assign them to partitions, open them.
+
+Any fsspec URL works; a local folder is walked here so that links leaving it are noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from embed_assets.errors import SourceError
+from embed_assets.records import hash_parts
+from embed_assets.settings import Settings, local_path
+
+ROOT_PARTITION = "_root"
+"""Key of the partition of the loose files at the root, with PARTITION_BY=folder."""
+
+_FORBIDDEN_IN_KEYS = re.compile(r"\.\.\.|[\x00-\x1f\x7f]|[\ud800-\udfff]")
+"""Dagster refuses '...' and control characters in partition keys; lone surrogates can't be stored as UTF-8."""
+_MAX_KEY_CHARACTERS = 200
+_RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
+"""Names a folder can have that mean something else: our own partition of loose files, and Delta's null."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of the corpus as its listing shows it."""
+
+    path: str
+    """Relative to the source's root, '/'-separated."""
+    size: int
+    """Bytes."""
+    modified_at: datetime
+    version: str
+    """ETag where the store gives one, else the modification time in nanoseconds."""
+    rejected: str = ""
+    """Reason code when the listing alone shows that it must not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePartition:
+    """The files of one partition."""
+
+    key: str
+    files: tuple[SourceFile, ...] = ()
+    prefix: str = ""
+    """Part of the paths that is the partition's own and not in its document ids."""
+
+    @property
+    def version(self) -> str:
+        """Data version of what the listing shows: paths, sizes and ETags or times."""
+        return hash_parts(part for f in self.files for part in (f.path, str(f.size), f.version, f.rejected))
+
+    def document_id(self, file: SourceFile) -> str:
+        """Identity of a file's text: its path inside the partition."""
+        return clean_name(file.path.removeprefix(self.prefix))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder or bucket of documents."""
+
+    root: str
+    """Absolute URL or path, without a trailing slash."""
+    partition_by: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Source:
+        """The source that the settings name; nothing is opened yet."""
+        path = local_path(settings.source)
+        root = str(path.absolute()) if path is not None else settings.source.rstrip("/")
+        return cls(root, settings.partition_by, settings.source_options)
+
+    def partitions(self) -> dict[str, SourcePartition]:
+        """All partitions that have files, by key, in order of their keys.
+
+        Raises ``SourceError`` when the source does not exist or can't be listed.
+        """
+        groups: dict[tuple[str, str], list[SourceFile]] = {}
+        for file in sorted(self._list(), key=lambda f: f.path):
+            groups.setdefault(self._assign(file.path), []).append(file)
+        found = (SourcePartition(key, tuple(files), prefix) for (key, prefix), files in groups.items())
+        return {partition.key: partition for partition in sorted(found, key=lambda p: p.key)}
+
+    def open(self, file: SourceFile) -> IO[bytes]:
+        """The file's bytes, for reading. Raises OSError when it can't be opened."""
+        handle: IO[bytes] = self._filesystem().open(self._absolute(file.path), "rb")
+        return handle
+
+    def uri(self, file: SourceFile) -> str:
+        """Where the file lies: its URL, or ``file://`` and its absolute path."""
+        if "://" in self.root:
+            return clean_name(f"{self.root}/{file.path}")
+        return clean_name(f"file://{self.root}/{file.path}")
+
+    def _absolute(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _filesystem(self) -> Any:
+        return fsspec.core.url_to_fs(self.root, **self.options)[0]
+
+    def _assign(self, path: str) -> tuple[str, str]:
+        """Key of the partition a file belongs to, and the prefix that its document ids leave out."""
+        if self.partition_by == "file":
+            return partition_key(path), path.rpartition("/")[0] + "/" if "/" in path else ""
+        if self.partition_by == "folder":
+            folder, slash, _ = path.partition("/")
+            if not slash:
+                return ROOT_PARTITION, ""
+            return partition_key(folder), folder + "/"
+        buckets = int(self.partition_by.removeprefix("hash:"))
+        digest = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return f"bucket-{int.from_bytes(digest, 'big') % buckets:0{len(str(buckets - 1))}d}-of-{buckets}", ""
+
+    def _list(self) -> Iterator[SourceFile]:
+        path = local_path(self.root)
+        if path is not None:
+            if not path.is_dir():
+                raise SourceError(
+                    f"the source must be an existing folder, got {str(path)!r}; "
+                    "create it, run 'embed-assets sample' or set EMBED_SOURCE"
+                )
+            yield from _walk(path, path.resolve(), "")
+            return
+        try:
+            filesystem = self._filesystem()
+            base = filesystem._strip_protocol(self.root).rstrip("/")
+            if not filesystem.exists(base):
+                raise FileNotFoundError("it does not exist")
+            listing: dict[str, dict[str, Any]] = filesystem.find(base, detail=True)
+        except Exception as error:
+            raise SourceError(
+                f"the source {self.root!r} can't be listed: {type(error).__name__}: {error}; "
+                "check EMBED_SOURCE, EMBED_SOURCE_OPTIONS and the credentials in the environment"
+            ) from error
+        for name, info in listing.items():
+            relative = name.removeprefix(base).lstrip("/")
+            if info.get("type") != "directory" and not _is_hidden(relative):
+                yield _from_listing(relative, info)
+
+
+def partition_key(name: str) -> str:
+    """A Dagster partition key for a folder or file: the name itself wherever Dagster takes it.
+
+    Names with '...', control characters or undecodable bytes, over-long ones and reserved ones get
+    those characters replaced and a hash of the whole name appended, so that no two names share a key.
+    """
+    if len(name) <= _MAX_KEY_CHARACTERS and name not in _RESERVED_KEYS and not _FORBIDDEN_IN_KEYS.search(name):
+        return name
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{_FORBIDDEN_IN_KEYS.sub('_', name)[:_MAX_KEY_CHARACTERS]}~{digest}"
+
+
+def clean_name(name: str) -> str:
+    """The name with bytes that are no UTF-8 shown as backslash escapes, so that it can be stored."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _walk(folder: Path, root: Path, prefix: str) -> Iterator[SourceFile]:
+    pending = [(folder, prefix)]
+    while pending:
+        folder, prefix = pending.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise SourceError(
+                f"the folder {str(folder)!r} can't be listed: {error.strerror}; fix it or move it"
+            ) from None
+        for entry in entries:
+            relative = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                pending.append((Path(entry.path), relative + "/"))
+            else:
+                yield _from_entry(entry, relative, root)
+
+
+def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFile:
+    rejected = ""
+    try:
+        if entry.is_symlink():
+            target = Path(entry.path).resolve(strict=True)
+            if not target.is_relative_to(root):
+                rejected = "symlink_outside"
+            elif target.is_dir():
+                rejected = "symlink_to_folder"
+        elif not entry.is_file():
+            rejected = "not_a_file"
+        # A rejected link's target is none of our business: only the link itself is looked at.
+        stat = entry.stat(follow_symlinks=not rejected)
+    except (OSError, RuntimeError):  # a dangling link, or one that leads to itself
+        stat, rejected = entry.stat(follow_symlinks=False), "broken_link"
+    modified_at = datetime.fromtimestamp(stat.st_mtime, UTC)
+    return SourceFile(relative, stat.st_size, modified_at, str(stat.st_mtime_ns), rejected)
+
+
+def _from_listing(relative: str, info: dict[str, Any]) -> SourceFile:
+    """A file of an object store: fsspec's implementations name times and ETags differently."""
+    modified = next(
+        (info[k] for k in ("LastModified", "last_modified", "updated", "mtime", "created") if info.get(k)), 0
+    )
+    if isinstance(modified, str):
+        modified = datetime.fromisoformat(modified.replace("Z", "+00:00"))
+    if not isinstance(modified, datetime):
+        modified = datetime.fromtimestamp(float(modified), UTC)
+    modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
+    etag = next((str(info[k]) for k in ("ETag", "etag", "md5Hash", "content_md5") if info.get(k)), "")
+    return SourceFile(relative, int(info.get("size") or 0), modified, etag or modified.isoformat())
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in relative.split("/"))

@@ -1,0 +1,177 @@
+"""Where a text may be cut, and how gladly: headings, blocks, list items, sentences. Pure.
+
+The costs are what keeps edits local. A cut at a heading is cheap, so chunks restart there; all others
+carry a part that depends only on the few characters around the cut, so that the cheapest way through a
+long stretch meets its old course again soon after an edit. They were tuned on Rust RFCs, see
+`embed_assets_tests/benchmarks/bench_chunking.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_HEADING_COST = (0.2, 0.6, 2.1)
+"""By depth: 1, 2, and 3 or deeper."""
+_HEADING_NOISE = 0.5
+BLOCK, ITEM, CODE_LINE, SENTENCE, WORD, CHARACTER = range(6)
+_COST = (1.0, 1.1, 1.4, 2.1, 3.1, 5.1)
+"""By kind of cut. One more chunk costs what its cut costs: a dearer cut is taken to save a cheaper one only."""
+_NOISE = 3.0
+_NOISE_POWER = 1.5
+_CONTEXT_CHARACTERS = 16
+
+_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])|[。！？｡]+[」』”）]*\s*")
+_LIST_ITEM = re.compile(r"(?m)^[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|^[ \t]*\|")
+_FENCE = re.compile(r"(?m)^ {0,3}(`{3,}|~{3,})(.*)$")
+_ATX_HEADING = re.compile(r"(?m)^ {0,3}(#{1,6})(?:[ \t](.*))?$")
+_SETEXT_HEADING = re.compile(r"(?m)^ {0,3}(?![-*+>#|] |\s)(\S.*)\n {0,3}(=+|-{2,})[ \t]*$")
+_RST_HEADING = re.compile(
+    r"(?m)^(?:([^\w\s])\1{2,}[ \t]*\n[ \t]*(\S.*)\n\1{3,}[ \t]*|(\S.*)\n([=\-~^\"'`#*+:._<>])\4{2,}[ \t]*)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading of the document."""
+
+    start: int
+    """Code point of its line's start."""
+    depth: int
+    """1 is outermost."""
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Where a text may be cut."""
+
+    cuts: np.ndarray
+    """int64 code points, ascending, each the start of a line's or sentence's text; 0 and the end are not in it."""
+    costs: np.ndarray
+    """float64, what each cut costs."""
+    fences: list[tuple[int, int]]
+    """Half-open spans of code that should stay whole."""
+    headings: list[Heading]
+
+    def heading_paths(self, positions: Sequence[int]) -> list[str]:
+        """For each of the ascending positions, the headings above it, outermost first, joined by ' > '."""
+        paths: list[str] = []
+        path: list[Heading] = []
+        following = iter([*self.headings, None])
+        heading = next(following)
+        for position in positions:
+            while heading is not None and heading.start <= position:
+                while path and path[-1].depth >= heading.depth:
+                    path.pop()
+                path.append(heading)
+                heading = next(following)
+            paths.append(" > ".join(h.title for h in path if h.title))
+        return paths
+
+
+def find_structure(text: str, media_type: str) -> Structure:
+    """The cuts of a text: Markdown and reStructuredText by their syntax, anything else by blank lines and sentences."""
+    fences = _markdown_fences(text) if media_type == "text/markdown" else []
+    headings = _headings(text, media_type, fences)
+    kinds: dict[int, int] = {}
+    for pattern, kind in ((_SENTENCE_END, SENTENCE), (_LIST_ITEM, ITEM), (_BLANK_LINES, BLOCK)):
+        # Later kinds are better places for the same cut. List items are found by their start, the others by their end.
+        kinds.update(dict.fromkeys((m.start() if kind == ITEM else m.end() for m in pattern.finditer(text)), kind))
+    _cut_around_fences(text, kinds, fences)
+    depths = {h.start: h.depth for h in headings}
+    positions = sorted(p for p in kinds.keys() | depths.keys() if 0 < p < len(text))
+    costs = [_cost(text, p, kinds.get(p, BLOCK), depths.get(p)) for p in positions]
+    return Structure(np.array(positions, dtype=np.int64), np.array(costs), fences, headings)
+
+
+def cut_cost(text: str, position: int, kind: int) -> float:
+    """What a cut of that kind costs there: the kind's own cost, and a part that the characters around it decide."""
+    return _cost(text, position, kind, None)
+
+
+def _cost(text: str, position: int, kind: int, heading_depth: int | None) -> float:
+    around = text[max(0, position - _CONTEXT_CHARACTERS) : position + _CONTEXT_CHARACTERS]
+    fraction = zlib.crc32(around.encode("utf-8", "surrogatepass")) / 2**32
+    noise = float(fraction**_NOISE_POWER)
+    if heading_depth is not None:
+        return _HEADING_COST[min(heading_depth, 3) - 1] + _HEADING_NOISE * noise
+    return _COST[kind] + _NOISE * noise
+
+
+def _markdown_fences(text: str) -> list[tuple[int, int]]:
+    """Spans of fenced code blocks, the fences' lines included. An unclosed fence runs to the end of the text."""
+    fences: list[tuple[int, int]] = []
+    opening: re.Match[str] | None = None
+    for line in _FENCE.finditer(text):
+        if opening is None:
+            if line[1][0] == "~" or "`" not in line[2]:  # ```a``` on one line is no fence
+                opening = line
+        elif line[1].startswith(opening[1]) and not line[2].strip():
+            fences.append((opening.start(), line.end()))
+            opening = None
+    if opening is not None:
+        fences.append((opening.start(), len(text)))
+    return fences
+
+
+def _cut_around_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[int, int]]) -> None:
+    """Inside code, lines are the places to cut; before it is a block's start."""
+    if not fences:
+        return
+    starts = [start for start, _ in fences]
+    for position in list(kinds):
+        i = bisect_right(starts, position) - 1
+        if i >= 0 and starts[i] < position < fences[i][1]:
+            del kinds[position]
+    for start, end in fences:
+        kinds[start] = BLOCK
+        line = text.find("\n", start, end) + 1
+        while 0 < line < end:
+            kinds[line] = CODE_LINE
+            line = text.find("\n", line, end) + 1
+
+
+def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]]) -> list[Heading]:
+    if media_type == "text/markdown":
+        found = [Heading(m.start(), len(m[1]), _atx_title(m[2] or "")) for m in _ATX_HEADING.finditer(text)]
+        found += [Heading(m.start(), 1 if m[2][0] == "=" else 2, m[1].strip()) for m in _SETEXT_HEADING.finditer(text)]
+    elif media_type == "text/x-rst":
+        found = _rst_headings(text)
+    else:
+        return []
+    starts = [start for start, _ in fences]
+
+    def is_in_fence(position: int) -> bool:
+        i = bisect_right(starts, position) - 1
+        return i >= 0 and position < fences[i][1]
+
+    return sorted((h for h in found if not is_in_fence(h.start)), key=lambda h: h.start)
+
+
+def _atx_title(rest: str) -> str:
+    """The heading's text without its closing marks: 'Title ##' is 'Title', 'C#' stays."""
+    title = rest.strip()
+    unmarked = title.rstrip("#")
+    return unmarked.rstrip() if unmarked != title and (not unmarked or unmarked[-1] in " \t") else title
+
+
+def _rst_headings(text: str) -> list[Heading]:
+    """Depth is the order in which a style (its character, and whether there is a line above) first appears."""
+    styles: dict[tuple[str, bool], int] = {}
+    found: list[Heading] = []
+    for m in _RST_HEADING.finditer(text):
+        title = (m[2] or m[3] or "").strip()
+        character = m[1] or m[4]
+        line_length = len(m[0].rsplit("\n", 1)[1].rstrip())
+        if line_length < len(title) or (m[3] and not re.search(r"\w", title)):
+            continue  # the line must be as long as the title
+        depth = styles.setdefault((character, m[1] is not None), len(styles) + 1)
+        found.append(Heading(m.start(), depth, title))
+    return found

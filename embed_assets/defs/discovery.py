@@ -1,0 +1,48 @@
+"""What the source has now: registered as partitions, and observed where it changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dagster import DagsterInstance
+
+from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.defs.recording import observation
+from embed_assets.defs.specs import SOURCE, corpus_partitions
+from embed_assets.defs.staleness import History
+
+_KEYS_PER_ADD = 10_000
+"""Dagster's SQLite storage fails on more variables in one statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What listing the source showed."""
+
+    partitions: dict[str, SourcePartition]
+    """Every registered partition; those without files are empty."""
+    added: list[str]
+    changed: list[str]
+    emptied: list[str]
+
+
+def list_partitions(instance: DagsterInstance, source: Source) -> dict[str, SourcePartition]:
+    """All partitions, of the source and registered ones whose files are gone, by key; nothing is recorded."""
+    assert corpus_partitions.name is not None
+    listed = source.partitions()
+    gone = (key for key in instance.get_dynamic_partitions(corpus_partitions.name) if key not in listed)
+    return listed | {key: SourcePartition(key) for key in gone}
+
+
+def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], history: History) -> Discovery:
+    """Register new partitions and record an observation of each one whose files changed since the last one."""
+    assert corpus_partitions.name is not None
+    registered = set(instance.get_dynamic_partitions(corpus_partitions.name))
+    added = [key for key in partitions if key not in registered]
+    for start in range(0, len(added), _KEYS_PER_ADD):
+        instance.add_dynamic_partitions(corpus_partitions.name, added[start : start + _KEYS_PER_ADD])
+    moved = [p for key, p in partitions.items() if history.version(SOURCE, key) != p.version]
+    for partition in moved:
+        instance.report_runless_asset_event(observation(partition))
+    changed = [p.key for p in moved if p.files and p.key in registered]
+    return Discovery(partitions, added, changed, [p.key for p in moved if not p.files])

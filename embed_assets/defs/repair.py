@@ -1,0 +1,27 @@
+"""Making damaged partitions stale, so that the next sync makes their rows anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import dagster as dg
+from dagster import DagsterInstance
+
+from embed_assets.defs.staleness import CODE_VERSION_TAG, DATA_VERSION_TAG, REPAIR_CODE_VERSION
+
+
+def mark_for_repair(instance: DagsterInstance, keys: Iterable[str]) -> None:
+    """Record that the embeddings of these partitions have a state that no code makes."""
+    for key in keys:
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                asset_key="embeddings",
+                partition=key,
+                description="verify found damaged rows; the next sync makes them anew",
+                tags={
+                    DATA_VERSION_TAG: "damaged",
+                    "dagster/data_version_is_user_provided": "true",
+                    CODE_VERSION_TAG: REPAIR_CODE_VERSION,
+                },
+            )
+        )

@@ -1,0 +1,172 @@
+"""What is missing or stale, and why: the one place that decides it, for all partitions at once.
+
+The facts come from Dagster's event log (the latest materialization of each partition of each asset) and from the
+tables' logs (which partitions have rows at all). `plan`, `sync` and the step itself ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import dagster as dg
+from dagster import AssetKey, DagsterEventType, DagsterInstance, EventRecordsFilter
+
+from embed_assets.defs.results import PartitionResult
+from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
+from embed_assets.lake.reader import partition_keys
+from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.stages.pipeline import Pipeline
+
+State = Literal["missing", "stale", "fresh"]
+
+DATA_VERSION_TAG = "dagster/data_version"
+CODE_VERSION_TAG = "dagster/code_version"
+INPUT_VERSION_TAG = "dagster/input_data_version/"
+REPAIR_CODE_VERSION = "needs-repair"
+"""Code version that `verify --repair` gives to what it found damaged: no code has it, so it is stale."""
+_RECORDS_PER_QUERY = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The latest materialization of one partition of one asset, or observation of the source."""
+
+    storage_id: int
+    data_version: str
+    code_version: str
+    input_versions: Mapping[str, str]
+    """Data version of each dependency when it was made."""
+    counts: Mapping[str, float]
+    """The numbers among its metadata."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that the partition had in the asset's table."""
+        return int(self.counts.get("dagster/partition_row_count", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state of one partition of one asset."""
+
+    state: State
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class History:
+    """What is recorded of the partitions."""
+
+    records: Mapping[str, Mapping[str, Record]]
+    """By asset, then partition."""
+    present: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """By asset, the partitions that have rows in its table."""
+
+    def record(self, asset: str, key: str) -> Record | None:
+        """The latest record of a partition."""
+        return self.records[asset].get(key)
+
+    def version(self, asset: str, key: str) -> str | None:
+        """The data version of a partition, None when it was never made."""
+        record = self.record(asset, key)
+        return None if record is None else record.data_version
+
+    def is_marked_for_repair(self, asset: str, key: str) -> bool:
+        """`verify --repair` found the partition's rows damaged, and it was not made since."""
+        record = self.record(asset, key)
+        return record is not None and record.code_version == REPAIR_CODE_VERSION
+
+    def known_result(self, key: str) -> PartitionResult:
+        """The result of doing nothing with a partition: the numbers that are recorded."""
+        raw, chunks = self.record("raw_documents", key), self.record("chunks", key)
+        counts = raw.counts if raw else {}
+        rows = chunks.rows if chunks else 0
+        return PartitionResult(
+            "fresh", int(counts.get("documents", 0)), int(counts.get("rejected", 0)), rows, reused=rows
+        )
+
+    def status(self, asset: str, key: str, code_version: str, inputs: Mapping[str, str | None]) -> Status:
+        """State and reasons of a partition, given its dependencies' current data versions.
+
+        Missing: never materialized, or its rows are gone. Stale: its code or a dependency's data changed.
+        """
+        record = self.record(asset, key)
+        if record is None:
+            return Status("missing", ("never materialized",))
+        if record.rows and key not in self.present[asset]:
+            return Status("missing", (f"its {record.rows} rows are not in the table",))
+        reasons: list[str] = []
+        if self.is_marked_for_repair(asset, key):
+            reasons.append("verify found its rows damaged")
+        elif record.code_version != code_version:
+            reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
+        reasons += [
+            f"{'source files' if dependency == SOURCE else dependency} changed"
+            for dependency, version in inputs.items()
+            if version is not None and record.input_versions.get(dependency) != version
+        ]
+        return Status("stale", tuple(reasons)) if reasons else Status("fresh")
+
+
+_CODE_MEANS = {
+    "raw_documents": "the parser or its settings",
+    "chunks": "the chunker, its settings or the tokenizer",
+    "embeddings": "the embedding space",
+}
+
+
+def load_history(instance: DagsterInstance, pipeline: Pipeline, keys: Collection[str] | None = None) -> History:
+    """Everything recorded of the partitions (all of them by default), in a handful of queries."""
+    records = {asset: _load_records(instance, asset, keys) for asset in (SOURCE, *ASSETS)}
+    tables = {"raw_documents": RAW, "chunks": CHUNK_TABLE, "embeddings": pipeline.embeddings_table}
+    return History(records, {asset: partition_keys(pipeline.lake, table) for asset, table in tables.items()})
+
+
+def partition_statuses(
+    history: History, key: str, source_version: str, code_versions: Mapping[str, str]
+) -> dict[str, Status]:
+    """State and reasons of the three assets of a partition, each judged by its direct dependencies, as Dagster does."""
+    versions = {asset: history.version(asset, key) for asset in ASSETS} | {SOURCE: source_version}
+    return {
+        asset: history.status(asset, key, code_versions[asset], {d: versions[d] for d in DEPENDENCIES[asset]})
+        for asset in ASSETS
+    }
+
+
+def _load_records(instance: DagsterInstance, asset: str, keys: Collection[str] | None) -> dict[str, Record]:
+    kind = DagsterEventType.ASSET_OBSERVATION if asset == SOURCE else DagsterEventType.ASSET_MATERIALIZATION
+    # A short list of keys narrows the query; a long one would exceed the database's number of variables.
+    narrow = set(keys) if keys is not None and len(keys) <= _RECORDS_PER_QUERY else None
+    if narrow is not None and not narrow:
+        return {}
+    latest = instance.get_latest_storage_id_by_partition(AssetKey(asset), kind, narrow)
+    ids = sorted(latest.values())
+    records: dict[str, Record] = {}
+    for start in range(0, len(ids), _RECORDS_PER_QUERY):
+        query = EventRecordsFilter(kind, AssetKey(asset), storage_ids=ids[start : start + _RECORDS_PER_QUERY])
+        for found in instance.get_event_records(query, limit=_RECORDS_PER_QUERY):
+            event = found.asset_event
+            if event is not None and event.partition is not None:
+                records[event.partition] = _record(found.storage_id, event)
+    return records
+
+
+def _record(storage_id: int, event: dg.AssetMaterialization | dg.AssetObservation) -> Record:
+    tags = event.tags or {}
+    return Record(
+        storage_id,
+        tags.get(DATA_VERSION_TAG, ""),
+        tags.get(CODE_VERSION_TAG, ""),
+        {
+            name.removeprefix(INPUT_VERSION_TAG): value
+            for name, value in tags.items()
+            if name.startswith(INPUT_VERSION_TAG)
+        },
+        {
+            name: float(value.value)
+            for name, value in event.metadata.items()
+            if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue) and value.value is not None
+        },
+    )

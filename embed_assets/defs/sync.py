@@ -1,0 +1,191 @@
+"""`plan` and `sync`: what would run, and running it, in this process and with one model load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import dagster as dg
+from dagster import DagsterInstance
+
+from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.discovery import discover, list_partitions
+from embed_assets.defs.results import PartitionResult, RunObserver
+from embed_assets.defs.specs import corpus_partitions
+from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
+from embed_assets.errors import PartitionError, UserError
+from embed_assets.stages.pipeline import Estimate, Pipeline
+
+_PROBE_TEXTS = 32
+_SILENT_CONSOLE = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+"""Runs still log to the instance; what a person sees on the console is the observer's business."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionPlan:
+    """State of a partition, and what materializing it would come to."""
+
+    partition: SourcePartition
+    statuses: Mapping[str, Status]
+    estimate: Estimate | None = None
+    """None unless counting was asked for."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing would run."""
+        return all(status.state == "fresh" for status in self.statuses.values())
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """What a sync came to."""
+
+    partitions: dict[str, PartitionResult]
+    seconds: float
+
+    @property
+    def failed(self) -> list[str]:
+        """Keys of the partitions that failed."""
+        return [key for key, result in self.partitions.items() if result.state == "failed"]
+
+    def total(self, name: str) -> int:
+        """Sum of a number of `PartitionResult` over all partitions."""
+        return sum(int(getattr(result, name)) for result in self.partitions.values())
+
+
+def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False) -> list[PartitionPlan]:
+    """State, reasons and (with `count`) costs of every partition, in order of their keys. Nothing is recorded.
+
+    Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
+    """
+    partitions = list_partitions(instance, pipeline.source)
+    plans = _plans(load_history(instance, pipeline), pipeline, partitions.values())
+    if not count:
+        return plans
+    return [PartitionPlan(p.partition, p.statuses, _estimate(pipeline, p)) for p in plans]
+
+
+def estimated_seconds(instance: DagsterInstance, pipeline: Pipeline, plans: Sequence[PartitionPlan]) -> float | None:
+    """How long the model would take for counted plans: at the speed recorded last in this space, else at a probe's."""
+    tokens = sum(plan.estimate.tokens for plan in plans if plan.estimate)
+    if not tokens:
+        return 0.0
+    records = load_history(instance, pipeline).records["embeddings"].values()
+    speeds = [
+        (record.storage_id, record.counts["tokens_per_second"])
+        for record in records
+        if record.code_version == pipeline.space.name and record.counts.get("tokens_per_second")
+    ]
+    speed = max(speeds)[1] if speeds else _probe_speed(pipeline)
+    return round(tokens / speed, 1) if speed else None
+
+
+def _probe_speed(pipeline: Pipeline) -> float:
+    """Tokens per second of the model on a few texts of about a chunk's length."""
+    words = pipeline.chunk_options.max_tokens // 2
+    texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]
+    pipeline.embedder.embed(texts[:2])  # the first pass also sets up the device
+    probe = pipeline.embedder.embed(texts)
+    return probe.tokens / max(probe.seconds, 1e-6)
+
+
+def run_sync(
+    instance: DagsterInstance,
+    pipeline: Pipeline,
+    build: Callable[[RunObserver], dg.Definitions],
+    observer: RunObserver,
+    only: Sequence[str] = (),
+) -> SyncResult:
+    """Discover, then materialize what is missing or stale (of the partitions in `only`, if there are any).
+
+    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key in `only`.
+    """
+    started = time.perf_counter()
+    pipeline.lake.check_writable()
+    partitions = list_partitions(instance, pipeline.source)
+    _check_known(only, partitions)
+    history = load_history(instance, pipeline)
+    discover(instance, partitions, history)
+    plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))
+    collector = _Collector(observer)
+    fresh = {plan.partition.key: history.known_result(plan.partition.key) for plan in plans if plan.is_fresh}
+    due = [plan.partition.key for plan in plans if not plan.is_fresh]
+    job = build(collector).resolve_implicit_global_asset_job_def()
+    for first, last, keys in _ranges(instance, due):
+        run = job.execute_in_process(
+            instance=instance,
+            raise_on_error=False,
+            run_config=_SILENT_CONSOLE,
+            tags={"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last},
+        )
+        if not run.success:
+            _blame(collector, keys, run)
+    results = fresh | collector.results
+    return SyncResult({key: results[key] for key in sorted(results)}, round(time.perf_counter() - started, 3))
+
+
+class _Collector:
+    """Keeps the results and passes everything on."""
+
+    def __init__(self, observer: RunObserver) -> None:
+        self._observer = observer
+        self.results: dict[str, PartitionResult] = {}
+
+    def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
+        self._observer.on_window(partition_key, texts, tokens)
+
+    def on_partition(self, partition_key: str, result: PartitionResult) -> None:
+        self.results[partition_key] = result
+        self._observer.on_partition(partition_key, result)
+
+
+def _plans(
+    history: History, pipeline: Pipeline, partitions: Collection[SourcePartition] | Iterator[SourcePartition]
+) -> list[PartitionPlan]:
+    return [
+        PartitionPlan(p, partition_statuses(history, p.key, p.version, pipeline.code_versions))
+        for p in sorted(partitions, key=lambda partition: partition.key)
+    ]
+
+
+def _estimate(pipeline: Pipeline, plan: PartitionPlan) -> Estimate:
+    stale = frozenset(asset for asset, status in plan.statuses.items() if status.state != "fresh")
+    return pipeline.estimate(plan.partition, stale)
+
+
+def _check_known(only: Sequence[str], partitions: Mapping[str, SourcePartition]) -> None:
+    unknown = [key for key in only if key not in partitions]
+    if unknown:
+        known = ", ".join(repr(key) for key in sorted(partitions)[:10]) or "none"
+        raise PartitionError(
+            f"--partition must name a partition of the source, got {unknown[0]!r}; there are {len(partitions)}: {known}"
+            f"{', ...' if len(partitions) > 10 else ''}"
+        )
+
+
+def _ranges(instance: DagsterInstance, keys: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """The keys as runs over neighbours in Dagster's order of partitions: (first, last, all)."""
+    assert corpus_partitions.name is not None
+    due = set(keys)
+    neighbours: list[str] = []
+    for key in [*instance.get_dynamic_partitions(corpus_partitions.name), None]:
+        if key is not None and key in due:
+            neighbours.append(key)
+        elif neighbours:
+            yield neighbours[0], neighbours[-1], neighbours
+            neighbours = []
+
+
+def _blame(collector: _Collector, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:
+    """Give partitions that a broken run never came to a result: the run's own error."""
+    missing = [key for key in keys if key not in collector.results]
+    if not missing:
+        return
+    failures = [event.step_failure_data for event in run.all_events if event.is_step_failure]
+    causes = [data.error.cause or data.error for data in failures if data.error]
+    message = causes[0].message.strip().splitlines()[0] if causes else "the run failed before it came to this partition"
+    name, _, text = message.partition(": ")
+    is_ours = name.rpartition(".")[2] in {kind.__name__ for kind in UserError.__subclasses__()}
+    for key in missing:
+        collector.on_partition(key, PartitionResult("failed", error=text if is_ours else message))

@@ -1,0 +1,91 @@
+"""The embedding model's tokenizer, without the model: counts and places of tokens, and flat id arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from embed_assets.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedTexts:
+    """Token ids of several texts, one after the other."""
+
+    ids: np.ndarray
+    """int32, shape (sum of lengths,)."""
+    offsets: np.ndarray
+    """int64, shape (texts + 1,): text i has ``ids[offsets[i]:offsets[i + 1]]``."""
+    is_truncated: np.ndarray
+    """bool, shape (texts,): tokens beyond the model's maximum were left out."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, tokens per text."""
+        return np.diff(self.offsets)
+
+
+class ModelTokenizer:
+    """A tokenizer of its own: no other code changes its truncation or padding.
+
+    The library runs on all cores and without holding Python's lock.
+    """
+
+    def __init__(self, description: str) -> None:
+        """`description` is the text of a ``tokenizer.json``."""
+        pre_tokenizer = json.loads(description).get("pre_tokenizer") or {}
+        # BERT's rules: words and punctuation marks stand alone, so text cut at whitespace gives the pieces' tokens.
+        self.splits_at_whitespace = bool(pre_tokenizer.get("type") == "BertPreTokenizer")
+        self._whole = Tokenizer.from_str(description)
+        self._whole.no_truncation()
+        self._whole.no_padding()
+        self._cut = Tokenizer.from_str(description)
+        self._cut.no_padding()
+        self._max_length = 0
+        self.special_tokens = int(self._whole.num_special_tokens_to_add(is_pair=False))
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelTokenizer:
+        """Raises ``ModelError`` when the file is no tokenizer."""
+        try:
+            return cls(path.read_text("utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(f"no tokenizer could be read from {path.name!r}: {error}; save the model again") from error
+
+    def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Per text an int32 array of shape (tokens, 2): code points where each token starts and ends, no specials."""
+        return [
+            np.fromiter(chain.from_iterable(e.offsets), dtype=np.int32, count=2 * len(e)).reshape(-1, 2)
+            for e in self._whole.encode_batch(texts, add_special_tokens=False)
+        ]
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens per text, special tokens included, nothing truncated."""
+        return [len(e) for e in self._whole.encode_batch_fast(texts)] if texts else []
+
+    def tokenize(self, texts: Sequence[str], max_length: int) -> TokenizedTexts:
+        """Ids of each text, special tokens included, cut to `max_length` tokens as the model would."""
+        if max_length != self._max_length:
+            self._cut.enable_truncation(max_length)
+            self._max_length = max_length
+        encodings = self._cut.encode_batch_fast(texts)
+        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum([len(e) for e in encodings], out=offsets[1:])
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), dtype=np.int32, count=int(offsets[-1]))
+        return TokenizedTexts(ids, offsets, np.array([bool(e.overflowing) for e in encodings], dtype=bool))
+
+
+def word_tokenizer() -> ModelTokenizer:
+    """A tokenizer for models that have none: one token per word or punctuation mark, two special tokens per text."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return ModelTokenizer(tokenizer.to_str())

@@ -1,0 +1,38 @@
+"""What goes wrong for reasons a user can mend.
+
+UserError                 anything below; the command line prints its one line, without a traceback
+├── SettingsError         a setting is missing, malformed or contradicts another one
+├── SourceError           the corpus can't be listed
+├── ModelError            the model can't be found, is not what it claims to be, or may not be loaded
+├── LakeError             the tables can't be read or written, or hold something else than expected
+└── PartitionError        a partition that does not exist, or could not be materialized
+
+Every message says the rule, the actual value, the item it is about and the next step, on one line.
+"""
+
+
+class UserError(Exception):
+    """Base of all errors whose message is meant for the person at the keyboard."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class SettingsError(UserError):
+    """A setting is missing, malformed or contradicts another one."""
+
+
+class SourceError(UserError):
+    """The corpus can't be listed."""
+
+
+class ModelError(UserError):
+    """The model can't be found, is not what it claims to be, or may not be loaded."""
+
+
+class LakeError(UserError):
+    """The tables can't be read or written, or hold something else than expected."""
+
+
+class PartitionError(UserError):
+    """A partition does not exist or could not be materialized."""

@@ -1,0 +1,63 @@
+"""Rows of the tables as streams of Arrow batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate, quoted
+from embed_assets.records import CONTENT_COLUMNS, ContentVersion
+
+
+def read_partition(lake: Lake, table: TableSpec, key: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The columns of one partition's rows, in no particular order; nothing when the table does not exist."""
+    yield from scan(lake, table, columns, partition_predicate(key))
+
+
+def scan(
+    lake: Lake, table: TableSpec, columns: Sequence[str], predicate: str | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The columns of all rows that fulfil the predicate, of one version of the table, batch by batch."""
+    delta = lake.open(table)
+    if delta is None:
+        return
+    schema = pa.schema([table.schema.field(name) for name in columns])
+    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
+        for batch in pa.RecordBatchReader.from_stream(delta.scan(list(columns), predicate)):
+            if batch.num_rows:
+                # Delta's engine answers with string views and nullable fields.
+                arrays = [batch.column(f.name).cast(f.type) for f in schema]
+                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def read_rows(lake: Lake, table: TableSpec, column: str, values: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """The rows whose string column has one of the values."""
+    schema = pa.schema([table.schema.field(name) for name in columns])
+    if not values:
+        return schema.empty_table()
+    predicate = f"{column} IN ({', '.join(quoted(v) for v in values)})"
+    return pa.Table.from_batches(scan(lake, table, columns, predicate), schema=schema)
+
+
+def content_version(lake: Lake, table: TableSpec, key: str) -> ContentVersion:
+    """What the table holds of a partition now, to compare with what it should hold."""
+    version = ContentVersion(CONTENT_COLUMNS[table.kind])
+    for batch in read_partition(lake, table, key, CONTENT_COLUMNS[table.kind]):
+        version.add(batch)
+    return version
+
+
+def partition_keys(lake: Lake, table: TableSpec) -> set[str]:
+    """Keys of the partitions that have rows, from the table's log alone."""
+    delta = lake.open(table)
+    if delta is None:
+        return set()
+    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
+        return {str(partition["partition_key"]) for partition in delta.partitions()}
+
+
+def table_version(lake: Lake, table: TableSpec) -> int | None:
+    """The newest Delta commit number, or None when the table does not exist."""
+    delta = lake.open(table)
+    return None if delta is None else int(delta.version())

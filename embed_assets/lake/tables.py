@@ -1,0 +1,150 @@
+"""The Delta tables: where they are, how they are created and opened, and the one place that writes predicates."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from embed_assets.errors import LakeError
+from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
+from embed_assets.settings import Settings, local_path
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "raw_documents": RAW_DOCUMENTS,
+    "rejected_documents": REJECTED_DOCUMENTS,
+    "chunks": CHUNKS,
+    "embeddings": EMBEDDINGS,
+}
+_DIMENSION_PROPERTY = "embed_assets.dimension"
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """One of the lake's tables."""
+
+    kind: str
+    """Key of `SCHEMAS`."""
+    space: str = ""
+    """Name of the embedding space, for embeddings."""
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """Written when the table is created."""
+
+    @property
+    def path(self) -> str:
+        """Place below the lake's root."""
+        return f"{self.kind}/{self.space}" if self.space else self.kind
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the rows."""
+        return SCHEMAS[self.kind]
+
+
+RAW = TableSpec("raw_documents")
+REJECTED = TableSpec("rejected_documents")
+CHUNK_TABLE = TableSpec("chunks")
+
+
+def partition_predicate(key: str) -> str:
+    """SQL that is true of the rows of one partition, whatever characters are in its key."""
+    return f"partition_key = {quoted(key)}"
+
+
+def quoted(value: str) -> str:
+    """A SQL string literal."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+@dataclass(frozen=True)
+class Lake:
+    """The root of the tables, on any storage that Delta supports."""
+
+    root: str
+    options: dict[str, str] = field(default_factory=dict)
+    """Delta storage options."""
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Lake:
+        """The lake that the settings name; nothing is opened or created yet."""
+        path = local_path(settings.lake)
+        return cls(str(path.absolute()) if path is not None else settings.lake.rstrip("/"), settings.lake_options)
+
+    def uri(self, table: TableSpec) -> str:
+        """Where the table lies."""
+        return f"{self.root}/{table.path}"
+
+    def open(self, table: TableSpec) -> DeltaTable | None:
+        """The table at its newest version, or None when it does not exist yet."""
+        with lake_errors(f"the table {table.path!r} can't be opened", self.root):
+            try:
+                return DeltaTable(self.uri(table), storage_options=self.options or None)
+            except TableNotFoundError:
+                return None
+
+    def create(self, table: TableSpec, dimension: int | None = None) -> DeltaTable:
+        """The table, created if need be. Safe when several processes do it at once.
+
+        The dimension of an embeddings table is a constraint: rows with another length can't be committed.
+        """
+        configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties}
+        if dimension is not None:
+            # Constraints need writer version 3, and only here, at creation, are they set without a race.
+            configuration |= {
+                "delta.constraints.dimension": f"cardinality(embedding) = {dimension}",
+                "delta.minWriterVersion": "3",
+                _DIMENSION_PROPERTY: str(dimension),
+            }
+        with lake_errors(f"the table {table.path!r} can't be created", self.root):
+            return DeltaTable.create(
+                self.uri(table),
+                table.schema,
+                mode="ignore",
+                partition_by=["partition_key"],
+                name=table.path,
+                configuration=configuration,
+                storage_options=self.options or None,
+                raise_if_key_not_exists=False,
+            )
+
+    def check_writable(self) -> None:
+        """Raise ``LakeError`` now rather than once per partition when nothing can be written to a local lake."""
+        path = local_path(self.root)
+        if path is None:
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise LakeError(
+                f"the lake {self.root!r} must be a writable folder: {error.strerror}; set EMBED_LAKE or its permissions"
+            ) from error
+
+    def filesystem(self) -> Any:
+        """fsspec file system of the lake, for what lies beside the tables."""
+        return fsspec.core.url_to_fs(self.root)[0]
+
+
+def dimension_of(table: DeltaTable) -> int | None:
+    """Length of the vectors that an embeddings table holds."""
+    value = table.metadata().configuration.get(_DIMENSION_PROPERTY)
+    return int(value) if value is not None else None
+
+
+@contextlib.contextmanager
+def lake_errors(what: str, root: str) -> Iterator[None]:
+    """Turn the libraries' errors into one line that says what could not be done."""
+    try:
+        yield
+    except (DeltaError, OSError, pa.ArrowException) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0][:300] if lines else type(error).__name__
+        raise LakeError(f"{what}: {reason}; check EMBED_LAKE={root!r} and its permissions") from error

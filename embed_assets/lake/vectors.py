@@ -1,0 +1,169 @@
+"""Vectors of a partition by the hash of what was embedded: on local disk while it is worked on, staged in the lake."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+
+from embed_assets.lake.tables import Lake, TableSpec
+from embed_assets.records import TIMESTAMP, VECTOR, hash_text
+
+_STAGED = pa.schema(
+    [
+        pa.field("input_hash", pa.string(), False),
+        pa.field("embedding", VECTOR, False),
+        pa.field("is_truncated", pa.bool_(), False),
+        pa.field("embedded_at", TIMESTAMP, False),
+    ]
+)
+VECTOR_COLUMNS: tuple[str, ...] = tuple(_STAGED.names)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVectors:
+    """Vectors in the order they were asked for."""
+
+    vectors: np.ndarray
+    """float32, shape (n, dimension)."""
+    is_truncated: list[bool]
+    embedded_at: list[int]
+    """Microseconds since 1970, UTC."""
+
+
+class VectorStore:
+    """Vectors by input hash. They lie in a local temporary file; about 100 bytes of memory per vector remain."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="embed_assets_vectors_")  # noqa: SIM115 (closed by __exit__)
+        self._places: dict[bytes, int] = {}
+        self._is_truncated = bytearray()
+        self._embedded_at = array("q")
+        self.dimension: int | None = None
+
+    def __enter__(self) -> VectorStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __contains__(self, input_hash: str) -> bool:
+        return bytes.fromhex(input_hash) in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take in the rows of a batch with at least `VECTOR_COLUMNS`.
+
+        Vectors that are not finite or of another length are left out, so that they are embedded again.
+        """
+        if not batch.num_rows:
+            return
+        column = batch.column("embedding")
+        lengths = np.diff(column.offsets.to_numpy())
+        if self.dimension is None:
+            self.dimension = int(lengths[0])
+        values = column.flatten().to_numpy(zero_copy_only=False)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        hashes = batch.column("input_hash").to_pylist()
+        truncated = batch.column("is_truncated").to_pylist()
+        times = batch.column("embedded_at").cast(pa.int64()).to_pylist()
+        kept: list[np.ndarray] = []
+        for i, input_hash in enumerate(hashes):
+            vector = values[starts[i] : starts[i + 1]]
+            key = bytes.fromhex(input_hash)
+            if key in self._places or len(vector) != self.dimension or not np.isfinite(vector).all():
+                continue
+            self._places[key] = len(self._places)
+            self._is_truncated.append(truncated[i])
+            self._embedded_at.append(times[i])
+            kept.append(vector)
+        if kept:
+            self._file.seek(0, 2)
+            self._file.write(np.ascontiguousarray(np.stack(kept), dtype=np.float32).tobytes())
+
+    def add_table(self, table: pa.Table) -> None:
+        """The same for all batches of a table."""
+        for batch in table.to_batches():
+            self.add(batch)
+
+    def get(self, input_hashes: Sequence[str]) -> StoredVectors:
+        """The vectors of the hashes. Raises KeyError for one that is not here."""
+        places = [self._places[bytes.fromhex(h)] for h in input_hashes]
+        dimension = self.dimension or 0
+        vectors = np.empty((len(places), dimension), dtype=np.float32)
+        self._file.flush()
+        # Runs of neighbours are read at once: most chunks come in the order in which they were stored.
+        order = np.argsort(places, kind="stable")
+        ordered = np.array(places, dtype=np.int64)[order]
+        breaks = np.flatnonzero(np.diff(ordered) > 1) + 1
+        for run in np.split(np.arange(len(places)), breaks) if places else []:
+            first, last = int(ordered[run[0]]), int(ordered[run[-1]])
+            self._file.seek(first * dimension * 4)
+            block = np.frombuffer(self._file.read((last - first + 1) * dimension * 4), dtype=np.float32)
+            vectors[order[run]] = block.reshape(-1, dimension)[ordered[run] - first]
+        return StoredVectors(
+            vectors, [bool(self._is_truncated[p]) for p in places], [self._embedded_at[p] for p in places]
+        )
+
+
+def vector_batch(
+    input_hashes: Sequence[str], vectors: np.ndarray, is_truncated: np.ndarray, embedded_at: datetime
+) -> pa.RecordBatch:
+    """A window's vectors, shape (n, dimension), as a batch with `VECTOR_COLUMNS`."""
+    when = (embedded_at - _EPOCH).total_seconds()
+    times = pa.array(np.full(len(input_hashes), int(when * 1e6), dtype=np.int64)).cast(TIMESTAMP)
+    return pa.RecordBatch.from_arrays(
+        [pa.array(input_hashes, pa.string()), vector_array(vectors), pa.array(is_truncated), times], schema=_STAGED
+    )
+
+
+def vector_array(vectors: np.ndarray) -> pa.ListArray:
+    """An Arrow list<float32> array over the rows of a float32 array of shape (n, dimension), without a copy per row."""
+    rows, dimension = vectors.shape
+    offsets = pa.array(np.arange(0, (rows + 1) * dimension, dimension or 1, dtype=np.int32)[: rows + 1])
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(vectors).reshape(-1)), type=VECTOR)
+
+
+class Staging:
+    """Windows of a partition that are embedded but not yet committed: what survives a kill.
+
+    One Arrow file per window under the table's ``_staging/``, which Delta's readers and vacuum leave alone.
+    """
+
+    def __init__(self, lake: Lake, table: TableSpec, key: str) -> None:
+        self._folder = f"{lake.uri(table)}/_staging/{hash_text(key)}"
+        self._filesystem = lake.filesystem()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Keep a window; whole or not at all."""
+        name = f"{self._folder}/{uuid.uuid4().hex}"
+        self._filesystem.makedirs(self._folder, exist_ok=True)
+        with self._filesystem.open(f"{name}.partial", "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
+            stream.write_batch(batch)
+        self._filesystem.mv(f"{name}.partial", f"{name}.arrow")
+
+    def read(self) -> Iterator[pa.RecordBatch]:
+        """All windows kept by earlier attempts at the partition."""
+        if not self._filesystem.exists(self._folder):
+            return
+        for name in sorted(self._filesystem.ls(self._folder, detail=False)):
+            if str(name).endswith(".arrow"):
+                with self._filesystem.open(name, "rb") as file, pa.ipc.open_stream(file) as stream:
+                    yield from stream
+
+    def clear(self) -> None:
+        """Forget them: they are committed."""
+        if self._filesystem.exists(self._folder):
+            self._filesystem.rm(self._folder, recursive=True)

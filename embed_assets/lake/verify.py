@@ -1,0 +1,79 @@
+"""Does the table hold exactly one finite, right-sized vector per chunk, for the chunk's current text?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from embed_assets.lake.reader import partition_keys, read_partition
+from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec, dimension_of
+from embed_assets.records import hash_text
+
+
+@dataclass(slots=True)
+class Gaps:
+    """What is wrong with a partition: rows of each kind."""
+
+    missing: int = 0
+    """Chunks without a vector."""
+    extra: int = 0
+    """Vectors whose chunk is gone."""
+    duplicated: int = 0
+    """Further rows of a chunk that has one."""
+    stale_text: int = 0
+    """Vectors of another text than the chunk's."""
+    not_finite: int = 0
+    wrong_dimension: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(asdict(self).values())
+
+
+def verify(
+    lake: Lake, table: TableSpec, prompt: str, keys: Collection[str] | None = None
+) -> Iterator[tuple[str, Gaps]]:
+    """Each partition of chunks and of the space's table (or of `keys`), with its gaps.
+
+    One partition's hashes (about 150 bytes per chunk) and one batch of its vectors are in memory at a time.
+    """
+    delta = lake.open(table)
+    dimension = None if delta is None else dimension_of(delta)
+    found = keys if keys is not None else partition_keys(lake, CHUNK_TABLE) | partition_keys(lake, table)
+    for key in sorted(found):
+        yield key, _verify_partition(lake, table, key, prompt, dimension)
+
+
+def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
+    expected: dict[str, str] = {}
+    for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
+        for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            expected[chunk_id] = hash_text(prompt + text)
+    gaps = Gaps()
+    seen: set[str] = set()
+    for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text", "embedding"]):
+        _verify_vectors(batch.column("embedding"), dimension, gaps)
+        rows = zip(*(batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text")), strict=True)
+        for chunk_id, input_hash, text in rows:
+            if chunk_id in seen:
+                gaps.duplicated += 1
+            elif chunk_id not in expected:
+                gaps.extra += 1
+            elif not input_hash == expected[chunk_id] == hash_text(prompt + text):
+                gaps.stale_text += 1
+            seen.add(chunk_id)
+    gaps.missing = len(expected.keys() - seen)
+    return gaps
+
+
+def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> None:
+    lengths = np.diff(column.offsets.to_numpy())
+    wrong = lengths != (dimension if dimension is not None else int(lengths[0]))
+    gaps.wrong_dimension += int(wrong.sum())
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    gaps.not_finite += len(np.unique(rows[~np.isfinite(values)]))

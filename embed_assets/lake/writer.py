@@ -1,0 +1,141 @@
+"""Writing a partition: stage the rows, compare them with the table's, and replace them in one commit or none."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+from deltalake import ColumnProperties, CommitProperties, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError
+
+from embed_assets.lake.reader import content_version
+from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate
+from embed_assets.records import CONTENT_COLUMNS, ContentVersion
+
+_COMMIT_ATTEMPTS = 20
+_HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
+_MAX_ROW_GROUP_ROWS = 16_384
+# delta-rs buffers up to N batches for each of several files; with one of each, memory stays flat.
+_FLAT_MEMORY = {"DELTARS_WRITER_BATCH_CHANNEL_SIZE": "1", "DELTARS_MAX_CONCURRENT_WRITERS": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """What became of a partition's rows."""
+
+    data_version: str
+    """Hash of the partition's content."""
+    rows: int
+    is_committed: bool
+    """False when the table held exactly these rows already."""
+    table_version: int | None
+    """Delta commit number, or None when the table does not exist (and no row needed it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What every commit says of itself."""
+
+    run_id: str
+    input_versions: dict[str, str] = field(default_factory=dict)
+    """Data version of each table or source the rows were made from."""
+
+
+def replace_partition(
+    lake: Lake,
+    table: TableSpec,
+    key: str,
+    batches: Iterable[pa.RecordBatch],
+    provenance: Provenance,
+    dimension: int | None = None,
+    rewrite: bool = False,
+) -> Replaced:
+    """Make `batches` the rows of the partition, atomically, and leave every other partition alone.
+
+    The rows are first written to a local file, so that the commit is short and a failure while they are
+    made changes nothing. No commit is made when the table holds the same content already, unless `rewrite`.
+    Raises ``LakeError`` when the table can't be written.
+    """
+    with tempfile.TemporaryFile(prefix="embed_assets_") as staged:
+        version = ContentVersion(CONTENT_COLUMNS[table.kind])
+        with pa.ipc.new_stream(staged, table.schema) as stream:
+            for batch in batches:
+                version.add(batch)
+                stream.write_batch(batch)
+        data_version = version.hexdigest()
+        delta = lake.open(table)
+        if delta is None and version.row_count == 0:
+            return Replaced(data_version, 0, False, None)
+        if delta is not None and not rewrite and content_version(lake, table, key).hexdigest() == data_version:
+            return Replaced(data_version, version.row_count, False, int(delta.version()))
+        if delta is None:
+            lake.create(table, dimension)
+
+        def rows() -> pa.RecordBatchReader:
+            staged.seek(0)
+            return pa.RecordBatchReader.from_batches(table.schema, _read_staged(staged))
+
+        properties = CommitProperties(
+            custom_metadata={
+                "embed_assets": {
+                    "partition_key": key,
+                    "run_id": provenance.run_id,
+                    "rows": version.row_count,
+                    "data_version": data_version,
+                    "input_versions": provenance.input_versions,
+                }
+            },
+            max_commit_retries=100,
+        )
+        return Replaced(data_version, version.row_count, True, _commit(lake, table, key, rows, properties))
+
+
+def _read_staged(staged: object) -> Iterator[pa.RecordBatch]:
+    with pa.ipc.open_stream(staged) as reader:
+        yield from reader
+
+
+def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: CommitProperties) -> int:
+    assert callable(rows)
+    for name, value in _FLAT_MEMORY.items():
+        os.environ.setdefault(name, value)
+    with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", lake.root):
+        for attempt in range(_COMMIT_ATTEMPTS):
+            try:
+                write_deltalake(
+                    lake.uri(table),
+                    rows(),
+                    mode="overwrite",
+                    predicate=partition_predicate(key),
+                    writer_properties=_writer_properties(table),
+                    commit_properties=properties,
+                    storage_options=lake.options or None,
+                )
+                break
+            except CommitFailedError:  # another process replaced the same partition meanwhile
+                if attempt == _COMMIT_ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
+    written = lake.open(table)
+    assert written is not None
+    return int(written.version())
+
+
+def _writer_properties(table: TableSpec) -> WriterProperties:
+    """Dictionaries only where values repeat: on vectors they cost time and space. Nested columns follow the default."""
+    scalars = [f.name for f in table.schema if f.name not in ("partition_key", "embedding")]
+    return WriterProperties(
+        compression="ZSTD",
+        compression_level=1,
+        max_row_group_size=_MAX_ROW_GROUP_ROWS,
+        default_column_properties=ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE"),
+        column_properties={
+            name: ColumnProperties(dictionary_enabled=name not in _HIGH_CARDINALITY, statistics_enabled="CHUNK")
+            for name in scalars
+        },
+    )

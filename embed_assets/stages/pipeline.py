@@ -1,0 +1,172 @@
+"""The stages of one partition, bound to the settings: what Dagster's step, the command line and tests call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from embed_assets.corpus.chunking import ChunkOptions
+from embed_assets.corpus.parsing import ParseOptions, read_documents
+from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.engine.backends import load_embedder
+from embed_assets.engine.model import EmbeddingSpace, resolve_space
+from embed_assets.engine.runner import Embedder
+from embed_assets.errors import LakeError, SettingsError
+from embed_assets.lake.reader import read_partition
+from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
+from embed_assets.lake.writer import Provenance, Replaced
+from embed_assets.records import Document, hash_text
+from embed_assets.settings import Settings
+from embed_assets.stages.chunks import SourceText, chunk_batches, materialize_chunks, stored_texts
+from embed_assets.stages.embeddings import Embeddings, known_inputs, materialize_embeddings
+from embed_assets.stages.raw_documents import RawDocuments, materialize_raw_documents
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What materializing a partition would come to."""
+
+    to_embed: int
+    to_reuse: int
+    to_drop: int
+    tokens: int
+    """Tokens of the texts to embed, special tokens included."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Source, settings, space and lake, and the three stages over them. The model is loaded when first needed."""
+
+    settings: Settings
+    source: Source
+    lake: Lake
+    parse_options: ParseOptions
+    chunk_options: ChunkOptions
+    space: EmbeddingSpace
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Pipeline:
+        """Resolves the model's files; opens neither source nor lake. Raises ``SettingsError`` or ``ModelError``."""
+        space = resolve_space(
+            settings.model, settings.revision, settings.prompt, settings.query_prompt, settings.truncate_dim
+        )
+        return cls(
+            settings,
+            Source.from_settings(settings),
+            Lake.from_settings(settings),
+            ParseOptions.from_settings(settings),
+            _chunk_options(settings, space),
+            space,
+        )
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The model, loaded once per process."""
+        return load_embedder(self.space, self.settings.device, self.settings.max_batch_tokens)
+
+    @property
+    def embeddings_table(self) -> TableSpec:
+        """The table of the settings' space."""
+        return TableSpec("embeddings", self.space.name, self.space.describe())
+
+    @cached_property
+    def code_versions(self) -> dict[str, str]:
+        """Per asset, what decides its output beside its input."""
+        return {
+            "raw_documents": self.parse_options.version,
+            "chunks": self.chunk_options.version(self.space.tokenizer_hash),
+            "embeddings": self.space.name,
+        }
+
+    def materialize_raw_documents(self, partition: SourcePartition, provenance: Provenance) -> RawDocuments:
+        """Read the partition's files into raw_documents and rejected_documents."""
+        return materialize_raw_documents(self.lake, self.source, partition, self.parse_options, provenance)
+
+    def materialize_chunks(self, key: str, provenance: Provenance) -> Replaced:
+        """Split the partition's documents into chunks."""
+        return materialize_chunks(self.lake, key, self.space.tokenizer, self.chunk_options, provenance)
+
+    def materialize_embeddings(
+        self,
+        key: str,
+        provenance: Provenance,
+        on_window: Callable[[int, int], None] = lambda texts, tokens: None,
+        rewrite: bool = False,
+    ) -> Embeddings:
+        """Give the partition's chunks their vectors; `on_window` hears of each window's texts and the tokens so far.
+
+        `rewrite` commits the rows even if the table seems to hold them already.
+        """
+        return materialize_embeddings(
+            self.lake,
+            self.embeddings_table,
+            key,
+            self.space.prompt,
+            lambda: self.embedder,
+            provenance,
+            self.settings.reuse == "table",
+            on_window,
+            rewrite,
+        )
+
+    def require_embeddings(self) -> None:
+        """Raise ``LakeError`` when nothing was embedded in the space yet."""
+        if self.lake.open(self.embeddings_table) is None:
+            raise LakeError(
+                f"there are no embeddings in {self.embeddings_table.path!r} under the lake {self.lake.root!r}; "
+                "run 'embed-assets sync' first"
+            )
+
+    def estimate(self, partition: SourcePartition, stale: frozenset[str]) -> Estimate:
+        """Count what materializing would embed, reuse and drop, by reading and splitting; nothing is written.
+
+        `stale` names the assets that would run: what is fresh is read from its table instead.
+        """
+        known, ids = known_inputs(self.lake, self.embeddings_table, partition.key, self.settings.reuse == "table")
+        to_embed: dict[str, int] = {}
+        kept = chunks = 0
+        for chunk_id, text, token_count in self._future_chunks(partition, stale):
+            chunks += 1
+            kept += chunk_id in ids
+            input_hash = hash_text(self.space.prompt + text)
+            if input_hash not in known:
+                to_embed[input_hash] = token_count + max(0, self.space.prompt_tokens - 1)
+        return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
+
+    def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
+        """(chunk_id, text, token_count) of the chunks that the partition will have."""
+        key = partition.key
+        if "raw_documents" in stale:
+            documents = (
+                SourceText(d.document_id, d.text, d.media_type)
+                for d in read_documents(self.source, partition, self.parse_options)
+                if isinstance(d, Document)
+            )
+            batches = chunk_batches(documents, key, self.space.tokenizer, self.chunk_options)
+        elif "chunks" in stale:
+            batches = chunk_batches(stored_texts(self.lake, key), key, self.space.tokenizer, self.chunk_options)
+        else:
+            batches = read_partition(self.lake, CHUNK_TABLE, key, ["chunk_id", "text", "token_count"])
+        for batch in batches:
+            columns = (batch.column(name).to_pylist() for name in ("chunk_id", "text", "token_count"))
+            yield from zip(*columns, strict=True)
+
+
+def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:
+    """The chunk limit: what was asked for, else what fits the model beside its prompt."""
+    fits = space.max_seq_length - space.prompt_tokens
+    max_tokens = settings.chunk_tokens or fits
+    room = max_tokens - space.tokenizer.special_tokens
+    if room < 8:
+        raise SettingsError(
+            f"a chunk needs room for at least 8 tokens of text, but of the {max_tokens} tokens of a chunk "
+            f"(the model takes {space.max_seq_length}, the prompt {space.prompt_tokens}) special tokens leave {room}; "
+            "shorten EMBED_PROMPT or raise EMBED_CHUNK_TOKENS"
+        )
+    if settings.chunk_overlap_tokens >= room:
+        raise SettingsError(
+            f"CHUNK_OVERLAP_TOKENS must be smaller than the {room} tokens of text in a chunk of "
+            f"CHUNK_TOKENS={max_tokens}, got {settings.chunk_overlap_tokens}; lower EMBED_CHUNK_OVERLAP_TOKENS"
+        )
+    return ChunkOptions(max_tokens, settings.chunk_overlap_tokens)

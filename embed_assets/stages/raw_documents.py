@@ -1,0 +1,91 @@
+"""Files of a partition -> rows of raw_documents and rejected_documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from embed_assets.corpus.parsing import ParseOptions, read_documents
+from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.lake.tables import RAW, REJECTED, Lake
+from embed_assets.lake.writer import Provenance, Replaced, replace_partition
+from embed_assets.records import (
+    RAW_DOCUMENTS,
+    REJECTED_DOCUMENTS,
+    Document,
+    Rejection,
+    batched_bytes,
+    hash_text,
+    utc_now,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RawDocuments:
+    """What reading a partition gave."""
+
+    replaced: Replaced
+    documents: int
+    rejected: int
+
+
+def materialize_raw_documents(
+    lake: Lake, source: Source, partition: SourcePartition, options: ParseOptions, provenance: Provenance
+) -> RawDocuments:
+    """Read and parse the partition's files; documents go to one table, rejections with their reasons to another."""
+    rejections: list[Rejection] = []
+
+    def documents() -> Iterator[Document]:
+        for item in read_documents(source, partition, options):
+            if isinstance(item, Rejection):
+                rejections.append(item)
+            else:
+                yield item
+
+    replaced = replace_partition(lake, RAW, partition.key, document_batches(documents(), partition.key), provenance)
+    replace_partition(lake, REJECTED, partition.key, _rejection_batches(rejections, partition.key), provenance)
+    return RawDocuments(replaced, replaced.rows, len(rejections))
+
+
+def document_batches(documents: Iterator[Document], key: str) -> Iterator[pa.RecordBatch]:
+    """Rows of raw_documents, a few megabytes of text per batch."""
+    rows = (
+        (
+            document.byte_size,
+            {
+                "partition_key": key,
+                "document_id": document.document_id,
+                "uri": document.uri,
+                "media_type": document.media_type,
+                "title": document.title,
+                "text": document.text,
+                "content_hash": hash_text(document.text),
+                "byte_size": document.byte_size,
+                "modified_at": document.modified_at,
+                "metadata": document.metadata,
+            },
+        )
+        for document in documents
+    )
+    return batched_bytes(rows, RAW_DOCUMENTS)
+
+
+def _rejection_batches(rejections: list[Rejection], key: str) -> Iterator[pa.RecordBatch]:
+    now = utc_now()
+    rows = (
+        (
+            len(rejection.detail),
+            {
+                "partition_key": key,
+                "document_id": rejection.document_id,
+                "uri": rejection.uri,
+                "reason": rejection.reason,
+                "detail": rejection.detail,
+                "rejected_at": now,
+            },
+        )
+        for rejection in rejections
+    )
+    return batched_bytes(rows, REJECTED_DOCUMENTS)

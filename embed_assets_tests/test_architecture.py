@@ -1,0 +1,84 @@
+"""Who may import whom, and how light the definitions are to load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import embed_assets
+
+ROOT = Path(embed_assets.__file__).parent
+ALLOWED = {
+    "errors": set(),
+    "settings": {"errors"},
+    "records": set(),
+    "sample": {"errors"},
+    "corpus": {"records", "settings", "errors"},
+    "engine": {"records", "settings", "errors"},
+    "lake": {"records", "settings", "errors"},
+    "stages": {"corpus", "engine", "lake", "records", "settings", "errors"},
+    "defs": {"stages", "corpus", "engine", "lake", "records", "settings", "errors"},
+    "definitions": {"defs", "stages", "settings"},
+    "progress": {"defs"},
+    "cli": {"definitions", "defs", "stages", "lake", "sample", "progress", "settings", "errors"},
+}
+"""The arrows: definitions, cli -> defs -> stages -> {corpus, engine, lake} -> records. Siblings do not meet."""
+HEAVY = {"torch", "sentence_transformers", "transformers", "ray", "openvino", "matplotlib"}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path, only_module_level: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = tree.body if only_module_level else list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path: Path) -> None:
+    mine = room(path)
+    if mine == "__init__":
+        return
+    others = {n.split(".")[1] for n in imports(path) if n.startswith("embed_assets.")} - {mine}
+    assert others <= ALLOWED[mine], f"{mine} must not import {sorted(others - ALLOWED[mine])}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_dagster_rooms_import_dagster(path: Path) -> None:
+    uses = any(name.split(".")[0] == "dagster" for name in imports(path))
+    assert not uses or room(path) in {"defs", "definitions", "cli"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path, only_module_level=True)} & HEAVY
+
+
+def test_every_package_is_empty_at_its_door() -> None:
+    assert [str(p) for p in ROOT.rglob("__init__.py") if p.read_text("utf-8").strip()] == []
+
+
+def test_definitions_load_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys, embed_assets.definitions; "
+        f"loaded = {sorted(HEAVY)!r}; print(','.join(m for m in loaded if m in sys.modules))"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    print(f"definitions loaded in {time.perf_counter() - started:.2f} s")
+    assert done.stdout.strip() == ""
