@@ -106,6 +106,7 @@ class CorpusRun:
     def begin(cls, context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> Self:
         """List the source, read what is recorded, and note what the source has that was not observed yet."""
         pipeline.lake.check_writable()
+        _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
         listed = pipeline.source.partitions()
         partitions = {key: listed.get(key, SourcePartition(key)) for key in context.partition_keys}
         # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.

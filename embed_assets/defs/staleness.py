@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import dagster as dg
-from dagster import AssetKey, DagsterEventType, DagsterInstance, EventRecordsFilter
+from dagster import AssetKey, DagsterEventType, DagsterInstance
 
 from embed_assets.defs.results import PartitionResult
 from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
@@ -95,7 +95,8 @@ class History:
         record = self.record(asset, key)
         if record is None:
             return Status("missing", ("never materialized",))
-        if record.rows and key not in self.present[asset]:
+        # Another space's rows are in another table: only for its own code is this one's word of use.
+        if record.code_version == code_version and record.rows and key not in self.present[asset]:
             return Status("missing", (f"its {record.rows} rows are not in the table",))
         reasons: list[str] = []
         if self.is_marked_for_repair(asset, key):
@@ -141,12 +142,13 @@ def _load_records(instance: DagsterInstance, asset: str, keys: Collection[str] |
     narrow = set(keys) if keys is not None and len(keys) <= _RECORDS_PER_QUERY else None
     if narrow is not None and not narrow:
         return {}
+    fetch = instance.fetch_observations if asset == SOURCE else instance.fetch_materializations
     latest = instance.get_latest_storage_id_by_partition(AssetKey(asset), kind, narrow)
     ids = sorted(latest.values())
     records: dict[str, Record] = {}
     for start in range(0, len(ids), _RECORDS_PER_QUERY):
-        query = EventRecordsFilter(kind, AssetKey(asset), storage_ids=ids[start : start + _RECORDS_PER_QUERY])
-        for found in instance.get_event_records(query, limit=_RECORDS_PER_QUERY):
+        query = dg.AssetRecordsFilter(AssetKey(asset), storage_ids=ids[start : start + _RECORDS_PER_QUERY])
+        for found in fetch(query, _RECORDS_PER_QUERY).records:
             event = found.asset_event
             if event is not None and event.partition is not None:
                 records[event.partition] = _record(found.storage_id, event)

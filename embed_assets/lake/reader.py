@@ -16,10 +16,10 @@ def read_partition(lake: Lake, table: TableSpec, key: str, columns: Sequence[str
 
 
 def scan(
-    lake: Lake, table: TableSpec, columns: Sequence[str], predicate: str | None = None
+    lake: Lake, table: TableSpec, columns: Sequence[str], predicate: str | None = None, version: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The columns of all rows that fulfil the predicate, of one version of the table, batch by batch."""
-    delta = lake.open(table)
+    """The columns of all rows that fulfil the predicate, of one version of the table (the newest), batch by batch."""
+    delta = lake.open(table, version)
     if delta is None:
         return
     schema = pa.schema([table.schema.field(name) for name in columns])
@@ -31,13 +31,15 @@ def scan(
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def read_rows(lake: Lake, table: TableSpec, column: str, values: Sequence[str], columns: Sequence[str]) -> pa.Table:
-    """The rows whose string column has one of the values."""
+def read_rows(
+    lake: Lake, table: TableSpec, column: str, values: Sequence[str], columns: Sequence[str], version: int | None = None
+) -> pa.Table:
+    """The rows whose string column has one of the values, of one version of the table (the newest)."""
     schema = pa.schema([table.schema.field(name) for name in columns])
     if not values:
         return schema.empty_table()
     predicate = f"{column} IN ({', '.join(quoted(v) for v in values)})"
-    return pa.Table.from_batches(scan(lake, table, columns, predicate), schema=schema)
+    return pa.Table.from_batches(scan(lake, table, columns, predicate, version), schema=schema)
 
 
 def content_version(lake: Lake, table: TableSpec, key: str) -> ContentVersion:

@@ -81,11 +81,11 @@ class Lake:
         """Where the table lies."""
         return f"{self.root}/{table.path}"
 
-    def open(self, table: TableSpec) -> DeltaTable | None:
-        """The table at its newest version, or None when it does not exist yet."""
+    def open(self, table: TableSpec, version: int | None = None) -> DeltaTable | None:
+        """The table at a version, by default its newest, or None when it does not exist yet."""
         with lake_errors(f"the table {table.path!r} can't be opened", self.root):
             try:
-                return DeltaTable(self.uri(table), storage_options=self.options or None)
+                return DeltaTable(self.uri(table), version, self.options or None)
             except TableNotFoundError:
                 return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -84,14 +84,14 @@ def materialize_embeddings(
     prompt: str,
     get_embedder: Callable[[], Embedder],
     provenance: Provenance,
-    reuse_table: bool,
+    reuse_versions: Sequence[int],
     on_window: Callable[[int, int], None],
     rewrite: bool,
 ) -> Embeddings:
     """Give every chunk of the partition its vector and make them the partition's rows, in one commit.
 
     The model is asked for (`get_embedder`) only when a text has no vector: in the partition, in windows staged by
-    an attempt that was killed, or with `reuse_table` anywhere in the space. Windows are staged as they finish;
+    an attempt that was killed, or in `reuse_versions` of the whole table. Windows are staged as they finish;
     then `on_window` hears how many texts a window had, and how many tokens were embedded so far.
     """
     staging = Staging(lake, table, key)
@@ -101,8 +101,8 @@ def materialize_embeddings(
         for batch in staging.read():
             store.add(batch)
         for hashes, texts in _missing_windows(lake, key, prompt, store, window := _Window()):
-            if reuse_table:
-                store.add_table(read_rows(lake, table, "input_hash", hashes, VECTOR_COLUMNS))
+            for version in reuse_versions:
+                store.add_table(read_rows(lake, table, "input_hash", hashes, VECTOR_COLUMNS, version))
                 hashes, texts = _without(hashes, texts, store)
             if texts:
                 _embed_window(hashes, texts, _checked(get_embedder(), lake, table), store, staging, work, window)

@@ -13,7 +13,7 @@ from embed_assets.engine.backends import load_embedder
 from embed_assets.engine.model import EmbeddingSpace, resolve_space
 from embed_assets.engine.runner import Embedder
 from embed_assets.errors import LakeError, SettingsError
-from embed_assets.lake.reader import read_partition
+from embed_assets.lake.reader import read_partition, table_version
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import Document, hash_text
@@ -105,10 +105,22 @@ class Pipeline:
             self.space.prompt,
             lambda: self.embedder,
             provenance,
-            self.settings.reuse == "table",
+            self._reuse_versions(),
             on_window,
             rewrite,
         )
+
+    @cached_property
+    def version_at_start(self) -> int | None:
+        """The embeddings table's version when it was first asked for: what rows had that were dropped since."""
+        return table_version(self.lake, self.embeddings_table)
+
+    def _reuse_versions(self) -> list[int]:
+        """Versions of the whole table in which to look for vectors, with REUSE=table: now, and before this process."""
+        if self.settings.reuse != "table":
+            return []
+        versions = {table_version(self.lake, self.embeddings_table), self.version_at_start}
+        return sorted((v for v in versions if v is not None), reverse=True)
 
     def require_embeddings(self) -> None:
         """Raise ``LakeError`` when nothing was embedded in the space yet."""

