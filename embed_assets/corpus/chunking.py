@@ -184,9 +184,10 @@ class _Splitter:
             return []
         cuts, costs = self._cuts()
         bounds = self._cheapest(cuts, costs)
-        spans = [self._widen(start, end) for start, end in pairwise(bounds)]
-        spans = [s for s in (_strip(self._text, *span) for span in spans) if s[0] < s[1]]
-        counted = self._count(spans)
+        cores = [s for s in (_strip(self._text, *span) for span in pairwise(bounds)) if s[0] < s[1]]
+        widened = (self._widen(before, *core) for (before, _), core in pairwise(cores))
+        spans = [*cores[:1], *(_strip(self._text, *span) for span in widened)]
+        counted = self._without_repeats(self._count(spans))
         paths = self._structure.heading_paths([start for (start, _), _ in counted])
         return [
             Chunk(i, self._text[start:end], path, start, end, count)
@@ -258,17 +259,25 @@ class _Splitter:
             path.append(previous[path[-1]])
         return [bounds[i] for i in reversed(path)]
 
-    def _widen(self, start: int, end: int) -> tuple[int, int]:
-        """The chunk with up to the overlap's tokens before it, from a sentence's start or else a word's."""
-        if not self._overlap or start == 0:
+    def _widen(self, before: int, start: int, end: int) -> tuple[int, int]:
+        """The chunk with up to the overlap's tokens of the one at `before` in front, from a sentence or word on."""
+        if not self._overlap:
             return start, end
         first = int(self._tokens.index(np.array([start]))[0])
-        earliest = int(self._tokens.starts[max(0, first - self._overlap)])
+        earliest = max(before + 1, int(self._tokens.starts[max(0, first - self._overlap)])) if first else start
         sentence = int(np.searchsorted(self._structure.cuts, earliest))
         if sentence < len(self._structure.cuts) and self._structure.cuts[sentence] < start:
             return int(self._structure.cuts[sentence]), end
         words = self._word_starts(max(earliest - 1, 0), start)
         return (words[0] if words else start), end
+
+    def _without_repeats(self, counted: list[tuple[tuple[int, int], int]]) -> list[tuple[tuple[int, int], int]]:
+        """Without pieces that an earlier chunk holds whole: halves of a chunk that was too long with its overlap."""
+        kept: list[tuple[tuple[int, int], int]] = []
+        for span, count in counted:
+            if not kept or span[1] > kept[-1][0][1]:
+                kept.append((span, count))
+        return kept
 
     def _count(self, spans: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
         """The spans with their exact token counts; those over the limit are split."""

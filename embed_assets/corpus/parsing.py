@@ -6,7 +6,7 @@ Nothing here raises for a bad document: what can't be read becomes a `Rejection`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -157,19 +157,27 @@ def _read_rows(source: Source, file: SourceFile, ending: str, options: ParseOpti
         rows = _ROW_FORMATS[ending][1](
             stream, options.text_column, options.id_column, options.title_column, options.max_file_bytes
         )
+        is_empty = True
         for row in rows:
+            is_empty = False
+            if isinstance(row, Row) and row.key in seen and row.place:
+                detail = f"its id {row.key!r} was used by an earlier row; ids must be unique"
+                row = BadRow(row.place, "duplicate_id", detail)
             if isinstance(row, Row):
-                if row.key in seen and row.has_id:
-                    yield BadRow(
-                        row.key, "duplicate_id", f"the id {row.key!r} was used by an earlier row; ids must be unique"
-                    )
-                    continue
-                occurrence, key = 1, row.key
-                while row.key in seen:  # rows without ids are named after their text: equal texts count up
-                    occurrence += 1
-                    row = row.named(f"{key}.{occurrence}")
+                row = _with_own_key(row, seen)
                 seen.add(row.key)
             yield row
+        if is_empty:
+            yield BadRow("", "empty", "there are no rows in it")
+
+
+def _with_own_key(row: Row, seen: Collection[str]) -> Row:
+    """Rows without ids are named after their text: equal texts count up."""
+    key, occurrence = row.key, 1
+    while row.key in seen:
+        occurrence += 1
+        row = row.named(f"{key}.{occurrence}")
+    return row
 
 
 def _read_whole(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:

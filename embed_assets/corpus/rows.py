@@ -27,8 +27,8 @@ class Row:
     media_type: str
     byte_size: int
     metadata: str = "{}"
-    has_id: bool = False
-    """`key` comes from the id column."""
+    place: str = ""
+    """Where the row stands in its file, when `key` comes from the id column; empty when it has no id."""
 
     def named(self, key: str) -> Row:
         """A copy under another key."""
@@ -206,7 +206,15 @@ def _row(
     key = _printable(identity) if has_id else hash_text(text)[:16]
     # Sorted, so that the order of a row's columns is no change.
     metadata = json.dumps(fields, ensure_ascii=True, sort_keys=True, default=str) if fields else "{}"
-    return Row(key, text, _printable(title) if title is not None else "", "text/plain", size, metadata, has_id)
+    return Row(
+        key,
+        text,
+        _printable(title) if title is not None else "",
+        "text/plain",
+        size,
+        metadata,
+        fallback if has_id else "",
+    )
 
 
 def _printable(value: object) -> str:

@@ -1,0 +1,19 @@
+"""All benchmarks: ``make bench``, or ``make bench DIR=folder`` to use the Markdown documents of a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from embed_assets_tests.benchmarks import bench_chunking, bench_embedding, bench_memory
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    bench_chunking.run(folder)
+    bench_embedding.run(folder)
+    bench_memory.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The chunker's invariants, on nasty text and real tokenizers, and its examples."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from embed_assets.corpus.chunking import ChunkOptions, split_document
+from embed_assets.corpus.chunking import Tokenizer as ChunkTokenizer
+from embed_assets.engine.model import resolve_space
+from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer
+from embed_assets.records import Chunk
+from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+
+FAMILY = "\u200d".join("👩👩👧👦")
+MARKDOWN, PLAIN, RST = "text/markdown", "text/plain", "text/x-rst"
+
+
+@cache
+def tokenizer(name: str) -> ModelTokenizer:
+    """WordPiece of the sample model; byte-level BPE and Unigram trained on the spot; words."""
+    if name == "wordpiece":
+        return resolve_space(SAMPLE_MODEL).tokenizer
+    if name == "words":
+        return word_tokenizer()
+    corpus = [topic(t) for t in ("types", "try", "with", "specialnames")]
+    if name == "bpe":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    else:
+        made = Tokenizer(models.Unigram())
+        made.normalizer = normalizers.NFKC()
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>")
+    made.train_from_iterator(corpus, trainer)
+    ids = {t: made.token_to_id(t) for t in ("<s>", "</s>")}
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    return ModelTokenizer(made.to_str())
+
+
+PIECES = [
+    *("# Heading\n", "\n\n", "```\ncode line\n\nmore\n```\n", "~~~\nnever closed\n", "Title\n=====\n", "- item\n"),
+    *("A sentence. Another one! And a third? ", "東京は日本の首都です。大きい。", "مرحبا بالعالم ", "e\u0301e\u0301"),
+    *("\u200b", "\x00", "\x1c", "\x85", "\u2028", "\r", "ſ ﬁ İ ß", "x" * 300, "word " * 40, "| a | b |\n|---|---|\n"),
+    FAMILY,
+]
+NASTY = st.lists(
+    st.one_of(st.text(max_size=60), st.text(alphabet="ab \n\t.#`-*|=1", max_size=80), st.sampled_from(PIECES)),
+    max_size=25,
+).map("".join)
+
+
+def check(text: str, chunks: list[Chunk], used: ChunkTokenizer, options: ChunkOptions) -> None:
+    counts = used.count([chunk.text for chunk in chunks])
+    for i, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
+        assert text[chunk.char_start : chunk.char_end] == chunk.text
+        assert chunk.text.strip() == chunk.text != ""
+        assert chunk.chunk_index == i
+        assert chunk.token_count == count <= options.max_tokens
+    for one, other in pairwise(chunks):
+        assert one.char_start < other.char_start
+        assert one.char_end < other.char_end
+        assert options.overlap_tokens or one.char_end <= other.char_start
+    covered = 0
+    for chunk in chunks:
+        assert not text[covered : chunk.char_start].strip()
+        covered = max(covered, chunk.char_end)
+    assert not text[covered:].strip()
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "words"])
+@given(
+    text=NASTY,
+    media_type=st.sampled_from([MARKDOWN, PLAIN, RST]),
+    max_tokens=st.integers(16, 80),
+    overlap=st.integers(0, 7),
+)
+@example(text="a\x1cb " * 60, media_type=PLAIN, max_tokens=16, overlap=0)
+@example(text="\u200b" * 50, media_type=PLAIN, max_tokens=16, overlap=0)
+@example(text=FAMILY * 100, media_type=PLAIN, max_tokens=16, overlap=3)
+@settings(max_examples=300, deadline=None)
+def test_invariants(name: str, text: str, media_type: str, max_tokens: int, overlap: int) -> None:
+    options = ChunkOptions(max_tokens, overlap)
+    chunks = split_document(text, media_type, tokenizer(name), options)
+    check(text, chunks, tokenizer(name), options)
+    assert chunks == split_document(text, media_type, tokenizer(name), options)
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("page", ["types", "specialnames", "try"])
+def test_invariants_hold_on_real_pages(name: str, page: str) -> None:
+    for overlap in (0, 30):
+        options = ChunkOptions(128, overlap)
+        check(topic(page), split_document(topic(page), RST, tokenizer(name), options), tokenizer(name), options)
+
+
+def test_long_texts_are_tokenized_in_segments_without_a_trace() -> None:
+    text = "\n\n".join(f"Paragraph {i} has a few words. And a second sentence." for i in range(3000)) + "x" * 50_000
+    options = ChunkOptions(256)
+    check(text, split_document(text, PLAIN, tokenizer("wordpiece"), options), tokenizer("wordpiece"), options)
+
+
+def split(text: str, media_type: str = MARKDOWN, max_tokens: int = 16, overlap: int = 0) -> list[Chunk]:
+    return split_document(text, media_type, tokenizer("words"), ChunkOptions(max_tokens, overlap))
+
+
+def test_a_short_document_is_one_chunk() -> None:
+    assert [c.text for c in split("# Title\n\nSome text.\n")] == ["# Title\n\nSome text."]
+
+
+def test_whitespace_is_no_chunk() -> None:
+    assert split("") == split(" \n\t\n ") == []
+
+
+def test_chunks_begin_at_headings_where_they_can() -> None:
+    text = "# One\n\n" + "alpha beta gamma. " * 3 + "\n\n# Two\n\n" + "delta epsilon zeta. " * 3
+    assert [c.text[:5] for c in split(text, max_tokens=20)] == ["# One", "# Two"]
+
+
+def test_code_blocks_stay_whole_when_they_fit() -> None:
+    code = "```python\nfirst = 1\n\nsecond = 2\n```"
+    text = f"Some words before it all. More of them here.\n\n{code}\n\nSome words after it all. More of them here."
+    assert any(code in c.text for c in split(text, max_tokens=22))
+
+
+def test_code_blocks_over_the_limit_are_cut_at_lines() -> None:
+    lines = [f"value_{i} = function({i})" for i in range(20)]
+    text = "```\n" + "\n".join(lines) + "\n```"
+    for chunk in split(text, max_tokens=24):
+        assert all(line in ("```", *lines) for line in chunk.text.splitlines())
+
+
+def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
+    chunks = split("one two three four. five six seven eight. nine ten eleven twelve. " * 4, PLAIN, 20, 6)
+    assert len(chunks) > 2
+    for one, other in pairwise(chunks):
+        assert one.char_start < other.char_start < one.char_end
+
+
+def test_an_overlap_of_zero_repeats_nothing() -> None:
+    for one, other in pairwise(split("one two three four. " * 20, PLAIN, 20)):
+        assert one.char_end <= other.char_start
+
+
+@pytest.mark.parametrize(
+    ("text", "media_type", "expected"),
+    [
+        ("# A\n\ntext\n\n## B\n\ntext\n\n# C #\n\nlast", MARKDOWN, "C"),
+        ("# A\n\ntext\n\n## B\n\ntext\n\n### C#\n\nlast", MARKDOWN, "A > B > C#"),
+        ("A\n===\n\ntext\n\nB\n---\n\nlast", MARKDOWN, "A > B"),
+        ("```\n# no heading\n```\n\nlast", MARKDOWN, ""),
+        ("=====\nTitle\n=====\n\nOne\n---\n\ntext\n\nTwo\n---\n\nlast", RST, "Title > Two"),
+        ("Title\n*****\n\nSub\n=====\n\nlast", RST, "Title > Sub"),
+        ("# no heading\n\nlast", PLAIN, ""),
+    ],
+)
+def test_heading_path(text: str, media_type: str, expected: str) -> None:
+    padded = text.replace("last", "last " * 20)
+    assert split(padded, media_type, 18)[-1].heading_path == expected
+
+
+@pytest.mark.parametrize("page", ["types", "specialnames"])
+def test_an_inserted_sentence_changes_few_chunks(page: str) -> None:
+    text = topic(page)
+    before = {c.text for c in split_document(text, RST, tokenizer("wordpiece"), ChunkOptions(256))}
+    changes = []
+    for i in range(1, 20):
+        place = text.index(" ", len(text) * i // 20)
+        edited = text[:place] + " This sentence was not here before." + text[place:]
+        after = split_document(edited, RST, tokenizer("wordpiece"), ChunkOptions(256))
+        changes.append(sum(c.text not in before for c in after))
+    assert sum(changes) / len(changes) <= 2.5
+    assert min(changes) >= 1
+
+
+def test_work_grows_with_the_text_not_with_its_square() -> None:
+    """Counted in characters given to the tokenizer, not in seconds."""
+
+    class Recording:
+        special_tokens = 2
+        splits_at_whitespace = True
+        characters = 0
+
+        def spans(self, texts: list[str]) -> list[object]:
+            self.characters += sum(map(len, texts))
+            return tokenizer("wordpiece").spans(texts)  # type: ignore[return-value]
+
+        def count(self, texts: list[str]) -> list[int]:
+            self.characters += sum(map(len, texts))
+            return tokenizer("wordpiece").count(texts)
+
+    text = topic("types") * 3
+    recording = Recording()
+    split_document(text, RST, recording, ChunkOptions(256))  # type: ignore[arg-type]
+    assert recording.characters <= 1.1 * len(text)

@@ -1,0 +1,352 @@
+"""Every file is a document or a rejection with a reason; never an exception, never mojibake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embed_assets.corpus.encoding import Undecodable, decode
+from embed_assets.corpus.parsing import REASONS, SUPPORTED_ENDINGS, ParseOptions, read_documents
+from embed_assets.corpus.source import Source
+from embed_assets.records import Document, Rejection
+
+OPTIONS = ParseOptions(max_file_bytes=200_000)
+
+
+def read(root: Path, options: ParseOptions = OPTIONS, partition_by: str = "folder") -> dict[str, Document | Rejection]:
+    """All documents and rejections of all partitions, by their id."""
+    source = Source(str(root), partition_by)
+    items = [item for p in source.partitions().values() for item in read_documents(source, p, options)]
+    assert len({item.document_id for item in items}) == len(items)
+    assert all(item.reason in REASONS and "\n" not in item.detail for item in items if isinstance(item, Rejection))
+    return {item.document_id: item for item in items}
+
+
+def one(root: Path, name: str, data: bytes, options: ParseOptions = OPTIONS) -> Document | Rejection:
+    (root / name).write_bytes(data)
+    items = read(root, options)
+    assert len(items) == 1
+    return next(iter(items.values()))
+
+
+def reason(item: Document | Rejection) -> str:
+    assert isinstance(item, Rejection), item
+    return item.reason
+
+
+def text(item: Document | Rejection) -> str:
+    assert isinstance(item, Document), item
+    return item.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_unicode_with_and_without_mark(tmp_path: Path, encoding: str) -> None:
+    assert (
+        text(one(tmp_path, "a.txt", "Zażółć gęślą jaźń 東京\r\nnext".encode(encoding)))
+        == "Zażółć gęślą jaźń 東京\nnext"
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sample"),
+    [
+        (
+            "cp1252",
+            "Le café est fermé à Noël, « désolé » pour la gêne. L’été, ça ira mieux. " * 8,
+        ),
+        (
+            "cp1251",
+            "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 8,
+        ),
+        ("koi8-r", "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 8),
+        (
+            "cp1250",
+            "Zażółć gęślą jaźń. Pójdź, kińże tę chmurność w głąb flaszy! Litwo, ojczyzno moja, jesteś jak zdrowie. ",
+        ),
+        ("shift_jis", "日本語の文章をここに書きます。東京は日本の首都であり、人口が最も多い都市です。" * 8),
+    ],
+)
+def test_other_encodings_are_detected_and_named(tmp_path: Path, encoding: str, sample: str) -> None:
+    item = one(tmp_path, "a.txt", sample.encode(encoding))
+    assert text(item) == sample
+    assert isinstance(item, Document)
+    assert json.loads(item.metadata)["encoding"]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "empty"),
+        (b" \n\t", "empty"),
+        (b"\xef\xbb\xbf", "empty"),
+        (bytes(range(256)) * 4, "undecodable"),
+        (b"\xff\xfeabc", "undecodable"),
+        (b"good \xc3\x28 bad \x00\x81 worse", "undecodable"),
+        (b"x" * 200_001, "too_large"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path: Path, data: bytes, expected: str) -> None:
+    assert reason(one(tmp_path, "a.md", data)) == expected
+
+
+def test_unknown_endings_are_rejected_by_name(tmp_path: Path) -> None:
+    item = one(tmp_path, "photo.png", b"\x89PNG")
+    assert reason(item) == "unsupported_format"
+    assert isinstance(item, Rejection)
+    assert ".png" in item.detail
+
+
+def test_titles(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("\n# The Title #\n\ntext")
+    (tmp_path / "b.rst").write_text("The Title\n=========\n\ntext")
+    (tmp_path / "c.txt").write_text("text")
+    (tmp_path / "d.html").write_text("<title>The Title</title><p>text")
+    titles = {k: v.title for k, v in read(tmp_path).items() if isinstance(v, Document)}
+    assert titles == {"a.md": "The Title", "b.rst": "The Title", "c.txt": "c.txt", "d.html": "The Title"}
+
+
+def test_html_becomes_markdown_with_its_headings_and_code(tmp_path: Path) -> None:
+    page = "<html><head><style>p{}</style><script>alert(1)</script></head><h1>Top</h1><p>A&nbsp;&lt;b&gt;"
+    page += "<h2>Sub</h2><pre><code>x = 1\n\ny = 2</code></pre>"
+    found = text(one(tmp_path, "a.html", page.encode()))
+    assert "# Top" in found and "## Sub" in found and "x = 1\n\ny = 2" in found and "<b>" in found
+    assert "alert" not in found and "p{}" not in found
+
+
+def test_html_says_its_own_charset(tmp_path: Path) -> None:
+    page = "<html><meta charset='iso-8859-2'><p>Zażółć gęślą jaźń"
+    assert "Zażółć gęślą jaźń" in text(one(tmp_path, "a.html", page.encode("iso-8859-2")))
+
+
+def test_deeply_nested_html_ends_in_bounded_time(tmp_path: Path) -> None:
+    options = ParseOptions(max_file_bytes=10 << 20)
+    assert reason(one(tmp_path, "a.html", b"<div>" * 100_000 + b"x" + b"</div>" * 100_000, options)) in REASONS
+
+
+def jsonl(*lines: str) -> bytes:
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def test_jsonl_rows_are_documents(tmp_path: Path) -> None:
+    data = jsonl('{"id": 7, "text": "One", "title": "T", "lang": "en"}', "", '{"text": "Two"}', '{"text": "Two"}')
+    items = one_file(tmp_path, "a.jsonl", data)
+    assert [text(i) for i in items.values()] == ["One", "Two", "Two"]
+    first = items["a.jsonl#7"]
+    assert isinstance(first, Document)
+    assert (first.title, first.metadata) == ("T", '{"lang": "en"}')
+
+
+def one_file(root: Path, name: str, data: bytes, options: ParseOptions = OPTIONS) -> dict[str, Document | Rejection]:
+    (root / name).write_bytes(data)
+    return read(root, options)
+
+
+def test_bad_jsonl_lines_are_rejected_one_by_one(tmp_path: Path) -> None:
+    data = jsonl(
+        "no json",
+        '["a list"]',
+        '{"other": 1}',
+        '{"text": 5}',
+        '{"text": null}',
+        '{"text": "  "}',
+        '{"text": "\\ud800"}',
+        '{"id": 1, "text": "good"}',
+        '{"id": 1, "text": "again"}',
+        '{"id": 2, "text": "huge", "n": ' + "9" * 5000 + "}",
+        "[" * 100_000,
+    )
+    items = one_file(tmp_path, "a.jsonl", data + b"\n\xff\xfe{}")
+    reasons = sorted(i.reason for i in items.values() if isinstance(i, Rejection))
+    assert reasons == sorted(
+        ["invalid_json"] * 3 + ["missing_text"] * 2 + ["empty"] * 2 + ["invalid_unicode", "duplicate_id", "undecodable"]
+    )
+    assert sorted(i.text for i in items.values() if isinstance(i, Document)) == ["good", "huge"]
+
+
+def test_over_long_jsonl_lines_are_read_past(tmp_path: Path) -> None:
+    data = jsonl('{"text": "before"}', '{"text": "' + "x" * 300_000 + '"}', '{"text": "after"}')
+    items = one_file(tmp_path, "a.jsonl", data)
+    assert sorted(i.text for i in items.values() if isinstance(i, Document)) == ["after", "before"]
+    assert [i.reason for i in items.values() if isinstance(i, Rejection)] == ["too_large"]
+
+
+def test_csv_rows_are_documents(tmp_path: Path) -> None:
+    data = 'id,text,lang\n1,"Hello, ""world""\nsecond line",en\n2,Grüße,de\n'.encode("utf-8-sig")
+    items = one_file(tmp_path, "a.csv", data)
+    assert text(items["a.csv#1"]) == 'Hello, "world"\nsecond line'
+    assert text(items["a.csv#2"]) == "Grüße"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"id,body\n1,x\n", ["missing_text"]),
+        (b"id,text\n", ["empty"]),
+        (b"id,text\n1,a,extra\n2,ok\n3\n", ["invalid_row", "invalid_row"]),
+        (b'id,text\n1,"' + b"x" * 250_000 + b'"\n', ["invalid_row"]),
+    ],
+)
+def test_bad_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None:
+    items = one_file(tmp_path, "a.csv", data)
+    assert [i.reason for i in items.values() if isinstance(i, Rejection)] == expected
+
+
+def parquet(**columns: list[object]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
+    items = one_file(tmp_path, "a.parquet", parquet(id=[1, 2], text=["One", None], tags=[["a"], []]))
+    assert text(items["a.parquet#1"]) == "One"
+    assert reason(items["a.parquet#row2"]) == "empty"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"PAR1 no parquet", "broken_file"),
+        (parquet(body=["x"]), "missing_text"),
+        (parquet(text=[5]), "missing_text"),
+        (parquet(text=[b"\xff"]), "missing_text"),
+        (parquet(text=[]), "empty"),
+    ],
+)
+def test_bad_parquet(tmp_path: Path, data: bytes, expected: str) -> None:
+    items = one_file(tmp_path, "a.parquet", data)
+    assert [reason(i) for i in items.values()] == [expected]
+
+
+def docx_bytes() -> bytes:
+    import docx
+
+    document = docx.Document()
+    document.core_properties.title = "The Title"
+    document.add_heading("Chapter", 1)
+    document.add_paragraph("Some words.")
+    document.add_paragraph("An item", style="List Bullet")
+    table = document.add_table(rows=1, cols=2)
+    table.cell(0, 0).text, table.cell(0, 1).text = "left", "right"
+    sink = io.BytesIO()
+    document.save(sink)
+    return sink.getvalue()
+
+
+def pdf_bytes(words: str = "Hello PDF world") -> bytes:
+    """A PDF of one page, written by hand."""
+    content = f"BT /F1 12 Tf 72 720 Td ({words}) Tj ET".encode() if words else b""
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        b"/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content),
+    ]
+    out, offsets = b"%PDF-1.4\n", []
+    for i, body in enumerate(objects, 1):
+        offsets.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (i, body)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    trailer = b"trailer\n<< /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out)
+    return out + b"xref\n0 5\n0000000000 65535 f \n" + table + trailer
+
+
+def test_word_documents_become_markdown(tmp_path: Path) -> None:
+    item = one(tmp_path, "a.docx", docx_bytes())
+    assert text(item) == "# Chapter\n\nSome words.\n\n- An item\n\n| left | right |"
+    assert isinstance(item, Document)
+    assert (item.title, item.media_type) == ("The Title", "text/markdown")
+
+
+def test_pdf_text(tmp_path: Path) -> None:
+    assert text(one(tmp_path, "a.pdf", pdf_bytes())) == "Hello PDF world"
+
+
+def zipped(name: str, data: bytes) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.pdf", b"%PDF-1.4 broken", "broken_file"),
+        ("a.pdf", b"no pdf at all", "broken_file"),
+        ("a.pdf", pdf_bytes()[:-120], "broken_file"),
+        ("a.pdf", pdf_bytes(""), "empty"),
+        ("a.docx", b"PK no zip", "broken_file"),
+        ("a.docx", zipped("x", b"y"), "broken_file"),
+        ("a.docx", docx_bytes()[:-200], "broken_file"),
+        ("a.docx", zipped("word/document.xml", b"\0" * (600 << 20)), "too_large"),
+    ],
+)
+def test_broken_office_files(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
+    options = ParseOptions(max_file_bytes=10 << 20)
+    if data == pdf_bytes()[:-120]:  # the parser may also mend what was cut off
+        item = one(tmp_path, name, data, options)
+        assert isinstance(item, Document) or item.reason == expected
+    else:
+        assert reason(one(tmp_path, name, data, options)) == expected
+
+
+def test_links(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("secret")
+    root = tmp_path / "landing"
+    (root / "folder").mkdir(parents=True)
+    (root / "folder/real.txt").write_text("real")
+    os.symlink(outside, root / "out.txt")
+    os.symlink(tmp_path, root / "out")
+    os.symlink("loop.txt", root / "loop.txt")
+    os.symlink("nothing", root / "dangling.txt")
+    os.symlink("folder", root / "alias")
+    os.symlink("folder/real.txt", root / "inside.txt")
+    os.mkfifo(root / "pipe.txt")
+    items = read(root)
+    reasons = {k: v.reason for k, v in items.items() if isinstance(v, Rejection)}
+    assert reasons == {
+        "out.txt": "symlink_outside",
+        "out": "symlink_outside",
+        "loop.txt": "broken_link",
+        "dangling.txt": "broken_link",
+        "alias": "symlink_to_folder",
+        "pipe.txt": "not_a_file",
+    }
+    assert text(items["inside.txt"]) == text(items["real.txt"]) == "real"
+
+
+@given(data=st.binary(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_decoding_is_right_or_refused(data: bytes) -> None:
+    try:
+        decoded, encoding = decode(data)
+    except Undecodable:
+        return
+    assert isinstance(decoded, str)
+    if encoding == "utf-8":
+        assert decoded == data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+@given(
+    data=st.binary(max_size=200),
+    ending=st.sampled_from(SUPPORTED_ENDINGS),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_end_in_documents_or_rejections(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, ending: str
+) -> None:
+    root = tmp_path_factory.mktemp("fuzz")
+    (root / f"a{ending}").write_bytes(data)
+    assert read(root)
