@@ -35,6 +35,9 @@ _SAFE_SPACE = " \t\n\r"
 _LEADING_SPACE = re.compile(r"\s*")
 
 
+_Span = tuple[int, int]
+
+
 class Tokenizer(Protocol):
     """What chunking needs of the model's tokenizer."""
 
@@ -182,12 +185,9 @@ class _Splitter:
     def chunks(self) -> list[Chunk]:
         if not self._text.strip():
             return []
-        cuts, costs = self._cuts()
-        bounds = self._cheapest(cuts, costs)
+        bounds = self._cheapest(*self._cuts())
         cores = [s for s in (_strip(self._text, *span) for span in pairwise(bounds)) if s[0] < s[1]]
-        widened = (self._widen(before, *core) for (before, _), core in pairwise(cores))
-        spans = [*cores[:1], *(_strip(self._text, *span) for span in widened)]
-        counted = self._without_repeats(self._count(spans))
+        counted = self._with_overlap(self._fitting(cores))
         paths = self._structure.heading_paths([start for (start, _), _ in counted])
         return [
             Chunk(i, self._text[start:end], path, start, end, count)
@@ -259,44 +259,47 @@ class _Splitter:
             path.append(previous[path[-1]])
         return [bounds[i] for i in reversed(path)]
 
-    def _widen(self, before: int, start: int, end: int) -> tuple[int, int]:
-        """The chunk with up to the overlap's tokens of the one at `before` in front, from a sentence or word on."""
+    def _fitting(self, spans: list[_Span]) -> list[tuple[_Span, int]]:
+        """The spans with their exact token counts; those that turn out to be over the limit are split."""
+        result: list[tuple[_Span, int]] = []
+        for span, count in zip(spans, self._exact_counts(spans), strict=True):
+            if count <= self._limit + self._special:
+                result.append((span, count))
+            else:
+                result.extend(self._fitting(self._halve(*span)))
+        return result
+
+    def _with_overlap(self, cores: list[tuple[_Span, int]]) -> list[tuple[_Span, int]]:
+        """The chunks with the end of the one before in front; without it where that would be too much."""
         if not self._overlap:
-            return start, end
+            return cores
+        widened = [_strip(self._text, *self._widen(one[0], *core)) for (one, _), (core, _) in pairwise(cores)]
+        counts = self._exact_counts(widened)
+        fits = (count <= self._limit + self._special for count in counts)
+        chosen = zip(cores[1:], zip(widened, counts, strict=True), fits, strict=True)
+        return [*cores[:1], *(wide if is_fitting else core for core, wide, is_fitting in chosen)]
+
+    def _widen(self, before: int, start: int, end: int) -> _Span:
+        """The chunk with up to the overlap's tokens of the one at `before` in front, from a sentence or word on."""
         first = int(self._tokens.index(np.array([start]))[0])
         earliest = max(before + 1, int(self._tokens.starts[max(0, first - self._overlap)])) if first else start
         sentence = int(np.searchsorted(self._structure.cuts, earliest))
         if sentence < len(self._structure.cuts) and self._structure.cuts[sentence] < start:
             return int(self._structure.cuts[sentence]), end
-        words = self._word_starts(max(earliest - 1, 0), start)
+        words = self._word_starts(earliest - 1, start)
         return (words[0] if words else start), end
 
-    def _without_repeats(self, counted: list[tuple[tuple[int, int], int]]) -> list[tuple[tuple[int, int], int]]:
-        """Without pieces that an earlier chunk holds whole: halves of a chunk that was too long with its overlap."""
-        kept: list[tuple[tuple[int, int], int]] = []
-        for span, count in counted:
-            if not kept or span[1] > kept[-1][0][1]:
-                kept.append((span, count))
-        return kept
-
-    def _count(self, spans: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
-        """The spans with their exact token counts; those over the limit are split."""
+    def _exact_counts(self, spans: list[_Span]) -> list[int]:
+        """Tokens of each span by itself, special tokens included; counted anew only where its edges leave doubt."""
         bounds = self._tokens.index(np.array(spans, dtype=np.int64).reshape(-1, 2))
-        counts = (bounds[:, 1] - bounds[:, 0] + self._special).tolist()
+        counts = [int(n) for n in bounds[:, 1] - bounds[:, 0] + self._special]
         doubtful = [i for i, span in enumerate(spans) if not self._is_certain(*span)]
-        for i, count in zip(
-            doubtful, self._tokenizer.count([self._text[slice(*spans[i])] for i in doubtful]), strict=True
-        ):
+        texts = [self._text[slice(*spans[i])] for i in doubtful]
+        for i, count in zip(doubtful, self._tokenizer.count(texts), strict=True):
             counts[i] = count
-        result: list[tuple[tuple[int, int], int]] = []
-        for span, count in zip(spans, counts, strict=True):
-            if count <= self._limit + self._special:
-                result.append((span, count))
-            else:
-                result.extend(self._count(self._halve(*span)))
-        return result
+        return counts
 
-    def _halve(self, start: int, end: int) -> list[tuple[int, int]]:
+    def _halve(self, start: int, end: int) -> list[_Span]:
         """Two spans of a chunk that turned out too long: cut at the space nearest its middle, else in the middle."""
         middle = (start + end) // 2
         spaces = [m.end() for m in re.finditer(r"\s+", self._text[start:end])]
@@ -317,7 +320,7 @@ class _Splitter:
         return not (i < len(self._tokens.doubtful) and self._tokens.doubtful[i] < end)
 
 
-def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+def _strip(text: str, start: int, end: int) -> _Span:
     """The span without whitespace at its ends."""
     piece = text[start:end]
     left = len(piece) - len(piece.lstrip())

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_HEADING_COST = (0.2, 0.6, 2.1)
+_HEADING_COST = (0.2, 0.6, 1.2)
 """By depth: 1, 2, and 3 or deeper."""
-_HEADING_NOISE = 0.5
+_HEADING_NOISE = 1.0
 BLOCK, ITEM, CODE_LINE, SENTENCE, WORD, CHARACTER = range(6)
-_COST = (1.0, 1.1, 1.4, 2.1, 3.1, 5.1)
+_COST = (1.0, 1.15, 0.3, 2.0, 4.0, 6.0)
 """By kind of cut. One more chunk costs what its cut costs: a dearer cut is taken to save a cheaper one only."""
-_NOISE = 3.0
-_NOISE_POWER = 1.5
+_NOISE = 6.0
+_NOISE_POWER = 0.7
 _CONTEXT_CHARACTERS = 16
 
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")

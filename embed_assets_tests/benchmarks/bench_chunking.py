@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embed_assets.corpus.chunking import ChunkOptions, split_document, split_documents
+from embed_assets.corpus.chunking import ChunkOptions, _Splitter, _Tokens, split_document, split_documents
 from embed_assets.corpus.structure import find_structure
 from embed_assets.engine.model import resolve_space
 from embed_assets.engine.tokenization import ModelTokenizer
@@ -84,11 +84,11 @@ def splitters(tokenizer: ModelTokenizer, media_type: str) -> dict[str, Splitter]
 
 
 def greedy(text: str, media_type: str, tokenizer: ModelTokenizer) -> list[str]:
-    """Chunks as full as our cuts allow, wherever that leaves their boundaries."""
-    structure = find_structure(text, media_type)
-    starts = tokenizer.spans([text])[0][:, 0]
-    bounds = [0, *structure.cuts.tolist(), len(text)]
-    before = np.searchsorted(starts, bounds)
+    """Chunks as full as the very cuts that our splitter may choose from allow."""
+    tokens = _Tokens.join(text, [(0, len(text))], tokenizer.spans([text]))
+    cuts, _ = _Splitter(text, find_structure(text, media_type), tokens, tokenizer, OPTIONS)._cuts()
+    bounds = [0, *cuts.tolist(), len(text)]
+    before = tokens.index(np.array(bounds))
     chunks, first = [], 0
     for i in range(1, len(bounds)):
         if before[i] - before[first] > OPTIONS.max_tokens - tokenizer.special_tokens and i - 1 > first:

