@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,18 @@ _err = _console(stderr=True)
 _out = _console()
 
 
-def command(function: Callable[..., object]) -> click.Command:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command found."""
+
+    json: dict[str, object]
+    exit_code: int = 0
+
+
+def command(function: Callable[..., Answer]) -> click.Command:
     """A sub-command with --json and --debug, whose user errors are one line and exit code 1.
 
-    The function returns what --json prints, and prints tables itself when `as_json` is False.
+    The function prints tables itself when `as_json` is False.
     """
 
     @functools.wraps(function)
@@ -54,9 +62,8 @@ def command(function: Callable[..., object]) -> click.Command:
             _err.print("stopped; what was embedded so far is kept and will be reused")
             sys.exit(130)
         if as_json:
-            click.echo(json.dumps(answer, ensure_ascii=False, indent=2))
-        if isinstance(answer, dict) and answer.get("exit_code"):
-            sys.exit(int(answer["exit_code"]))
+            click.echo(json.dumps(answer.json, ensure_ascii=False, indent=2))
+        sys.exit(answer.exit_code)
 
     wrapper = click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else to stdout."
@@ -76,7 +83,7 @@ def main() -> None:
 
 @command
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-def sample(as_json: bool, folder: Path | None) -> object:
+def sample(as_json: bool, folder: Path | None) -> Answer:
     """Write a small real corpus (the Python language reference) to FOLDER, by default EMBED_SOURCE."""
     from embed_assets.sample import write_sample
 
@@ -84,11 +91,11 @@ def sample(as_json: bool, folder: Path | None) -> object:
     counts = write_sample(folder)
     if not as_json:
         _out.print(f"{sum(counts.values())} documents in {len(counts)} partitions under {folder}/", markup=False)
-    return {"folder": str(folder), "documents": sum(counts.values()), "partitions": counts}
+    return Answer({"folder": str(folder), "documents": sum(counts.values()), "partitions": counts})
 
 
 @command
-def discover(as_json: bool) -> object:
+def discover(as_json: bool) -> Answer:
     """List the source, register its partitions, and record which of them changed."""
     from embed_assets.defs.discovery import discover as discover_partitions
     from embed_assets.defs.discovery import list_partitions
@@ -105,14 +112,14 @@ def discover(as_json: bool) -> object:
         _print_names("emptied", found.emptied)
         _out.print(f"{len(found.partitions)} partitions in {pipeline.source.root}", markup=False)
     files = {key: len(partition.files) for key, partition in sorted(found.partitions.items())}
-    return {"partitions": files, "added": found.added, "changed": found.changed, "emptied": found.emptied}
+    return Answer({"partitions": files, "added": found.added, "changed": found.changed, "emptied": found.emptied})
 
 
 @command
 @click.option(
     "--count", is_flag=True, help="Also count chunks and tokens and estimate the time, by reading and splitting."
 )
-def plan(as_json: bool, count: bool) -> object:
+def plan(as_json: bool, count: bool) -> Answer:
     """Show what is missing or stale, why, and (with --count) what it will cost. Changes nothing."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import estimated_seconds, make_plan
@@ -128,14 +135,14 @@ def plan(as_json: bool, count: bool) -> object:
     if count:
         totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens")
         answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}
-    return answer
+    return Answer(answer)
 
 
 @command
 @click.option(
     "--partition", "partitions", multiple=True, metavar="KEY", help="Only this partition; can be given again."
 )
-def sync(as_json: bool, partitions: Sequence[str]) -> object:
+def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
     """Discover, then materialize what is missing or stale. Exits 1 if any partition failed."""
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
@@ -150,18 +157,15 @@ def sync(as_json: bool, partitions: Sequence[str]) -> object:
         _print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
     if result.failed:
         _err.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
-    answer: dict[str, object] = {"partitions": {key: r.as_json() for key, r in result.partitions.items()}}
-    return (
-        answer
-        | totals
-        | {"seconds": result.seconds, "space": pipeline.space.name, "exit_code": int(bool(result.failed))}
-    )
+    rows: dict[str, object] = {key: r.as_json() for key, r in result.partitions.items()}
+    answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.space.name}
+    return Answer(answer, exit_code=int(bool(result.failed)))
 
 
 @command
 @click.argument("query")
 @click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many results.")
-def search(as_json: bool, query: str, k: int) -> object:
+def search(as_json: bool, query: str, k: int) -> Answer:
     """Find the chunks nearest to QUERY, exactly, by cosine similarity."""
     from embed_assets.lake.search import search as search_table
 
@@ -178,12 +182,12 @@ def search(as_json: bool, query: str, k: int) -> object:
                 soft_wrap=True,
             )
             _out.print("       " + " ".join(result.text.split())[:160], markup=False, soft_wrap=True)
-    return {"results": [asdict(result) for result in results]}
+    return Answer({"results": [asdict(result) for result in results]})
 
 
 @command
 @click.option("--repair", is_flag=True, help="Mark the damaged partitions stale, so that the next sync mends them.")
-def verify(as_json: bool, repair: bool) -> object:
+def verify(as_json: bool, repair: bool) -> Answer:
     """Check that every chunk has exactly one good vector, for its current text. Exits 1 if not."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.repair import mark_for_repair
@@ -204,11 +208,15 @@ def verify(as_json: bool, repair: bool) -> object:
             )
         advice = "marked stale, run 'embed-assets sync'" if repair else "run 'embed-assets verify --repair'"
         _out.print(f"{len(found)} partitions checked, {len(damaged)} damaged" + (f": {advice}" if damaged else ""))
-    answer: dict[str, object] = {"ok": not damaged, "checked": len(found), "repaired": repair and bool(damaged)}
-    return answer | {
-        "partitions": {key: asdict(gaps) for key, gaps in damaged.items()},
-        "exit_code": int(bool(damaged)),
-    }
+    return Answer(
+        {
+            "ok": not damaged,
+            "checked": len(found),
+            "repaired": repair and bool(damaged),
+            "partitions": {key: asdict(gaps) for key, gaps in damaged.items()},
+        },
+        exit_code=int(bool(damaged)),
+    )
 
 
 def _pipeline() -> Any:

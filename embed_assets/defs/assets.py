@@ -74,6 +74,8 @@ class _Prepared:
     """Data version of the source and each asset, after what ran so far."""
     raw: RawDocuments | None = None
     chunks: Replaced | None = None
+    error: Exception | None = None
+    """Why it went no further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,14 @@ class CorpusRun:
         prepared = _Prepared(
             {SOURCE: partition.version, **{asset: self.history.version(asset, key) for asset in ASSETS}}
         )
+        try:
+            self._read_and_chunk(partition, prepared)
+        except Exception as error:  # raised again by _finish, once what was made before it is recorded
+            prepared.error = error
+        return prepared
+
+    def _read_and_chunk(self, partition: SourcePartition, prepared: _Prepared) -> None:
+        key = partition.key
         if self._is_due("raw_documents", key, prepared.versions):
             prepared.raw = self.pipeline.materialize_raw_documents(
                 partition, self._provenance("raw_documents", prepared)
@@ -169,7 +179,6 @@ class CorpusRun:
         if self._is_due("chunks", key, prepared.versions):
             prepared.chunks = self.pipeline.materialize_chunks(key, self._provenance("chunks", prepared))
             prepared.versions["chunks"] = prepared.chunks.data_version
-        return prepared
 
     def _finish(self, key: str, prepared: _Prepared) -> PartitionResult:
         """Record what was prepared, embed if that is selected and due, and record that."""
@@ -182,6 +191,8 @@ class CorpusRun:
         if prepared.chunks is not None:
             result.chunks = result.reused = prepared.chunks.rows
             self._record("chunks", key, prepared, prepared.chunks, _counts(result, "documents", "rejected", "chunks"))
+        if prepared.error is not None:
+            raise prepared.error
         if self._is_due("embeddings", key, prepared.versions):
             embedded = self.pipeline.materialize_embeddings(
                 key,

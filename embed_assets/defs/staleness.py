@@ -98,10 +98,10 @@ class History:
         # Another space's rows are in another table: only for its own code is this one's word of use.
         if record.code_version == code_version and record.rows and key not in self.present[asset]:
             return Status("missing", (f"its {record.rows} rows are not in the table",))
-        reasons: list[str] = []
         if self.is_marked_for_repair(asset, key):
-            reasons.append("verify found its rows damaged")
-        elif record.code_version != code_version:
+            return Status("stale", ("verify found its rows damaged",))
+        reasons: list[str] = []
+        if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
         reasons += [
             f"{'source files' if dependency == SOURCE else dependency} changed"

@@ -1,0 +1,237 @@
+"""The assets in real Dagster instances: runs, events, versions, metadata."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+
+from embed_assets.definitions import build_definitions
+from embed_assets.defs.instance import open_instance
+from embed_assets.defs.specs import ASSETS
+from embed_assets.defs.sync import make_plan
+from embed_assets.settings import load_settings
+from embed_assets_tests.conftest import Project, topic
+
+DAGSTER = Path(sys.executable).parent / "dagster"
+
+
+@pytest.fixture
+def instance(project: Project) -> Iterator[dg.DagsterInstance]:
+    with open_instance() as opened:
+        yield opened
+
+
+def materialize(*arguments: str, select: str = "*") -> subprocess.CompletedProcess[str]:
+    """`dagster asset materialize` as a user calls it."""
+    command = [str(DAGSTER), "asset", "materialize", "-m", "embed_assets.definitions", "--select", select, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run(instance: dg.DagsterInstance, key: str, *assets: str) -> dg.ExecuteInProcessResult:
+    """A run of one partition in this process."""
+    job = build_definitions(load_settings()).resolve_implicit_global_asset_job_def()
+    selection = [dg.AssetKey(asset) for asset in assets] or None
+    return job.execute_in_process(instance=instance, partition_key=key, asset_selection=selection, raise_on_error=False)
+
+
+def latest(instance: dg.DagsterInstance, asset: str, key: str) -> dg.AssetMaterialization:
+    record = instance.get_latest_data_version_record(dg.AssetKey(asset), partition_key=key)
+    assert record is not None and record.asset_materialization is not None
+    return record.asset_materialization
+
+
+def events(instance: dg.DagsterInstance, asset: str) -> int:
+    return len(instance.fetch_materializations(dg.AssetKey(asset), limit=1000).records)
+
+
+def dagster_says(instance: dg.DagsterInstance, key: str) -> dict[str, str]:
+    """State of the assets as Dagster's own resolver sees it."""
+    view = AssetGraphView.for_test(build_definitions(load_settings()), instance)
+    resolver = CachingStaleStatusResolver(instance=instance, asset_graph=view.asset_graph, loading_context=view)
+    return {asset: resolver.get_status(dg.AssetKey(asset), key).value.lower() for asset in ASSETS}
+
+
+def we_say(instance: dg.DagsterInstance, key: str) -> dict[str, str]:
+    plans = {plan.partition.key: plan for plan in make_plan(instance, pipeline_of_settings())}
+    return {asset: status.state for asset, status in plans[key].statuses.items()}
+
+
+def pipeline_of_settings() -> object:
+    from embed_assets.stages.pipeline import Pipeline
+
+    return Pipeline.from_settings(load_settings())
+
+
+def test_the_graph_is_what_it_was() -> None:
+    definitions = build_definitions(load_settings())
+    graph = definitions.resolve_asset_graph()
+    keys = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
+    assert sorted(keys) == ["chunks", "embeddings", "raw_documents", "source_files"]
+    assert {name: sorted(p.to_user_string() for p in node.parent_keys) for name, node in keys.items()} == {
+        "source_files": [],
+        "raw_documents": ["source_files"],
+        "chunks": ["raw_documents"],
+        "embeddings": ["chunks", "raw_documents"],
+    }
+    for name, node in keys.items():
+        assert node.description, name
+        assert node.group_name == "corpus"
+        assert node.owners
+        assert node.kinds
+        assert node.is_materializable == (name != "source_files")
+        assert name == "source_files" or (node.code_version and node.metadata["dagster/column_schema"])
+
+
+def test_materialize_on_the_command_line_then_a_cheap_no_op(project: Project) -> None:
+    project.write("a/try.rst", topic("try"))
+    project.write("b/with.rst", topic("with"))
+    project.json("discover")
+    done = materialize("--partition", "a")
+    assert done.returncode == 0, done.stderr
+    assert {r["partition_key"] for r in project.rows("partition_key")} == {"a"}
+    plan = {r["partition_key"]: r["assets"]["embeddings"]["state"] for r in project.json("plan")["partitions"]}
+    assert plan == {"a": "fresh", "b": "missing"}
+    versions = sorted((project.root / "lake").rglob("_delta_log/*.json"))
+    assert materialize("--partition", "a").returncode == 0
+    assert sorted((project.root / "lake").rglob("_delta_log/*.json")) == versions
+
+
+def test_a_range_run_gives_each_partition_its_own_version_and_names_those_that_fail(project: Project) -> None:
+    for key in "abc":
+        project.write(f"{key}/one.md", f"One of {key}.")
+    project.sync()
+    with open_instance() as instance:
+        before = {key: latest(instance, "chunks", key).tags for key in "abc"}
+    assert len({tags["dagster/data_version"] for tags in before.values() if tags}) == 3
+    for key in "abc":
+        project.write(f"{key}/one.md", f"Another of {key}.")
+    next((project.root / "lake/chunks/partition_key=b").glob("*.parquet")).write_bytes(b"damaged")
+    done = materialize("--partition-range", "a...c")
+    assert done.returncode == 1
+    assert "1 of 3 partitions failed" in done.stderr + done.stdout
+    with open_instance() as instance:
+        for key in "ac":
+            assert dagster_says(instance, key) == dict.fromkeys(ASSETS, "fresh")
+        assert dagster_says(instance, "b")["chunks"] != "fresh"
+        statuses = instance.get_status_by_partition(dg.AssetKey("embeddings"), ["a", "b", "c"], _partitions())
+        assert statuses is not None
+        assert {k: v.value for k, v in statuses.items() if v} == {
+            "a": "MATERIALIZED",
+            "b": "FAILED",
+            "c": "MATERIALIZED",
+        }
+
+
+def _partitions() -> dg.DynamicPartitionsDefinition:
+    from embed_assets.defs.specs import corpus_partitions
+
+    return corpus_partitions
+
+
+def test_our_states_are_dagsters(
+    project: Project, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def agree(key: str = "a") -> dict[str, str]:
+        project.json("discover")
+        ours = we_say(instance, key)
+        assert ours == dagster_says(instance, key)
+        return ours
+
+    file = project.write("a/try.rst", topic("try"))
+    assert agree() == dict.fromkeys(ASSETS, "missing")
+    project.sync()
+    assert agree() == dict.fromkeys(ASSETS, "fresh")
+    os.utime(file, (1, 1))
+    assert agree() == {"raw_documents": "stale", "chunks": "fresh", "embeddings": "fresh"}
+    assert run(instance, "a", "raw_documents").success
+    assert agree() == dict.fromkeys(ASSETS, "fresh")
+    project.write("a/try.rst", topic("with"))
+    assert run(instance, "a", "raw_documents").success
+    assert agree() == {"raw_documents": "fresh", "chunks": "stale", "embeddings": "stale"}
+    assert run(instance, "a", "chunks").success
+    assert agree() == {"raw_documents": "fresh", "chunks": "fresh", "embeddings": "stale"}
+    assert run(instance, "a").success
+    assert agree() == dict.fromkeys(ASSETS, "fresh")
+    project.set(CHUNK_TOKENS="100")
+    assert agree() == {"raw_documents": "fresh", "chunks": "stale", "embeddings": "fresh"}
+    project.set(MODEL="fake:16@other")
+    assert agree()["embeddings"] == "stale"
+    project.sync()
+    assert agree() == dict.fromkeys(ASSETS, "fresh")
+
+
+def test_assets_that_need_not_run_are_not_recorded_again(project: Project, instance: dg.DagsterInstance) -> None:
+    file = project.write("a/try.rst", topic("try"))
+    project.sync()
+    counts = {asset: events(instance, asset) for asset in ASSETS}
+    os.utime(file, (1, 1))
+    project.sync()
+    after = {asset: events(instance, asset) for asset in ASSETS}
+    assert after == counts | {"raw_documents": counts["raw_documents"] + 1}
+
+
+def test_metadata(project: Project, instance: dg.DagsterInstance) -> None:
+    project.write("a/try.rst", topic("try"))
+    project.write("a/photo.png", "no text")
+    project.sync()
+    values = {name: value.value for name, value in latest(instance, "embeddings", "a").metadata.items()}
+    wanted = (
+        "documents rejected chunks embedded reused dropped tokens tokens_per_second padding_percent device precision"
+    )
+    assert set(wanted.split()) | {"max_batch_tokens", "peak_memory_bytes", "table_version"} <= values.keys()
+    assert (values["documents"], values["rejected"]) == (1, 1)
+    assert values["chunks"] == values["embedded"] == values["dagster/partition_row_count"] > 5
+    assert values["peak_memory_bytes"] > 10_000_000
+    raw = {name: value.value for name, value in latest(instance, "raw_documents", "a").metadata.items()}
+    assert (raw["documents"], raw["rejected"], raw["table_version"]) == (1, 1, 1)
+
+
+def test_the_runs_of_sync_are_seen_in_dagster(project: Project, instance: dg.DagsterInstance) -> None:
+    for key in "abc":
+        project.write(f"{key}/one.md", f"One of {key}.")
+    project.sync()
+    assert [run.status for run in instance.get_runs()] == [dg.DagsterRunStatus.SUCCESS]
+    assert latest(instance, "embeddings", "b").partition == "b"
+    assert instance.get_materialized_partitions(dg.AssetKey("embeddings")) == {"a", "b", "c"}
+
+
+def test_an_asset_before_its_inputs_says_what_to_select(project: Project, instance: dg.DagsterInstance) -> None:
+    project.write("a/one.md", "One.")
+    project.json("discover")
+    result = run(instance, "a", "chunks")
+    assert not result.success
+    failure = next(e for e in result.all_events if e.is_step_failure).step_failure_data
+    assert failure.error is not None
+    assert "needs raw_documents, which was never materialized; select it as well" in str(failure)
+
+
+def test_assets_downstream_in_the_same_run_are_made(project: Project, instance: dg.DagsterInstance) -> None:
+    for key in "ab":
+        project.write(f"{key}/one.md", f"One of {key}.")
+    project.json("discover")
+
+    @dg.asset(deps=["embeddings"], partitions_def=_partitions(), backfill_policy=dg.BackfillPolicy.single_run())
+    def downstream() -> None: ...
+
+    definitions = dg.Definitions.merge(build_definitions(load_settings()), dg.Definitions(assets=[downstream]))
+    job = definitions.resolve_implicit_global_asset_job_def()
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
+    assert job.execute_in_process(instance=instance, tags=tags).success
+    assert instance.get_materialized_partitions(dg.AssetKey("downstream")) == {"a", "b"}
+    for key in "ab":
+        assert dagster_says(instance, key) == dict.fromkeys(ASSETS, "fresh")
+
+
+def test_validate_and_list_as_dagster_does() -> None:
+    for command in ("definitions validate", "asset list"):
+        arguments = [str(DAGSTER), *command.split(), "-m", "embed_assets.definitions"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

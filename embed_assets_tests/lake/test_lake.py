@@ -1,0 +1,286 @@
+"""Real Delta tables in a temporary folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import DeltaError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embed_assets.errors import LakeError
+from embed_assets.lake.reader import content_version, partition_keys, read_partition, scan, table_version
+from embed_assets.lake.search import search
+from embed_assets.lake.tables import CHUNK_TABLE, REJECTED, Lake, TableSpec, dimension_of, partition_predicate
+from embed_assets.lake.vectors import VECTOR_COLUMNS, Staging, VectorStore, vector_batch
+from embed_assets.lake.verify import verify
+from embed_assets.lake.writer import Provenance, replace_partition
+from embed_assets.records import CHUNKS, EMBEDDINGS, REJECTED_DOCUMENTS, chunk_ids, hash_text, utc_now
+
+SPACE = TableSpec("embeddings", "space", {"embed_assets.model": "test"})
+RUN = Provenance("run-1", {"upstream": "v1"})
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake(str(tmp_path / "lake"))
+
+
+def rejections(key: str, *names: str) -> list[pa.RecordBatch]:
+    rows = [
+        {"partition_key": key, "document_id": n, "uri": "u", "reason": "empty", "detail": "d", "rejected_at": utc_now()}
+        for n in names
+    ]
+    return [pa.RecordBatch.from_pylist(rows, schema=REJECTED_DOCUMENTS)]
+
+
+def names(lake: Lake, key: str | None = None) -> list[str]:
+    predicate = None if key is None else partition_predicate(key)
+    return sorted(n for b in scan(lake, REJECTED, ["document_id"], predicate) for n in b.column(0).to_pylist())
+
+
+def test_replacing_one_partition_leaves_the_others(lake: Lake) -> None:
+    for key in ("a", "o'x; DROP=1 é %2F", "b c/d=e"):
+        replace_partition(lake, REJECTED, key, rejections(key, f"{key}-1", f"{key}-2"), RUN)
+    replaced = replace_partition(lake, REJECTED, "a", rejections("a", "new"), RUN)
+    assert (replaced.rows, replaced.is_committed) == (1, True)
+    assert names(lake, "a") == ["new"]
+    assert names(lake, "o'x; DROP=1 é %2F") == ["o'x; DROP=1 é %2F-1", "o'x; DROP=1 é %2F-2"]
+    assert partition_keys(lake, REJECTED) == {"a", "o'x; DROP=1 é %2F", "b c/d=e"}
+
+
+def test_equal_content_in_another_order_and_at_another_time_is_no_commit(lake: Lake) -> None:
+    first = replace_partition(lake, REJECTED, "a", rejections("a", "x", "y"), RUN)
+    again = replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN)
+    assert (again.is_committed, again.data_version) == (False, first.data_version)
+    assert table_version(lake, REJECTED) == first.table_version
+    assert replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN, rewrite=True).is_committed
+
+
+def test_no_rows_empty_the_partition_and_need_no_table(lake: Lake) -> None:
+    assert replace_partition(lake, REJECTED, "a", [], RUN).table_version is None
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    assert replace_partition(lake, REJECTED, "a", [], RUN).is_committed
+    assert names(lake) == []
+
+
+def test_a_failure_while_rows_are_made_changes_nothing(lake: Lake) -> None:
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+
+    def broken() -> object:
+        yield from rejections("a", "y")
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        replace_partition(lake, REJECTED, "a", broken(), RUN)  # type: ignore[arg-type]
+    assert names(lake) == ["x"]
+
+
+def test_rows_of_another_partition_are_refused(lake: Lake) -> None:
+    with pytest.raises(LakeError, match="can't be written"):
+        replace_partition(lake, REJECTED, "a", rejections("b", "x"), RUN)
+
+
+def test_commits_say_where_they_come_from(lake: Lake) -> None:
+    replaced = replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    history = DeltaTable(lake.uri(REJECTED)).history(1)[0]["embed_assets"]
+    assert history["run_id"] == "run-1"
+    assert history["input_versions"] == {"upstream": "v1"}
+    assert (history["rows"], history["data_version"]) == (1, replaced.data_version)
+
+
+def embeddings(key: str, vectors: np.ndarray, texts: list[str] | None = None) -> pa.RecordBatch:
+    texts = texts or [f"text {i}" for i in range(len(vectors))]
+    ids = chunk_ids("doc", [hash_text(t) for t in texts])
+    rows = [
+        {
+            "partition_key": key, "chunk_id": chunk_id, "document_id": "doc", "chunk_index": i, "uri": "u",
+            "title": "t", "text": text, "heading_path": "", "char_start": 0, "char_end": 1, "token_count": 3,
+            "is_truncated": False, "input_hash": hash_text(text),
+            "embedding": vector.tolist(), "embedded_at": utc_now(),
+        }
+        for i, (text, chunk_id, vector) in enumerate(zip(texts, ids, vectors, strict=True))
+    ]  # fmt: skip
+    return pa.RecordBatch.from_pylist(rows, schema=EMBEDDINGS)
+
+
+def chunks(key: str, texts: list[str]) -> pa.RecordBatch:
+    hashes = [hash_text(t) for t in texts]
+    rows = [
+        {
+            "partition_key": key, "chunk_id": chunk_id, "document_id": "doc", "chunk_index": i, "text": text,
+            "heading_path": "", "char_start": 0, "char_end": 1, "token_count": 3, "text_hash": text_hash,
+        }
+        for i, (text, text_hash, chunk_id) in enumerate(zip(texts, hashes, chunk_ids("doc", hashes), strict=True))
+    ]  # fmt: skip
+    return pa.RecordBatch.from_pylist(rows, schema=CHUNKS)
+
+
+def unit(rows: int, dimension: int = 4, seed: int = 0) -> np.ndarray:
+    made = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
+    return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True))
+
+
+def test_the_dimension_is_a_constraint_and_the_space_is_described(lake: Lake) -> None:
+    replace_partition(lake, SPACE, "a", [embeddings("a", unit(2))], RUN, dimension=4)
+    table = lake.open(SPACE)
+    assert table is not None
+    assert dimension_of(table) == 4
+    assert table.metadata().configuration["embed_assets.model"] == "test"
+    with pytest.raises(LakeError, match="can't be written"):
+        replace_partition(lake, SPACE, "b", [embeddings("b", unit(2, 5))], RUN, dimension=5)
+    with pytest.raises(DeltaError):
+        write_deltalake(lake.uri(SPACE), pa.Table.from_batches([embeddings("b", unit(2, 3))]), mode="append")
+    assert partition_keys(lake, SPACE) == {"a"}
+
+
+def test_vectors_come_back_as_lists_of_float32_for_other_readers(lake: Lake) -> None:
+    import polars
+
+    vectors = unit(50)
+    replace_partition(lake, SPACE, "a", [embeddings("a", vectors)], RUN, dimension=4)
+    frame = polars.scan_delta(lake.uri(SPACE)).select("chunk_index", "embedding").sort("chunk_index").collect()
+    assert frame.schema["embedding"] == polars.List(polars.Float32)
+    assert (np.array(frame["embedding"].to_list(), dtype=np.float32) == vectors).all()
+
+
+def test_tables_can_be_read_with_no_abort_at_exit(lake: Lake) -> None:
+    replace_partition(lake, SPACE, "a", [embeddings("a", unit(50))], RUN, dimension=4)
+    code = (
+        "import sys; from embed_assets.lake.tables import *; from embed_assets.lake.reader import scan; "
+        "print(sum(b.num_rows for b in scan(Lake(sys.argv[1]), TableSpec('embeddings', 'space'), ['embedding'])))"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code, lake.root], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "50"
+
+
+def test_a_lake_that_is_a_file_or_damaged_says_so_in_one_line(lake: Lake, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LakeError, match="must be a writable folder"):
+        Lake(str(tmp_path / "file")).check_writable()
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    log = next(Path(lake.uri(REJECTED)).glob("_delta_log/*1.json"))
+    log.write_text("{broken")
+    with pytest.raises(LakeError, match="rejected_documents"):
+        names(lake)
+
+
+@given(
+    order=st.permutations(range(40)),
+    batches=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_vector_store_gives_what_was_put_in(order: list[int], batches: list[int]) -> None:
+    hashes = [hash_text(str(i)) for i in range(40)]
+    vectors = unit(40, 6)
+    with VectorStore() as store:
+        start = 0
+        for size in [*batches, 40]:
+            part = slice(start, min(40, start + size))
+            store.add(vector_batch(hashes[part], vectors[part], np.arange(40)[part] % 2 == 0, utc_now()))
+            start = part.stop
+            if start == 40:
+                break
+        assert len(store) == 40
+        found = store.get([hashes[i] for i in order])
+        assert (found.vectors == vectors[list(order)]).all()
+        assert found.is_truncated == [i % 2 == 0 for i in order]
+        assert "0" * 32 not in store
+
+
+def test_the_vector_store_leaves_out_vectors_that_are_of_no_use() -> None:
+    vectors = unit(3)
+    vectors[1, 2] = np.nan
+    with VectorStore() as store:
+        store.add(vector_batch([hash_text(c) for c in "abc"], vectors, np.zeros(3, bool), utc_now()))
+        assert [hash_text(c) in store for c in "abc"] == [True, False, True]
+
+
+def test_staged_windows_survive_and_are_cleared(lake: Lake) -> None:
+    staging = Staging(lake, SPACE, "o'x")
+    assert list(staging.read()) == []
+    for name in "ab":
+        staging.write(vector_batch([hash_text(name)], unit(1), np.zeros(1, bool), utc_now()))
+    again = Staging(lake, SPACE, "o'x")
+    assert sorted(b.column("input_hash")[0].as_py() for b in again.read()) == sorted(map(hash_text, "ab"))
+    assert all(tuple(b.schema.names) == VECTOR_COLUMNS for b in again.read())
+    assert list(Staging(lake, SPACE, "other").read()) == []
+    replace_partition(lake, SPACE, "a", [embeddings("a", unit(2))], RUN, dimension=4)
+    assert sum(b.num_rows for b in scan(lake, SPACE, ["chunk_id"])) == 2
+    again.clear()
+    assert list(again.read()) == []
+
+
+def test_search_is_exact(lake: Lake) -> None:
+    vectors = {key: unit(300, 8, seed) for seed, key in enumerate(("a", "b"))}
+    for key, made in vectors.items():
+        replace_partition(lake, SPACE, key, [embeddings(key, made)], RUN, dimension=8)
+    query = unit(1, 8, 99)[0]
+    expected = sorted(np.concatenate([m @ query for m in vectors.values()]), reverse=True)[:7]
+    results = search(lake, SPACE, query, 7)
+    assert np.allclose([r.score for r in results], expected, atol=1e-6)
+    assert len({(r.partition_key, r.chunk_id) for r in results}) == 7
+    assert search(lake, TableSpec("embeddings", "none"), query, 3) == []
+    assert len(search(lake, SPACE, query, 10_000)) == 600
+
+
+TEXTS = [f"text {i}" for i in range(6)]
+
+
+def damage(lake: Lake, how: str) -> None:
+    """The embeddings of partition "a", damaged on purpose."""
+    vectors, texts = unit(6), list(TEXTS)
+    if how == "missing":
+        vectors, texts = vectors[:5], texts[:5]
+    elif how == "extra":
+        vectors, texts = unit(7), [*texts, "no chunk"]
+    elif how == "not_finite":
+        vectors[3, 1] = np.inf
+    batch = embeddings("a", vectors, texts)
+    if how == "duplicated":
+        batch = pa.Table.from_batches([batch, batch.slice(2, 1)]).combine_chunks().to_batches()[0]
+    elif how == "stale_text":
+        at = batch.schema.get_field_index("text")
+        batch = batch.set_column(at, batch.schema.field(at), pa.array(["tampered", *texts[1:]]))
+    replace_partition(lake, SPACE, "a", [batch], RUN, dimension=4, rewrite=True)
+
+
+@pytest.mark.parametrize("how", ["missing", "extra", "duplicated", "stale_text", "not_finite"])
+def test_verify_finds_each_kind_of_damage(lake: Lake, how: str) -> None:
+    replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", TEXTS)], RUN)
+    replace_partition(lake, CHUNK_TABLE, "b", [chunks("b", TEXTS)], RUN)
+    replace_partition(lake, SPACE, "b", [embeddings("b", unit(6))], RUN, dimension=4)
+    damage(lake, "nothing")
+    assert {key: gaps.total for key, gaps in verify(lake, SPACE, "")} == {"a": 0, "b": 0}
+    damage(lake, how)
+    found = dict(verify(lake, SPACE, ""))
+    assert getattr(found["a"], how) == 1
+    assert (found["a"].total, found["b"].total) == (1, 0)
+
+
+def test_verify_finds_wrong_dimensions(lake: Lake) -> None:
+    replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", TEXTS)], RUN)
+    replace_partition(lake, SPACE, "a", [embeddings("a", unit(6))], RUN)  # a table without the constraint
+    batch = embeddings("a", unit(6))
+    short = pa.array(
+        [v[:2] if i == 4 else v for i, v in enumerate(batch.column("embedding").to_pylist())],
+        EMBEDDINGS.field("embedding").type,
+    )
+    at = batch.schema.get_field_index("embedding")
+    replace_partition(lake, SPACE, "a", [batch.set_column(at, EMBEDDINGS.field(at), short)], RUN, rewrite=True)
+    assert dict(verify(lake, SPACE, ""))["a"].wrong_dimension == 1
+
+
+def test_versions_follow_content_only(lake: Lake) -> None:
+    replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", TEXTS)], RUN)
+    version = content_version(lake, CHUNK_TABLE, "a")
+    assert version.row_count == 6
+    assert content_version(lake, CHUNK_TABLE, "none").hexdigest() != version.hexdigest()
+    assert [b.num_rows for b in read_partition(lake, CHUNK_TABLE, "none", ["text"])] == []
