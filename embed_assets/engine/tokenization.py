@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from embed_assets.errors import ModelError
 
+_BLOCK_TEXTS = 2048
+"""The library's encodings take about 100 bytes per token, so only so many texts' are alive at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
@@ -74,11 +77,18 @@ class ModelTokenizer:
         if max_length != self._max_length:
             self._cut.enable_truncation(max_length)
             self._max_length = max_length
-        encodings = self._cut.encode_batch_fast(texts)
+        ids: list[np.ndarray] = []
+        lengths: list[int] = []
+        is_truncated: list[bool] = []
+        for start in range(0, len(texts), _BLOCK_TEXTS):
+            encodings = self._cut.encode_batch_fast(texts[start : start + _BLOCK_TEXTS])
+            lengths += (len(e) for e in encodings)
+            is_truncated += (bool(e.overflowing) for e in encodings)
+            ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), dtype=np.int32))
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum([len(e) for e in encodings], out=offsets[1:])
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), dtype=np.int32, count=int(offsets[-1]))
-        return TokenizedTexts(ids, offsets, np.array([bool(e.overflowing) for e in encodings], dtype=bool))
+        np.cumsum(lengths, out=offsets[1:])
+        flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
+        return TokenizedTexts(flat, offsets, np.array(is_truncated, dtype=bool))
 
 
 def word_tokenizer() -> ModelTokenizer:

@@ -70,28 +70,34 @@ class VectorStore:
         """
         if not batch.num_rows:
             return
-        column = batch.column("embedding")
+        matrix = self._matrix(batch.column("embedding"))
+        is_usable = np.isfinite(matrix).all(axis=1).tolist()
+        truncated = batch.column("is_truncated").to_pylist()
+        times = batch.column("embedded_at").cast(pa.int64()).to_pylist()
+        kept: list[int] = []
+        for i, input_hash in enumerate(batch.column("input_hash").to_pylist()):
+            key = bytes.fromhex(input_hash)
+            if is_usable[i] and key not in self._places:
+                self._places[key] = len(self._places)
+                self._is_truncated.append(truncated[i])
+                self._embedded_at.append(times[i])
+                kept.append(i)
+        self._file.seek(0, 2)
+        self._file.write((matrix if len(kept) == len(matrix) else matrix[kept]).data)
+
+    def _matrix(self, column: pa.ListArray) -> np.ndarray:
+        """The vectors as an array of shape (rows, dimension); those of another length become NaN."""
         lengths = np.diff(column.offsets.to_numpy())
         if self.dimension is None:
             self.dimension = int(lengths[0])
-        values = column.flatten().to_numpy(zero_copy_only=False)
+        values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+        if (lengths == self.dimension).all():
+            return values.reshape(-1, self.dimension)
+        matrix = np.full((len(lengths), self.dimension), np.nan, dtype=np.float32)
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        hashes = batch.column("input_hash").to_pylist()
-        truncated = batch.column("is_truncated").to_pylist()
-        times = batch.column("embedded_at").cast(pa.int64()).to_pylist()
-        kept: list[np.ndarray] = []
-        for i, input_hash in enumerate(hashes):
-            vector = values[starts[i] : starts[i + 1]]
-            key = bytes.fromhex(input_hash)
-            if key in self._places or len(vector) != self.dimension or not np.isfinite(vector).all():
-                continue
-            self._places[key] = len(self._places)
-            self._is_truncated.append(truncated[i])
-            self._embedded_at.append(times[i])
-            kept.append(vector)
-        if kept:
-            self._file.seek(0, 2)
-            self._file.write(np.ascontiguousarray(np.stack(kept), dtype=np.float32).tobytes())
+        for i in np.flatnonzero(lengths == self.dimension):
+            matrix[i] = values[starts[i] : starts[i + 1]]
+        return matrix
 
     def add_table(self, table: pa.Table) -> None:
         """The same for all batches of a table."""

@@ -20,6 +20,8 @@ from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 _COMMIT_ATTEMPTS = 20
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
 _MAX_ROW_GROUP_ROWS = 16_384
+_TARGET_FILE_BYTES = 32 << 20
+"""A file is held in memory until it is complete; a third of the default saves about 100 MB."""
 # delta-rs buffers up to N batches for each of several files; with one of each, memory stays flat.
 _FLAT_MEMORY = {"DELTARS_WRITER_BATCH_CHANNEL_SIZE": "1", "DELTARS_MAX_CONCURRENT_WRITERS": "1"}
 
@@ -112,6 +114,7 @@ def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: Co
                     rows(),
                     mode="overwrite",
                     predicate=partition_predicate(key),
+                    target_file_size=_TARGET_FILE_BYTES,
                     writer_properties=_writer_properties(table),
                     commit_properties=properties,
                     storage_options=lake.options or None,
