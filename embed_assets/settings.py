@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     truncate_dim: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None, ge=1, description="Keep the first so many dimensions and normalise again."
     )
-    trust_remote_code: Literal[False] = Field(False, description="Code inside a model is never run.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off for a reason.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps, ...")
     precision: Literal["auto", "float32"] = Field("auto", description="Arithmetic of the model; auto is float32.")
     max_batch_tokens: AutoInt = Field(

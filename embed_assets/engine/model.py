@@ -73,6 +73,8 @@ class EmbeddingSpace:
     truncate_dim: int | None
     number_format: str = "float"
     """"int8" for a quantized model."""
+    trust_remote_code: bool = False
+    """Whether code inside the model's directory may run; that code is then part of the fingerprint."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,6 +135,7 @@ def resolve_space(
     prompt: str | None = None,
     query_prompt: str | None = None,
     truncate_dim: int | None = None,
+    trust_remote_code: bool = False,
 ) -> EmbeddingSpace:
     """The embedding space that the settings name, from the model's files alone; the model is not loaded.
 
@@ -153,11 +156,12 @@ def resolve_space(
         directory,
         _hash_weights(directory),
         _hash_tokenizer(directory),
-        _hash_modules(directory),
+        _hash_modules(directory, with_code=trust_remote_code),
         _max_seq_length(directory),
         default if prompt is None else prompts.get(prompt, prompt),
         prompts.get("query", default) if query_prompt is None else prompts.get(query_prompt, query_prompt),
         truncate_dim,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -179,7 +183,7 @@ def load_sentence_transformer(space: EmbeddingSpace, device: str) -> SentenceTra
             str(space.directory),
             device=None if device == "auto" else device,
             truncate_dim=space.truncate_dim,
-            trust_remote_code=False,
+            trust_remote_code=space.trust_remote_code,
             local_files_only=True,
             model_kwargs={"dtype": torch.float32, "use_safetensors": True},
         )
@@ -329,7 +333,7 @@ def _hash_tokenizer(directory: Path) -> str:
     return hash_parts((json.dumps(description, sort_keys=True),))
 
 
-def _hash_modules(directory: Path) -> str:
+def _hash_modules(directory: Path, with_code: bool) -> str:
     """Hash of the modules and their configurations, without fields that name versions and places."""
     files = sorted({file for pattern in _CONFIGS for file in directory.glob(pattern)})
     parts: list[str] = []
@@ -338,6 +342,8 @@ def _hash_modules(directory: Path) -> str:
         if isinstance(value, dict):
             value = {k: v for k, v in value.items() if k not in _IRRELEVANT_CONFIG}
         parts += [str(file.relative_to(directory)), json.dumps(value, sort_keys=True)]
+    for file in sorted(directory.rglob("*.py")) if with_code else []:
+        parts += [str(file.relative_to(directory)), file.read_text("utf-8")]
     return hash_parts(parts)
 
 

@@ -49,7 +49,12 @@ class Pipeline:
     def from_settings(cls, settings: Settings) -> Pipeline:
         """Resolves the model's files; opens neither source nor lake. Raises ``SettingsError`` or ``ModelError``."""
         space = resolve_space(
-            settings.model, settings.revision, settings.prompt, settings.query_prompt, settings.truncate_dim
+            settings.model,
+            settings.revision,
+            settings.prompt,
+            settings.query_prompt,
+            settings.truncate_dim,
+            settings.trust_remote_code,
         )
         return cls(
             settings,

@@ -1,0 +1,85 @@
+"""Whatever the README names exists, and whatever exists and matters is in the README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from embed_assets.cli import main
+from embed_assets.records import EMBEDDINGS
+from embed_assets.settings import Settings
+from embed_assets_tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text("utf-8")
+PACKAGE = REPOSITORY / "embed_assets"
+
+
+def test_its_length_is_that_of_a_page() -> None:
+    assert len(README.splitlines()) <= 170
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake (\w+)", README))))
+def test_make_targets_exist(target: str) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text("utf-8")
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_every_make_target_for_users_is_named() -> None:
+    for target in ("demo", "test", "ui", "check", "bench"):
+        assert f"make {target}" in README
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml|txt|toml))`", README))))
+def test_files_exist(name: str) -> None:
+    assert (REPOSITORY / name).is_file() or (PACKAGE / name).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+)/`", README)) - {"_staging"}))
+def test_rooms_exist(name: str) -> None:
+    assert (PACKAGE / name).is_dir()
+
+
+def test_every_command_is_listed_with_options_that_exist() -> None:
+    listed = dict(re.findall(r"^\| `embed-assets (\w+)([^`]*)`", README, re.MULTILINE))
+    assert listed.keys() == main.commands.keys()
+    for name, usage in listed.items():
+        options = {option for parameter in main.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--?[a-z]+", usage)) <= options
+
+
+def test_every_setting_is_listed_and_exists() -> None:
+    listed = re.findall(r"^\| `EMBED_(\w+)` \| (?:`([^`]*)`)?", README, re.MULTILINE)
+    assert [name.lower() for name, _ in listed] == [f for f in README_ORDER if f in Settings.model_fields]
+    assert {name.lower() for name, _ in listed} == set(Settings.model_fields)
+    defaults = {name.lower(): default for name, default in listed if default}
+    for name in ("source", "lake", "partition_by", "model", "max_file_bytes", "reuse", "device", "text_column"):
+        assert defaults[name] == str(Settings.model_fields[name].default)
+
+
+README_ORDER = [
+    *("source", "source_options", "lake", "lake_options", "partition_by", "text_column", "id_column", "title_column"),
+    *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
+    *("max_batch_tokens", "chunk_tokens", "chunk_overlap_tokens", "reuse", "compute", "trust_remote_code"),
+]
+
+
+def test_every_column_is_described() -> None:
+    table = README.partition("## What you get")[2].partition("Beside it")[0]
+    first_cells = re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(EMBEDDINGS.names)
+
+
+def test_the_top_level_is_what_it_says() -> None:
+    wanted = (
+        "pyproject.toml embed_assets embed_assets_tests workspace.yaml dagster.yaml README.md Makefile constraints.txt"
+    )
+    for name in [*wanted.split(), "LICENSE", "CHANGELOG.md", ".ci/run"]:
+        assert (REPOSITORY / name).exists(), name
+
+
+def test_nothing_names_this_machine() -> None:
+    for path in [p for p in REPOSITORY.rglob("*.py") if ".venv" not in p.parts] + [Path(REPOSITORY / "README.md")]:
+        text = path.read_text("utf-8")
+        assert str(REPOSITORY) not in text, path
