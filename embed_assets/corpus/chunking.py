@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,7 +33,6 @@ _SEGMENT_CHARACTERS = 20_000
 _BATCH_CHARACTERS = 1 << 20
 _SAFE_SPACE = " \t\n\r"
 """Whitespace for Python and for every tokenizer: a cut beside it can't change the tokens on either side."""
-_LEADING_SPACE = re.compile(r"\s*")
 
 
 _Span = tuple[int, int]
@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         ...
 
     def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Per text an int32 array of shape (tokens, 2): code points where each token starts and ends."""
+        """Per text an int32 array of shape (tokens, 2): code points where each token's visible part starts and ends."""
         ...
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -152,11 +152,9 @@ class _Tokens:
 
     @classmethod
     def join(cls, text: str, segments: Sequence[tuple[int, int]], spans: Sequence[np.ndarray]) -> _Tokens:
-        """The tokens of all segments, with spaces that some tokenizers count to a token taken off its start."""
+        """The tokens of all segments."""
         joined = np.concatenate([s + start for (start, _), s in zip(segments, spans, strict=True)]).astype(np.int64)
         starts, ends = joined[:, 0], joined[:, 1]
-        if len(starts) and any(text[p].isspace() for p in starts[: 1 + len(starts) // 50].tolist() if p < len(text)):
-            starts = np.array([_skip_space(text, s, e) for s, e in joined.tolist()], dtype=np.int64)
         doubtful = [end for _, end in segments[:-1] if text[end - 1] not in _SAFE_SPACE]
         # Tokens of one character share its span; a space-only token is empty. Both keep the order.
         return cls(np.maximum.accumulate(starts), np.concatenate([[0], ends]), doubtful)
@@ -164,11 +162,6 @@ class _Tokens:
     def index(self, positions: np.ndarray) -> np.ndarray:
         """How many tokens start before each position."""
         return np.searchsorted(self.starts, positions)
-
-
-def _skip_space(text: str, start: int, end: int) -> int:
-    match = _LEADING_SPACE.match(text, start, end)
-    return match.end() if match else start
 
 
 class _Splitter:
@@ -246,14 +239,16 @@ class _Splitter:
         prices = [0.0, *costs.tolist(), 1.0]
         best = [0.0] * len(bounds)
         previous = [0] * len(bounds)
-        first = 0
+        # Where a chunk that ends at i can begin and be cheapest: earlier and dearer cuts are dropped.
+        candidates: deque[int] = deque()
         for i in range(1, len(bounds)):
-            while before[i] - before[first] > limit and first < i - 1:
-                first += 1
-            reachable = best[first:i]
-            cheapest = min(reachable)
-            best[i] = cheapest + prices[i]
-            previous[i] = first + reachable.index(cheapest)
+            while candidates and best[candidates[-1]] > best[i - 1]:
+                candidates.pop()
+            candidates.append(i - 1)
+            while before[i] - before[candidates[0]] > limit and candidates[0] < i - 1:
+                candidates.popleft()
+            previous[i] = candidates[0]
+            best[i] = best[candidates[0]] + prices[i]
         path = [len(bounds) - 1]
         while path[-1] > 0:
             path.append(previous[path[-1]])
@@ -263,10 +258,9 @@ class _Splitter:
         """The spans with their exact token counts; those that turn out to be over the limit are split."""
         result: list[tuple[_Span, int]] = []
         for span, count in zip(spans, self._exact_counts(spans), strict=True):
-            if count <= self._limit + self._special:
-                result.append((span, count))
-            else:
-                result.extend(self._fitting(self._halve(*span)))
+            halves = self._halve(*span) if count > self._limit + self._special else [span]
+            # One character can be more tokens than a very small limit; there is nothing left to cut then.
+            result.extend([(span, count)] if halves == [span] else self._fitting(halves))
         return result
 
     def _with_overlap(self, cores: list[tuple[_Span, int]]) -> list[tuple[_Span, int]]:

@@ -5,8 +5,7 @@ Nothing here raises for a bad document: what can't be read becomes a `Rejection`
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -14,6 +13,7 @@ from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats import MissingExtra, docx_to_markdown, html_to_markdown, pdf_to_text
 from embed_assets.corpus.rows import BadRow, Row, iter_csv, iter_jsonl, iter_parquet
 from embed_assets.corpus.source import Source, SourceFile, SourcePartition
+from embed_assets.corpus.structure import find_structure
 from embed_assets.records import Document, Rejection, hash_text
 from embed_assets.settings import Settings
 
@@ -53,13 +53,6 @@ _BINARY_FORMATS: dict[str, tuple[str, Callable[[bytes], tuple[str, str]]]] = {
     ".docx": ("text/markdown", docx_to_markdown),
 }
 SUPPORTED_ENDINGS = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *_BINARY_FORMATS]))
-
-_MARKDOWN_TITLE = re.compile(
-    r"\A(?:---\n.*?\n---\n)?\s*#{1,2}[ \t]+(?P<title>\S[^\n]*?)[ \t#]*$", re.MULTILINE | re.DOTALL
-)
-_RST_TITLE = re.compile(
-    r"\A\s*(?:([=*#^~\"'+-])\1{2,}\n)? ?(?P<title>\S[^\n]*)\n([=*#^~\"'+-])\3{2,}\s*$", re.MULTILINE
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,32 +145,25 @@ def _problem_of(text: str) -> str:
 
 def _read_rows(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:
     """The rows of a table-like file, each with an id that no earlier row of the file has."""
-    seen: set[str] = set()
+    occurrences: dict[str, int] = {}
+    is_empty = True
     with source.open(file) as stream:
         rows = _ROW_FORMATS[ending][1](
             stream, options.text_column, options.id_column, options.title_column, options.max_file_bytes
         )
-        is_empty = True
         for row in rows:
             is_empty = False
-            if isinstance(row, Row) and row.key in seen and row.place:
-                detail = f"its id {row.key!r} was used by an earlier row; ids must be unique"
-                row = BadRow(row.place, "duplicate_id", detail)
             if isinstance(row, Row):
-                row = _with_own_key(row, seen)
-                seen.add(row.key)
+                seen = occurrences[row.key] = occurrences.get(row.key, 0) + 1
+                if seen > 1 and row.place:
+                    detail = f"its id {row.key!r} was used by an earlier row; ids must be unique"
+                    yield BadRow(row.place, "duplicate_id", detail)
+                    continue
+                if seen > 1:  # rows without ids are named after their text: equal texts count up
+                    row = row.named(f"{row.key}.{seen}")
             yield row
-        if is_empty:
-            yield BadRow("", "empty", "there are no rows in it")
-
-
-def _with_own_key(row: Row, seen: Collection[str]) -> Row:
-    """Rows without ids are named after their text: equal texts count up."""
-    key, occurrence = row.key, 1
-    while row.key in seen:
-        occurrence += 1
-        row = row.named(f"{key}.{occurrence}")
-    return row
+    if is_empty:
+        yield BadRow("", "empty", "there are no rows in it")
 
 
 def _read_whole(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:
@@ -194,7 +180,7 @@ def _read_whole(source: Source, file: SourceFile, ending: str, options: ParseOpt
         if ending in _TEXT_FORMATS:
             text, encoding = decode(data)
             metadata = "{}" if encoding == "utf-8" else f'{{"encoding": "{encoding}"}}'
-            yield Row("", text, _title_of(text, ending), _TEXT_FORMATS[ending], len(data), metadata)
+            yield Row("", text, _title_of(text, _TEXT_FORMATS[ending]), _TEXT_FORMATS[ending], len(data), metadata)
         else:
             media_type, parse = _BINARY_FORMATS[ending]
             text, title = parse(data)
@@ -205,7 +191,7 @@ def _read_whole(source: Source, file: SourceFile, ending: str, options: ParseOpt
         yield error.row
 
 
-def _title_of(text: str, ending: str) -> str:
-    pattern = {".md": _MARKDOWN_TITLE, ".rst": _RST_TITLE}.get(ending)
-    match = pattern.search(text[:4000]) if pattern else None
-    return match["title"].strip() if match else ""
+def _title_of(text: str, media_type: str) -> str:
+    """The first heading near the document's beginning, if it is one of the outer two levels."""
+    headings = find_structure(text[:4000], media_type).headings
+    return headings[0].title if headings and headings[0].depth <= 2 else ""

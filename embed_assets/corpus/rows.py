@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any
@@ -12,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embed_assets.corpus.encoding import Undecodable, decode
+from embed_assets.corpus.encoding import Undecodable, byte_order_mark, decode
 from embed_assets.records import hash_text
 
 
@@ -66,15 +68,13 @@ def iter_jsonl(
             continue
         try:
             value = json.loads(line.decode("utf-8"), parse_int=_parse_int)
+            row = _row(value, key, text_column, id_column, title_column, len(line)) if isinstance(value, dict) else None
         except UnicodeDecodeError as error:
             yield BadRow(key, "undecodable", f"line {number} is no UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
             yield BadRow(key, "invalid_json", f"line {number} is no JSON: {error}")
         else:
-            if isinstance(value, dict):
-                yield _row(value, key, text_column, id_column, title_column, len(line))
-            else:
-                yield BadRow(key, "invalid_json", f"line {number} is a JSON {type(value).__name__}, not an object")
+            yield row or BadRow(key, "invalid_json", f"line {number} is a JSON {type(value).__name__}, not an object")
 
 
 def _parse_int(digits: str) -> int | str:
@@ -99,47 +99,51 @@ def iter_csv(
     """Comma-separated rows under a header line; the encoding is told from the file's beginning."""
     head = stream.read(1 << 18)
     try:
-        encoding = decode(head[: head.rfind(b"\n") + 1] or head)[1]
+        # A byte order mark tells at once; without one the sample must not end inside a character.
+        encoding = byte_order_mark(head) or decode(head[: head.rfind(b"\n") + 1] or head)[1]
     except Undecodable as error:
         yield BadRow("", "undecodable", str(error))
         return
-    joined = io.BufferedReader(_Rejoined(head, stream))
-    text = io.TextIOWrapper(
-        joined, encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline="", errors="strict"
-    )
+    text = io.TextIOWrapper(io.BufferedReader(_Rejoined(head, stream)), encoding=encoding, newline="", errors="strict")
     csv.field_size_limit(max_bytes)
-    reader = csv.DictReader(text)
-    number = 1
-    while True:
-        number += 1
+    reader = csv.DictReader(text, strict=True)
+    try:
+        names = list(reader.fieldnames or ())
+    except (csv.Error, UnicodeDecodeError) as error:
+        yield BadRow("", "broken_file", f"the header line could not be read: {error}")
+        return
+    if text_column not in names:
+        yield BadRow("", "missing_text", _no_column(text_column, names))
+        return
+    yield from _csv_rows(reader, len(names), text_column, id_column, title_column, max_bytes)
+
+
+def _csv_rows(
+    reader: csv.DictReader[str], columns: int, text_column: str, id_column: str, title_column: str, max_bytes: int
+) -> Iterator[Row | BadRow]:
+    for number in itertools.count(2):
+        key = f"row{number}"
         try:
             fields = next(reader)
-            if number == 2 and text_column not in (reader.fieldnames or ()):
-                yield BadRow("", "missing_text", _no_column(text_column, list(reader.fieldnames or ())))
-                return
         except StopIteration:
-            if number == 2:
-                yield BadRow("", "empty", "there are no rows under the header")
             return
         except csv.Error as error:
-            yield BadRow(f"row{number}", "invalid_row", f"row {number}: {error}")
+            if "field larger than" in str(error):  # what follows would be read from inside that field
+                yield BadRow(key, "too_large", f"a field over EMBED_MAX_FILE_BYTES={max_bytes}; the rest was not read")
+                return
+            yield BadRow(key, "invalid_row", f"row {number}: {error}")
             continue
         except UnicodeDecodeError as error:
-            yield BadRow(
-                f"row{number}",
-                "undecodable",
-                f"no {encoding} near row {number} ({error.reason}); the rest was not read",
-            )
+            detail = f"no {error.encoding} near row {number} ({error.reason}); the rest was not read"
+            yield BadRow(key, "undecodable", detail)
             return
+        size = sum(len(str(value).encode("utf-8", "replace")) for value in fields.values())
         if None in fields or None in fields.values():
-            yield BadRow(
-                f"row{number}",
-                "invalid_row",
-                f"row {number} has other columns than the header's {len(reader.fieldnames or ())}",
-            )
-            continue
-        size = sum(len(str(value)) for value in fields.values())
-        yield _row(dict(fields), f"row{number}", text_column, id_column, title_column, size)
+            yield BadRow(key, "invalid_row", f"row {number} has other columns than the header's {columns}")
+        elif size > max_bytes:
+            yield BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={max_bytes}")
+        else:
+            yield _row(dict(fields), key, text_column, id_column, title_column, size)
 
 
 class _Rejoined(io.RawIOBase):
@@ -167,24 +171,44 @@ def iter_parquet(
         names = file.schema_arrow.names
         if text_column not in names:
             yield BadRow("", "missing_text", _no_column(text_column, names))
-        elif file.metadata.num_rows == 0:
-            yield BadRow("", "empty", "the file has no rows")
-        else:
-            for batch in file.iter_batches(batch_size=256, use_threads=False):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield _parquet_row(fields, f"row{number}", text_column, id_column, title_column, max_bytes)
-    except (pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
+            return
+        for batch in file.iter_batches(batch_size=256, use_threads=False):
+            columns = {name: _python_values(batch.column(names.index(name)), name == text_column) for name in names}
+            for values in zip(*columns.values(), strict=True):
+                number += 1
+                fields = dict(zip(columns, values, strict=True))
+                yield _parquet_row(fields, f"row{number}", text_column, id_column, title_column, max_bytes)
+    except (pa.ArrowException, OSError, ValueError) as error:
         after = f" after row {number}; the rest was not read" if number else ""
-        yield BadRow(
-            f"row{number + 1}" if number else "", "broken_file", f"no Parquet that could be parsed{after}: {error}"
-        )
+        key = f"row{number + 1}" if number else ""
+        yield BadRow(key, "broken_file", f"no Parquet that could be parsed{after}: {error}")
+
+
+def _python_values(column: pa.Array, is_text: bool) -> list[Any]:
+    """A column's values; what Python can't hold (times out of its range, ...) as Arrow writes it, or as None."""
+    try:
+        return list(column.to_pylist())
+    except Exception:  # anything from OverflowError to an unknown time zone's KeyError
+        if not is_text:
+            try:
+                return list(column.cast(pa.string()).to_pylist())
+            except Exception:
+                return [None] * len(column)
+    return [_python_value(value) for value in column]
+
+
+def _python_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes() if value.as_buffer() is not None else None
 
 
 def _parquet_row(
     fields: dict[str, Any], key: str, text_column: str, id_column: str, title_column: str, max_bytes: int
 ) -> Row | BadRow:
-    size = len(str(fields.get(text_column) or "").encode("utf-8", "replace"))
+    text = fields.get(text_column)
+    size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
     if size > max_bytes:
         return BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={max_bytes}")
     return _row(fields, key, text_column, id_column, title_column, size)
@@ -205,16 +229,25 @@ def _row(
     has_id = identity is not None and str(identity) != ""
     key = _printable(identity) if has_id else hash_text(text)[:16]
     # Sorted, so that the order of a row's columns is no change.
-    metadata = json.dumps(fields, ensure_ascii=True, sort_keys=True, default=str) if fields else "{}"
+    metadata = json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str) if fields else "{}"
     return Row(
         key,
-        text,
+        text.replace("\r\n", "\n").replace("\r", "\n"),
         _printable(title) if title is not None else "",
         "text/plain",
         size,
         metadata,
         fallback if has_id else "",
     )
+
+
+def _finite(value: Any) -> Any:
+    """The value without NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list) else value
 
 
 def _printable(value: object) -> str:

@@ -10,9 +10,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import fsspec
 
@@ -25,7 +26,12 @@ ROOT_PARTITION = "_root"
 
 _FORBIDDEN_IN_KEYS = re.compile(r"\.\.\.|[\x00-\x1f\x7f]|[\ud800-\udfff]")
 """Dagster refuses '...' and control characters in partition keys; lone surrogates can't be stored as UTF-8."""
-_MAX_KEY_CHARACTERS = 200
+_HASHED_KEY = re.compile(r"~[0-9a-f]{32}$")
+_MAX_QUOTED_KEY = 200
+"""Characters of a key in a table's folder names, where all but letters and digits count threefold."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MAX_SECONDS = 60_000_000_000.0
+"""Times beyond the years that Python's dates can hold are taken for the last (or first) of them."""
 _RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
 """Names a folder can have that mean something else: our own partition of loose files, and Delta's null."""
 
@@ -134,8 +140,8 @@ class Source:
         try:
             filesystem = self._filesystem()
             base = filesystem._strip_protocol(self.root).rstrip("/")
-            if not filesystem.exists(base):
-                raise FileNotFoundError("it does not exist")
+            if not filesystem.isdir(base):
+                raise FileNotFoundError("it must be an existing folder or prefix")
             listing: dict[str, dict[str, Any]] = filesystem.find(base, detail=True)
         except Exception as error:
             raise SourceError(
@@ -149,20 +155,29 @@ class Source:
 
 
 def partition_key(name: str) -> str:
-    """A Dagster partition key for a folder or file: the name itself wherever Dagster takes it.
+    """A Dagster partition key for a folder or file: the name itself wherever Dagster and file systems take it.
 
-    Names with '...', control characters or undecodable bytes, over-long ones and reserved ones get
-    those characters replaced and a hash of the whole name appended, so that no two names share a key.
+    Names with '...', control characters or undecodable bytes, over-long ones and reserved ones get those
+    characters replaced and a hash of the whole name appended, so that no two names share a key.
     """
-    if len(name) <= _MAX_KEY_CHARACTERS and name not in _RESERVED_KEYS and not _FORBIDDEN_IN_KEYS.search(name):
+    is_plain = name not in _RESERVED_KEYS and not _FORBIDDEN_IN_KEYS.search(name) and not _HASHED_KEY.search(name)
+    if is_plain and len(quote(name, safe="")) <= _MAX_QUOTED_KEY:
         return name
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-    return f"{_FORBIDDEN_IN_KEYS.sub('_', name)[:_MAX_KEY_CHARACTERS]}~{digest}"
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    shown = _FORBIDDEN_IN_KEYS.sub("_", name)
+    while len(quote(shown, safe="")) > _MAX_QUOTED_KEY - 35:
+        shown = shown[: len(shown) * 3 // 4]
+    return f"{shown}~{digest}"
 
 
 def clean_name(name: str) -> str:
-    """The name with bytes that are no UTF-8 shown as backslash escapes, so that it can be stored."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """The name; if it has bytes that are no UTF-8, with those escaped and a hash of it appended, so that it is unique."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        return f"{name.encode('utf-8', 'backslashreplace').decode('utf-8')}~{digest}"
+    return name
 
 
 def _walk(folder: Path, root: Path, prefix: str) -> Iterator[SourceFile]:
@@ -171,6 +186,8 @@ def _walk(folder: Path, root: Path, prefix: str) -> Iterator[SourceFile]:
         folder, prefix = pending.pop()
         try:
             entries = list(os.scandir(folder))
+        except FileNotFoundError:  # gone since its parent was listed
+            continue
         except OSError as error:
             raise SourceError(
                 f"the folder {str(folder)!r} can't be listed: {error.strerror}; fix it or move it"
@@ -181,27 +198,35 @@ def _walk(folder: Path, root: Path, prefix: str) -> Iterator[SourceFile]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append((Path(entry.path), relative + "/"))
-            else:
-                yield _from_entry(entry, relative, root)
+            elif file := _from_entry(entry, relative, root):
+                yield file
 
 
-def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFile:
-    rejected = ""
+def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFile | None:
+    """A local file as it is now; None when it is gone since its folder was listed."""
     try:
-        if entry.is_symlink():
-            target = Path(entry.path).resolve(strict=True)
-            if not target.is_relative_to(root):
-                rejected = "symlink_outside"
-            elif target.is_dir():
-                rejected = "symlink_to_folder"
-        elif not entry.is_file():
-            rejected = "not_a_file"
+        rejected = _problem_of_entry(entry, root)
         # A rejected link's target is none of our business: only the link itself is looked at.
         stat = entry.stat(follow_symlinks=not rejected)
-    except (OSError, RuntimeError):  # a dangling link, or one that leads to itself
-        stat, rejected = entry.stat(follow_symlinks=False), "broken_link"
-    modified_at = datetime.fromtimestamp(stat.st_mtime, UTC)
+    except FileNotFoundError:
+        return None
+    modified_at = _EPOCH + timedelta(seconds=max(-_MAX_SECONDS, min(stat.st_mtime, _MAX_SECONDS)))
     return SourceFile(relative, stat.st_size, modified_at, str(stat.st_mtime_ns), rejected)
+
+
+def _problem_of_entry(entry: os.DirEntry[str], root: Path) -> str:
+    """Reason code of an entry that must not be read, else ''."""
+    if not entry.is_symlink():
+        return "" if entry.is_file() else "not_a_file"
+    try:
+        target = Path(entry.path).resolve(strict=True)
+    except (OSError, RuntimeError):
+        return "broken_link"
+    if not target.is_relative_to(root):
+        return "symlink_outside"
+    if target.is_dir():
+        return "symlink_to_folder"
+    return "" if target.is_file() else "not_a_file"
 
 
 def _from_listing(relative: str, info: dict[str, Any]) -> SourceFile:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -29,12 +30,21 @@ _CONTEXT_CHARACTERS = 16
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])|[。！？｡]+[」』”）]*\s*")
 _LIST_ITEM = re.compile(r"(?m)^[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|^[ \t]*\|")
-_FENCE = re.compile(r"(?m)^ {0,3}(`{3,}|~{3,})(.*)$")
+_FENCE = re.compile(r"(?m)^[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$")
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:.*\n){0,200}?---[ \t]*$", re.MULTILINE)
 _ATX_HEADING = re.compile(r"(?m)^ {0,3}(#{1,6})(?:[ \t](.*))?$")
-_SETEXT_HEADING = re.compile(r"(?m)^ {0,3}(?![-*+>#|] |\s)(\S.*)\n {0,3}(=+|-{2,})[ \t]*$")
-_RST_HEADING = re.compile(
-    r"(?m)^(?:([^\w\s])\1{2,}[ \t]*\n[ \t]*(\S.*)\n\1{3,}[ \t]*|(\S.*)\n([=\-~^\"'`#*+:._<>])\4{2,}[ \t]*)$"
+_SETEXT_HEADING = re.compile(
+    r"(?m)^ {0,3}(?![-*+][ \t]|\d{1,9}[.)][ \t]|#{1,6}[ \t]|[>|<]|(?:[-*_=][ \t]*)+$|\s)(\S.*)\n {0,3}(=+|-{2,})[ \t]*$"
 )
+_PUNCTUATION = r"[!-/:-@\[-`{-~]"
+_RST_HEADING = re.compile(
+    rf"(?m)^(?:({_PUNCTUATION})\1+[ \t]*\n[ \t]*(\S.*)\n(\1{{2,}})[ \t]*|(\S.*)\n(({_PUNCTUATION})\6*)[ \t]*)$"
+)
+_RST_NO_TITLE = re.compile(r"(?:[-*+]|\.\.|\d+[.)]|[|>:])[ \t]")
+_RST_SURE_LENGTH = 4
+"""An underline that long makes a heading even when it is shorter than the title (docutils only warns)."""
+_MAX_TITLE_CHARACTERS = 200
+"""A longer 'heading' is a paragraph in a heading's clothes; its beginning is title enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,39 +149,70 @@ def _cut_around_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[
 
 
 def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]]) -> list[Heading]:
-    if media_type == "text/markdown":
-        found = [Heading(m.start(), len(m[1]), _atx_title(m[2] or "")) for m in _ATX_HEADING.finditer(text)]
-        found += [Heading(m.start(), 1 if m[2][0] == "=" else 2, m[1].strip()) for m in _SETEXT_HEADING.finditer(text)]
-    elif media_type == "text/x-rst":
-        found = _rst_headings(text)
-    else:
+    if media_type == "text/x-rst":
+        return _rst_headings(text)
+    if media_type != "text/markdown":
         return []
-    starts = [start for start, _ in fences]
+    setext = [Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(m[1])) for m in _SETEXT_HEADING.finditer(text)]
+    atx = [Heading(m.start(), len(m[1]), _title(_without_marks(m[2] or ""))) for m in _ATX_HEADING.finditer(text)]
+    front_matter = _FRONT_MATTER.match(text)
+    hidden = [
+        *fences,
+        *([front_matter.span()] if front_matter else []),
+        *_spans(text, "<!--", "-->"),
+        *_spans(text, "<pre", "</pre>"),
+    ]
+    return sorted(_outside(hidden, [*atx, *setext]), key=lambda h: h.start)
 
-    def is_in_fence(position: int) -> bool:
-        i = bisect_right(starts, position) - 1
-        return i >= 0 and position < fences[i][1]
 
-    return sorted((h for h in found if not is_in_fence(h.start)), key=lambda h: h.start)
+def _outside(hidden: Sequence[tuple[int, int]], headings: Sequence[Heading]) -> Iterator[Heading]:
+    """The headings that begin in none of the spans."""
+    covered = sorted(hidden)
+    starts = [start for start, _ in covered]
+    ends = list(accumulate((end for _, end in covered), max))
+    for heading in headings:
+        i = bisect_right(starts, heading.start) - 1
+        if i < 0 or heading.start >= ends[i]:
+            yield heading
 
 
-def _atx_title(rest: str) -> str:
-    """The heading's text without its closing marks: 'Title ##' is 'Title', 'C#' stays."""
+def _spans(text: str, opening: str, closing: str) -> Iterator[tuple[int, int]]:
+    """Spans from each opening mark to its closing one."""
+    end = 0
+    while (start := text.find(opening, end)) >= 0:
+        end = text.find(closing, start)
+        if end < 0:
+            return
+        yield start, end
+
+
+def _title(line: str) -> str:
+    return " ".join(line[:_MAX_TITLE_CHARACTERS].split())
+
+
+def _without_marks(rest: str) -> str:
+    """A heading's text without its closing marks: 'Title ##' is 'Title', 'C#' stays."""
     title = rest.strip()
     unmarked = title.rstrip("#")
-    return unmarked.rstrip() if unmarked != title and (not unmarked or unmarked[-1] in " \t") else title
+    return unmarked if unmarked != title and (not unmarked or unmarked[-1] in " \t") else title
 
 
 def _rst_headings(text: str) -> list[Heading]:
     """Depth is the order in which a style (its character, and whether there is a line above) first appears."""
     styles: dict[tuple[str, bool], int] = {}
     found: list[Heading] = []
+    end = 0
     for m in _RST_HEADING.finditer(text):
-        title = (m[2] or m[3] or "").strip()
-        character = m[1] or m[4]
-        line_length = len(m[0].rsplit("\n", 1)[1].rstrip())
-        if line_length < len(title) or (m[3] and not re.search(r"\w", title)):
-            continue  # the line must be as long as the title
-        depth = styles.setdefault((character, m[1] is not None), len(styles) + 1)
-        found.append(Heading(m.start(), depth, title))
+        title, line = (m[2] or m[4] or "").strip(), m[3] or m[5]
+        follows_heading = bool(found) and m.start() == end + 1
+        is_apart = (
+            m[1] is not None
+            or follows_heading
+            or not text[max(0, m.start() - 200) : m.start()].rpartition("\n")[0][-1:].strip()
+        )
+        is_long = len(line) >= min(len(title), _RST_SURE_LENGTH)
+        if is_apart and is_long and re.search(r"\w", title) and not _RST_NO_TITLE.match(title):
+            depth = styles.setdefault((line[0], m[1] is not None), len(styles) + 1)
+            found.append(Heading(m.start(), depth, _title(title)))
+            end = m.end()
     return found

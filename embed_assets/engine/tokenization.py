@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from embed_assets.errors import ModelError
 
+_SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 _BLOCK_TEXTS = 2048
 """The library's encodings take about 100 bytes per token, so only so many texts' are alive at a time."""
 
@@ -51,6 +52,9 @@ class ModelTokenizer:
         self._cut = Tokenizer.from_str(description)
         self._cut.no_padding()
         self._max_length = 0
+        # Some tokenizers count the space before a word to its token, others do not.
+        probe = self._whole.encode("a b  c", add_special_tokens=False).offsets
+        self._counts_spaces = any("a b  c"[start : start + 1] == " " for start, _ in probe)
         self.special_tokens = int(self._whole.num_special_tokens_to_add(is_pair=False))
 
     @classmethod
@@ -62,11 +66,17 @@ class ModelTokenizer:
             raise ModelError(f"no tokenizer could be read from {path.name!r}: {error}; save the model again") from error
 
     def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Per text an int32 array of shape (tokens, 2): code points where each token starts and ends, no specials."""
-        return [
+        """Per text an int32 array of shape (tokens, 2): code points where each token's visible part starts and ends.
+
+        Special tokens are not among them.
+        """
+        spans = [
             np.fromiter(chain.from_iterable(e.offsets), dtype=np.int32, count=2 * len(e)).reshape(-1, 2)
             for e in self._whole.encode_batch(texts, add_special_tokens=False)
         ]
+        if not self._counts_spaces:
+            return spans
+        return [_without_leading_space(text, found) for text, found in zip(texts, spans, strict=True)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens per text, special tokens included, nothing truncated."""
@@ -89,6 +99,15 @@ class ModelTokenizer:
         np.cumsum(lengths, out=offsets[1:])
         flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
         return TokenizedTexts(flat, offsets, np.array(is_truncated, dtype=bool))
+
+
+def _without_leading_space(text: str, spans: np.ndarray) -> np.ndarray:
+    """The spans from their first visible character on; a token of spaces becomes empty, at its end."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    places = np.where(np.isin(codes, _SPACES), len(codes), np.arange(len(codes)))
+    following = np.append(np.minimum.accumulate(places[::-1])[::-1], len(codes))
+    starts = np.minimum(following[spans[:, 0]], spans[:, 1])
+    return np.stack([starts, spans[:, 1]], axis=1).astype(np.int32)
 
 
 def word_tokenizer() -> ModelTokenizer:

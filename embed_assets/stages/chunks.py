@@ -51,7 +51,7 @@ def chunk_batches(
             hashes = [hash_text(chunk.text) for chunk in chunks]
             for chunk, text_hash, chunk_id in zip(chunks, hashes, chunk_ids(document.document_id, hashes), strict=True):
                 yield (
-                    len(chunk.text),
+                    len(chunk.text) + len(chunk.heading_path),
                     {
                         "partition_key": key,
                         "chunk_id": chunk_id,

@@ -160,6 +160,16 @@ def test_an_overlap_of_zero_repeats_nothing() -> None:
         ("=====\nTitle\n=====\n\nOne\n---\n\ntext\n\nTwo\n---\n\nlast", RST, "Title > Two"),
         ("Title\n*****\n\nSub\n=====\n\nlast", RST, "Title > Sub"),
         ("# no heading\n\nlast", PLAIN, ""),
+        ("## Title\n---\n\nlast", MARKDOWN, "Title"),
+        ("---\ntitle: Foo\ndate: 2020\n---\n\n# Real\n\nlast", MARKDOWN, "Real"),
+        ("# Real\n\n1. foo\n---\n\n> quote\n---\n\n***\n---\n\nlast", MARKDOWN, "Real"),
+        ("- ```\n  # no\n  ```\n\n# yes\n\nlast", MARKDOWN, "yes"),
+        ("# Real\n\n<!--\n# no\n-->\n\nlast", MARKDOWN, "Real"),
+        ("v1\n--\n\nlast", RST, "v1"),
+        ("Title\n!!!!!\n\nlast", RST, "Title"),
+        ("A longer title\n----\n\nlast", RST, "A longer title"),
+        ("Real\n====\n\npara one\npara two\n--------\n\nlast", RST, "Real"),
+        ("Real\n====\n\n* item\n------\n\nlast", RST, "Real"),
     ],
 )
 def test_heading_path(text: str, media_type: str, expected: str) -> None:
@@ -179,6 +189,40 @@ def test_an_inserted_sentence_changes_few_chunks(page: str) -> None:
         changes.append(sum(c.text not in before for c in after))
     assert sum(changes) / len(changes) <= 2.5
     assert min(changes) >= 1
+
+
+def test_a_paragraph_in_a_headings_clothes_does_not_multiply() -> None:
+    chunks = split("# " + "word " * 4000, max_tokens=64)
+    assert sum(len(c.heading_path) for c in chunks) <= 200 * len(chunks)
+
+
+def test_spaces_that_belong_to_tokens_hide_no_cuts() -> None:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([topic("types")], trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet))
+    text = "x" * 300 + "\n\n" + "A sentence of several words stands here. " * 100
+    for chunk in split_document(text, PLAIN, ModelTokenizer(raw.to_str()), ChunkOptions(40))[-20:]:
+        assert text[chunk.char_start - 1].isspace()
+
+
+def test_one_character_of_many_tokens_ends() -> None:
+    text = "\ufdfa" * 3
+    chunks = split_document(text, PLAIN, tokenizer("unigram"), ChunkOptions(16))
+    assert "".join(c.text for c in chunks) == text
+
+
+@pytest.mark.parametrize("piece", ["\u200b\n\n", "#", "漢字仮名交じり文", "a. ", "\x00 ", "- x\n"])
+def test_large_limits_and_tokenless_pieces_take_linear_time(piece: str) -> None:
+    """Each took from ten seconds to for ever when all cuts within the limit were compared."""
+    text = piece * (60_000 // len(piece))
+    for limit in (256, 32_768):
+        check(
+            text,
+            split_document(text, MARKDOWN, tokenizer("wordpiece"), ChunkOptions(limit)),
+            tokenizer("wordpiece"),
+            ChunkOptions(limit),
+        )
 
 
 def test_work_grows_with_the_text_not_with_its_square() -> None:

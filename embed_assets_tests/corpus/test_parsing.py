@@ -67,6 +67,8 @@ def test_unicode_with_and_without_mark(tmp_path: Path, encoding: str) -> None:
             "cp1251",
             "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 8,
         ),
+        ("iso2022_jp", "日本語の文章をここに書きます。"),
+        ("cp1252", "We met at the café yesterday, and it was a long evening of talk about the weather.\n" * 30),
         ("koi8-r", "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 8),
         (
             "cp1250",
@@ -89,6 +91,10 @@ def test_other_encodings_are_detected_and_named(tmp_path: Path, encoding: str, s
         (b" \n\t", "empty"),
         (b"\xef\xbb\xbf", "empty"),
         (bytes(range(256)) * 4, "undecodable"),
+        (bytes(range(128)), "undecodable"),
+        ("plain text\n".encode("utf-16-le"), "undecodable"),
+        ("Привет, мир".encode("utf-16-le"), "undecodable"),
+        ("Die Straße führt über die Brücke. ".encode() * 20 + b"\xff", "undecodable"),
         (b"\xff\xfeabc", "undecodable"),
         (b"good \xc3\x28 bad \x00\x81 worse", "undecodable"),
         (b"x" * 200_001, "too_large"),
@@ -125,6 +131,33 @@ def test_html_becomes_markdown_with_its_headings_and_code(tmp_path: Path) -> Non
 def test_html_says_its_own_charset(tmp_path: Path) -> None:
     page = "<html><meta charset='iso-8859-2'><p>Zażółć gęślą jaźń"
     assert "Zażółć gęślą jaźń" in text(one(tmp_path, "a.html", page.encode("iso-8859-2")))
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        (b"<meta charset=iso-8859-1><p>He said \x93hi\x94 \x96 \xe9", "He said “hi” – é"),
+        (b"<meta charset=gb2312><p>" + "北京是中国的首都".encode("gbk"), "北京是中国的首都"),
+        (b"<meta charset=utf-8><p>caf\xe9", None),
+        (b"<meta charset=undefined><p>caf\xe9", None),
+        (b"<meta charset=utf-16le><p>caf\xe9!", None),
+        (b"<hr><p>first section</p><hr><p>rest</p>", "---\n\nfirst section\n\n---\n\nrest"),
+        (b"<p>intro</p>" + b"<div>" * 2000 + b"THE WHOLE ARTICLE " * 50, None),
+    ],
+)
+def test_html_in_the_wild(tmp_path: Path, page: bytes, expected: str | None) -> None:
+    item = one(tmp_path, "a.html", page)
+    if expected is None:
+        assert reason(item) in ("undecodable", "broken_file")
+        assert isinstance(item, Rejection) and "0x" not in item.detail
+    else:
+        assert text(item).strip() == expected
+
+
+def test_html_titles_are_unescaped(tmp_path: Path) -> None:
+    item = one(tmp_path, "a.html", b"<title>It's \n &quot;a&quot; &amp; b</title><p>x")
+    assert isinstance(item, Document)
+    assert item.title == 'It\'s "a" & b'
 
 
 def test_deeply_nested_html_ends_in_bounded_time(tmp_path: Path) -> None:
@@ -192,12 +225,48 @@ def test_csv_rows_are_documents(tmp_path: Path) -> None:
         (b"id,body\n1,x\n", ["missing_text"]),
         (b"id,text\n", ["empty"]),
         (b"id,text\n1,a,extra\n2,ok\n3\n", ["invalid_row", "invalid_row"]),
-        (b'id,text\n1,"' + b"x" * 250_000 + b'"\n', ["invalid_row"]),
+        (b'id,text\n1,"' + b"x\n" * 125_000 + b'99,no row\n"\n', ["too_large"]),
+        (b'id,text\n1,"never closed\n2,second\n', ["invalid_row"]),
+        (b'"' + b"x" * 250_000 + b'",text\n1,a\n', ["broken_file"]),
     ],
 )
 def test_bad_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None:
     items = one_file(tmp_path, "a.csv", data)
     assert [i.reason for i in items.values() if isinstance(i, Rejection)] == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig", "cp1252"])
+def test_csv_encodings(tmp_path: Path, encoding: str) -> None:
+    words = "Le café est fermé à Noël, et il neige sur la ville depuis hier. "
+    data = "".join(f'{i},"{words}"\r\n' for i in range(20))
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    items = one_file(tmp_path, "a.csv", (mark + "id,text\r\n" + data).encode(encoding))
+    assert {text(i) for i in items.values()} == {words}
+
+
+def test_line_ends_in_rows_are_line_ends(tmp_path: Path) -> None:
+    items = one_file(tmp_path, "a.jsonl", jsonl('{"text": "one\\r\\n\\r\\ntwo"}'))
+    assert [text(i) for i in items.values()] == ["one\n\ntwo"]
+
+
+def test_many_equal_rows_are_told_apart_in_linear_time(tmp_path: Path) -> None:
+    """Twenty thousand took minutes when each was compared with all before it."""
+    items = one_file(tmp_path, "a.jsonl", b'{"text": "N/A"}\n' * 20_000)
+    assert len(items) == 20_000
+
+
+def test_metadata_is_json(tmp_path: Path) -> None:
+    items = one_file(
+        tmp_path, "a.jsonl", jsonl('{"id": 1, "text": "a", "x": NaN, "y": [1e999], "z": {"w": -Infinity}}')
+    )
+    item = items["a.jsonl#1"]
+    assert isinstance(item, Document)
+    assert json.loads(item.metadata, parse_constant=pytest.fail) == {"x": None, "y": [None], "z": {"w": None}}
+
+
+def test_jsonl_nested_to_any_depth(tmp_path: Path) -> None:
+    lines = [f'{{"text": "t", "x": {"[" * n}{"]" * n}}}' for n in range(900, 1000, 5)]
+    assert len(one_file(tmp_path, "a.jsonl", jsonl(*lines))) == len(lines)
 
 
 def parquet(**columns: list[object]) -> bytes:
@@ -210,6 +279,17 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     items = one_file(tmp_path, "a.parquet", parquet(id=[1, 2], text=["One", None], tags=[["a"], []]))
     assert text(items["a.parquet#1"]) == "One"
     assert reason(items["a.parquet#row2"]) == "empty"
+
+
+def test_odd_values_beside_the_text_cost_no_text(tmp_path: Path) -> None:
+    columns = {
+        "text": ["one", "two"],
+        "ns": pa.array([1, 2**62], pa.timestamp("ns")),
+        "zone": pa.array([1, 2], pa.timestamp("us", "Mars/Base")),
+        "date": pa.array([2**30, 1], pa.date32()),
+    }
+    items = one_file(tmp_path, "a.parquet", parquet(**columns))  # type: ignore[arg-type]
+    assert sorted(text(i) for i in items.values()) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +348,33 @@ def test_word_documents_become_markdown(tmp_path: Path) -> None:
     assert (item.title, item.media_type) == ("The Title", "text/markdown")
 
 
+def test_word_documents_with_content_controls_and_changes(tmp_path: Path) -> None:
+    space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    body = f"""<w:document {space}><w:body>
+        <w:sdt><w:sdtContent><w:p><w:r><w:t>control</w:t></w:r></w:p></w:sdtContent></w:sdt>
+        <w:p><w:ins><w:r><w:t>inserted</w:t></w:r></w:ins><w:del><w:r><w:delText>deleted</w:delText></w:r></w:del></w:p>
+        <w:tbl><w:tr><w:tc><w:tbl><w:tr><w:tc><w:p><w:r><w:t>nested</w:t></w:r></w:p></w:tc></w:tr></w:tbl></w:tc></w:tr></w:tbl>
+        {"<w:p/>" * 20_000}</w:body></w:document>"""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(docx_bytes())) as old, zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, body if name == "word/document.xml" else old.read(name))
+    found = text(one(tmp_path, "a.docx", sink.getvalue()))
+    assert "control" in found and "inserted" in found and "nested" in found and "deleted" not in found
+
+
+@given(places=st.lists(st.integers(0, 10**6), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_flipped_bits_in_office_files(tmp_path_factory: pytest.TempPathFactory, places: list[int]) -> None:
+    root = tmp_path_factory.mktemp("bits")
+    for name, whole in (("a.docx", docx_bytes()), ("a.pdf", pdf_bytes())):
+        data = bytearray(whole)
+        for place in places:
+            data[place % len(data)] ^= 1 << place % 8
+        (root / name).write_bytes(data)
+    assert len(read(root)) == 2
+
+
 def test_pdf_text(tmp_path: Path) -> None:
     assert text(one(tmp_path, "a.pdf", pdf_bytes())) == "Hello PDF world"
 
@@ -289,7 +396,9 @@ def zipped(name: str, data: bytes) -> bytes:
         ("a.docx", b"PK no zip", "broken_file"),
         ("a.docx", zipped("x", b"y"), "broken_file"),
         ("a.docx", docx_bytes()[:-200], "broken_file"),
-        ("a.docx", zipped("word/document.xml", b"\0" * (600 << 20)), "too_large"),
+        ("a.docx", zipped("word/document.xml", b"\0" * (40 << 20)), "too_large"),
+        ("a.docx", bytes.fromhex("d0cf11e0a1b11ae1") + b"old or encrypted", "encrypted"),
+        ("a.docx", docx_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"), "broken_file"),
     ],
 )
 def test_broken_office_files(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
@@ -314,6 +423,7 @@ def test_links(tmp_path: Path) -> None:
     os.symlink("folder", root / "alias")
     os.symlink("folder/real.txt", root / "inside.txt")
     os.mkfifo(root / "pipe.txt")
+    os.symlink("pipe.txt", root / "to_pipe.txt")
     items = read(root)
     reasons = {k: v.reason for k, v in items.items() if isinstance(v, Rejection)}
     assert reasons == {
@@ -323,6 +433,7 @@ def test_links(tmp_path: Path) -> None:
         "dangling.txt": "broken_link",
         "alias": "symlink_to_folder",
         "pipe.txt": "not_a_file",
+        "to_pipe.txt": "not_a_file",
     }
     assert text(items["inside.txt"]) == text(items["real.txt"]) == "real"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import fsspec
 import pytest
@@ -107,3 +109,30 @@ def test_ordinary_names_are_their_own_keys() -> None:
     for name in ("o'x; DROP=1 é %2F", "a b", "2026-01-01", "🙂", ".."):
         assert partition_key(name) == name
     assert partition_key("_root") != "_root"
+
+
+def test_keys_of_hashed_names_are_nobody_elses() -> None:
+    key = partition_key("a...b")
+    assert partition_key(key) != key
+    for name in ("日" * 80, "a b" * 80, "x" * 250):
+        assert len(quote(partition_key(name), safe="")) <= 200
+        assert partition_key(name) != partition_key(name + "2")
+
+
+def test_times_beyond_the_calendar_and_undecodable_names(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("a")
+    with contextlib.suppress(OSError, OverflowError):
+        os.utime(tmp_path / "a.md", (2**40, 2**40))
+    (tmp_path / os.fsdecode(b"\xfe.md")).write_text("b")
+    (tmp_path / "\\udcfe.md").write_text("c")
+    source = Source(str(tmp_path), "folder")
+    assert len(set(ids(source)[ROOT_PARTITION])) == 3
+    assert all(source.uri(f).isprintable() for f in source.partitions()[ROOT_PARTITION].files)
+
+
+def test_a_remote_file_is_no_source() -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe_file("/single/a.md", b"a")
+    with pytest.raises(SourceError, match="must be an existing folder"):
+        Source("memory://single/a.md", "folder").partitions()
+    filesystem.rm("/single", recursive=True)
