@@ -33,7 +33,7 @@ ui: install
 
 bench: install
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
-	$(BIN)/python -m embed_assets_tests.benchmarks
+	$(BIN)/python -m embed_assets_tests.benchmarks $(DIR)
 
 clean:
 	rm -rf .venv .dagster landing lake

@@ -171,7 +171,7 @@ def partition_key(name: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """The name; if it has bytes that are no UTF-8, with those escaped and a hash of it appended, so that it is unique."""
+    """The name; if it has bytes that are no UTF-8, with those escaped and a hash appended, so that it is unique."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
