@@ -7,28 +7,16 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
+from embed_assets.console import escape, print_names, print_plan, print_sync, stderr, stdout
 from embed_assets.errors import UserError
 from embed_assets.settings import load_settings
-
-_WIDTH_OF_PIPES = 200
-
-
-def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH_OF_PIPES)
-
-
-_err = _console(stderr=True)
-_out = _console()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +42,12 @@ def command(function: Callable[..., Answer]) -> click.Command:
         except UserError as error:
             if debug:
                 raise
-            _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
             if as_json:
                 click.echo(json.dumps({"error": str(error)}))
             sys.exit(1)
         except KeyboardInterrupt:
-            _err.print("stopped; what was embedded so far is kept and will be reused")
+            stderr.print("stopped; what was embedded so far is kept and will be reused")
             sys.exit(130)
         if as_json:
             click.echo(json.dumps(answer.json, ensure_ascii=False, indent=2))
@@ -90,7 +78,7 @@ def sample(as_json: bool, folder: Path | None) -> Answer:
     folder = folder or Path(load_settings().source)
     counts = write_sample(folder)
     if not as_json:
-        _out.print(f"{sum(counts.values())} documents in {len(counts)} partitions under {folder}/", markup=False)
+        stdout.print(f"{sum(counts.values())} documents in {len(counts)} partitions under {folder}/", markup=False)
     return Answer({"folder": str(folder), "documents": sum(counts.values()), "partitions": counts})
 
 
@@ -107,10 +95,10 @@ def discover(as_json: bool) -> Answer:
         partitions = list_partitions(instance, pipeline.source)
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
-        _print_names("new", found.added)
-        _print_names("changed", found.changed)
-        _print_names("emptied", found.emptied)
-        _out.print(f"{len(found.partitions)} partitions in {pipeline.source.root}", markup=False)
+        print_names("new", found.added)
+        print_names("changed", found.changed)
+        print_names("emptied", found.emptied)
+        stdout.print(f"{len(found.partitions)} partitions in {pipeline.source.root}", markup=False)
     files = {key: len(partition.files) for key, partition in sorted(found.partitions.items())}
     return Answer({"partitions": files, "added": found.added, "changed": found.changed, "emptied": found.emptied})
 
@@ -130,7 +118,7 @@ def plan(as_json: bool, count: bool) -> Answer:
         seconds = estimated_seconds(instance, pipeline, plans) if count else None
     rows = [_plan_row(p) for p in plans]
     if not as_json:
-        _print_plan(rows, count, seconds)
+        print_plan(rows, count, seconds)
     answer: dict[str, object] = {"partitions": rows, "space": pipeline.space.name}
     if count:
         totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens")
@@ -150,13 +138,13 @@ def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
     from embed_assets.progress import ConsoleObserver
 
     pipeline = _pipeline()
-    with open_instance() as instance, ConsoleObserver(_err) as observer:
+    with open_instance() as instance, ConsoleObserver(stderr) as observer:
         result = run_sync(instance, pipeline, lambda inner: definitions_over(pipeline, inner), observer, partitions)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     if not as_json:
-        _print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
+        print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
     if result.failed:
-        _err.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
+        stderr.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
     rows: dict[str, object] = {key: r.as_json() for key, r in result.partitions.items()}
     answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.space.name}
     return Answer(answer, exit_code=int(bool(result.failed)))
@@ -171,17 +159,17 @@ def search(as_json: bool, query: str, k: int) -> Answer:
 
     pipeline = _pipeline()
     pipeline.require_embeddings()
-    with _err.status("loading the model"):
+    with stderr.status("loading the model"):
         vector = pipeline.embedder.embed([pipeline.space.query_prompt + query]).vectors[0]
     results = search_table(pipeline.lake, pipeline.embeddings_table, vector, k)
     if not as_json:
         for result in results:
             place = f"{result.partition_key}/{result.document_id}"
-            _out.print(
-                f"[bold]{result.score:.3f}[/bold]  {_escape(place)}  [dim]{_escape(result.heading_path)}[/dim]",
+            stdout.print(
+                f"[bold]{result.score:.3f}[/bold]  {escape(place)}  [dim]{escape(result.heading_path)}[/dim]",
                 soft_wrap=True,
             )
-            _out.print("       " + " ".join(result.text.split())[:160], markup=False, soft_wrap=True)
+            stdout.print("       " + " ".join(result.text.split())[:160], markup=False, soft_wrap=True)
     return Answer({"results": [asdict(result) for result in results]})
 
 
@@ -194,7 +182,7 @@ def verify(as_json: bool, repair: bool) -> Answer:
     from embed_assets.lake.verify import verify as verify_table
 
     pipeline = _pipeline()
-    with _err.status("verifying"):
+    with stderr.status("verifying"):
         found = dict(verify_table(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt))
     damaged = {key: gaps for key, gaps in found.items() if gaps.total}
     if repair and damaged:
@@ -202,12 +190,12 @@ def verify(as_json: bool, repair: bool) -> Answer:
             mark_for_repair(instance, damaged)
     if not as_json:
         for key, gaps in damaged.items():
-            _out.print(
+            stdout.print(
                 f"{key}: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in asdict(gaps).items() if n),
                 markup=False,
             )
         advice = "marked stale, run 'embed-assets sync'" if repair else "run 'embed-assets verify --repair'"
-        _out.print(f"{len(found)} partitions checked, {len(damaged)} damaged" + (f": {advice}" if damaged else ""))
+        stdout.print(f"{len(found)} partitions checked, {len(damaged)} damaged" + (f": {advice}" if damaged else ""))
     return Answer(
         {
             "ok": not damaged,
@@ -238,62 +226,6 @@ def _plan_row(plan: Any) -> dict[str, Any]:
             "tokens": plan.estimate.tokens,
         }
     return row
-
-
-def _print_plan(rows: Sequence[dict[str, Any]], count: bool, seconds: float | None) -> None:
-    counts = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens") if count else ()
-    table = _table("partition", "state", "why", numbers=[name.removeprefix("chunks_") for name in counts])
-    for row in rows:
-        states = [asset["state"] for asset in row["assets"].values()]
-        state = next((s for s in ("missing", "stale") if s in states), "fresh")
-        why = "; ".join(
-            f"{name}: {', '.join(asset['reasons'])}" for name, asset in row["assets"].items() if asset["reasons"]
-        )
-        if state == "missing" and all(s == "missing" for s in states):
-            why = "never materialized"
-        table.add_row(_escape(row["partition_key"]), state, _escape(why), *(f"{row[name]:,}" for name in counts))
-    _out.print(table)
-    due = sum(any(a["state"] != "fresh" for a in row["assets"].values()) for row in rows)
-    time = "" if seconds is None else f"; about {seconds:,.0f} s for the model"
-    _out.print(
-        f"{due} of {len(rows)} partitions to materialize"
-        + (f", {sum(r['tokens'] for r in rows):,} tokens{time}" if count else "")
-    )
-
-
-def _print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds: float) -> None:
-    names = ("documents", "rejected", "chunks", "embedded", "reused", "dropped")
-    table = _table("partition", "state", numbers=names)
-    for key, row in rows.items():
-        table.add_row(_escape(key), row["state"], *(f"{row[name]:,}" for name in names))
-    _out.print(table)
-    for key, row in rows.items():
-        if row["error"]:
-            _err.print(f"{key}: {row['error']}", style="red", markup=False, soft_wrap=True)
-    _out.print(
-        f"{totals['embedded']:,} chunks embedded ({totals['tokens']:,} tokens), {totals['reused']:,} reused, "
-        f"{totals['dropped']:,} dropped in {seconds:,.1f} s"
-    )
-
-
-def _table(*texts: str, numbers: Iterable[str] = ()) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in texts:
-        table.add_column(name, overflow="fold", no_wrap=name == "state")
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _print_names(label: str, names: Sequence[str]) -> None:
-    for name in names[:20]:
-        _out.print(f"{label}: {name}", markup=False)
-    if len(names) > 20:
-        _out.print(f"{label}: and {len(names) - 20} more")
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from embed_assets.engine.model_files import (
+    WEIGHT_PATTERNS,
+    file_sha256,
+    hash_modules,
+    hash_tokenizer,
+    hash_weights,
+    max_seq_length_of,
+    read_json,
+    tokenizer_file,
+    weight_files,
+)
 from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer
 from embed_assets.errors import ModelError, SettingsError
 from embed_assets.records import hash_parts
@@ -26,20 +34,7 @@ PACKAGE_WEIGHTS_SHA256 = {
 
 FAKE_MAX_LENGTH = 256
 _FAKE = re.compile(r"fake:(?P<dimension>[1-9]\d{0,4})(?:@(?P<name>[\w.-]+))?(?:~(?P<speed>\d+(?:\.\d+)?))?")
-_WEIGHTS = ("*.safetensors", "*/*.safetensors")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*/*.bin")
-_IRRELEVANT_CONFIG = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "__version__", "use_cache"}
-)
-_CONFIGS = (
-    "modules.json",
-    "config.json",
-    "sentence_*_config.json",
-    "*_Pooling/*.json",
-    "*_*/config.json",
-    "[0-9]*/*.json",
-)
-_HUB_FILES = [*_WEIGHTS, "*.json", "*/*.json", "*.txt", "*/*.txt", "*.model"]
+_HUB_FILES = [*WEIGHT_PATTERNS, "*.json", "*/*.json", "*.txt", "*/*.txt", "*.model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class EmbeddingSpace:
     @cached_property
     def tokenizer(self) -> ModelTokenizer:
         """The model's tokenizer. Raises ``ModelError`` when it has no fast one."""
-        return word_tokenizer() if self.directory is None else ModelTokenizer.from_file(_tokenizer_file(self.directory))
+        return word_tokenizer() if self.directory is None else ModelTokenizer.from_file(tokenizer_file(self.directory))
 
     @property
     def prompt_tokens(self) -> int:
@@ -148,16 +143,16 @@ def resolve_space(
             model, None, weights, "words", "fake", FAKE_MAX_LENGTH, prompt or "", query_prompt or "", truncate_dim
         )
     directory = _find_directory(model, revision)
-    config = _read_json(directory / "config_sentence_transformers.json")
+    config = read_json(directory / "config_sentence_transformers.json")
     prompts = {str(k): str(v) for k, v in (config.get("prompts") or {}).items()}
     default = prompts.get(str(config.get("default_prompt_name")), "")
     return EmbeddingSpace(
         model,
         directory,
-        _hash_weights(directory),
-        _hash_tokenizer(directory),
-        _hash_modules(directory, with_code=trust_remote_code),
-        _max_seq_length(directory),
+        hash_weights(directory),
+        hash_tokenizer(directory),
+        hash_modules(directory, with_code=trust_remote_code),
+        max_seq_length_of(directory),
         default if prompt is None else prompts.get(prompt, prompt),
         prompts.get("query", default) if query_prompt is None else prompts.get(query_prompt, query_prompt),
         truncate_dim,
@@ -250,28 +245,10 @@ def _hub_directory(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted({file for pattern in _WEIGHTS for file in directory.glob(pattern)})
-    if files:
-        return files
-    pickled = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
-    found = f"only {pickled[0]!r}, which could run code when loaded" if pickled else "none"
-    raise ModelError(
-        f"a model needs weights as .safetensors, found {found} in {directory.name!r}; "
-        "convert it or choose another EMBED_MODEL"
-    )
-
-
-def _hash_weights(directory: Path) -> str:
-    return hash_parts(
-        part for file in _weight_files(directory) for part in (str(file.relative_to(directory)), file_sha256(file))
-    )
-
-
 def _verify_weights(space: EmbeddingSpace) -> None:
     """Hash the weights again, without the cache, right before they are loaded."""
     assert space.directory is not None
-    files = _weight_files(space.directory)
+    files = weight_files(space.directory)
     actual = {file: file_sha256(file, cached=False) for file in files}
     if hash_parts(p for f in files for p in (str(f.relative_to(space.directory)), actual[f])) != space.weights_hash:
         raise ModelError(
@@ -285,100 +262,3 @@ def _verify_weights(space: EmbeddingSpace) -> None:
             f"the weights of {space.model!r} must have sha256 {expected}, got {next(iter(actual.values()))} in "
             f"{files[0].name!r}; reinstall the package"
         )
-
-
-def file_sha256(path: Path, cached: bool = True) -> str:
-    """sha256 hex of a file, remembered between processes by its path, size, times and inode."""
-    stat = path.stat()
-    key = hash_parts(
-        (str(path.resolve()), *(str(v) for v in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
-    )
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embed_assets" / "sha256" / key
-    if cached:
-        try:
-            return memory.read_text("ascii")
-        except OSError:
-            pass
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(digest, "ascii")
-        partial.replace(memory)
-    except OSError:
-        pass  # a read-only home only costs hashing again
-    return digest
-
-
-def _tokenizer_file(directory: Path) -> Path:
-    modules = _read_json_list(directory / "modules.json")
-    first = directory / str(modules[0].get("path", "")) if modules else directory
-    for path in (first / "tokenizer.json", directory / "tokenizer.json"):
-        if path.is_file():
-            return path
-    raise ModelError(f"the model in {directory.name!r} has no tokenizer.json; save it with a fast tokenizer")
-
-
-def _hash_tokenizer(directory: Path) -> str:
-    """Hash of what the tokenizer does; its truncation and padding are set by the engine."""
-    try:
-        description = json.loads(_tokenizer_file(directory).read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            f"the tokenizer.json in {directory.name!r} is no JSON: {error}; save the model again"
-        ) from error
-    description.pop("truncation", None)
-    description.pop("padding", None)
-    return hash_parts((json.dumps(description, sort_keys=True),))
-
-
-def _hash_modules(directory: Path, with_code: bool) -> str:
-    """Hash of the modules and their configurations, without fields that name versions and places."""
-    files = sorted({file for pattern in _CONFIGS for file in directory.glob(pattern)})
-    parts: list[str] = []
-    for file in files:
-        value = json.loads(file.read_text("utf-8"))
-        if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in _IRRELEVANT_CONFIG}
-        parts += [str(file.relative_to(directory)), json.dumps(value, sort_keys=True)]
-    for file in sorted(directory.rglob("*.py")) if with_code else []:
-        parts += [str(file.relative_to(directory)), file.read_text("utf-8")]
-    return hash_parts(parts)
-
-
-def _max_seq_length(directory: Path) -> int:
-    """What SentenceTransformer will report once loaded: base/modules/transformer.py of sentence-transformers 6."""
-    root = _tokenizer_file(directory).parent
-    for file in sorted(root.glob("sentence_*_config.json")):
-        if (stated := _read_json(file).get("max_seq_length")) is not None:
-            return int(stated)
-    limits = [
-        _read_json(root / "tokenizer_config.json").get("model_max_length"),
-        _read_json(root / "config.json").get("max_position_embeddings"),
-    ]
-    known = [int(limit) for limit in limits if limit is not None and 0 < float(limit) < 1e9]
-    if not known:
-        raise ModelError(
-            f"the model in {directory.name!r} states no maximum length; "
-            "put max_seq_length into its sentence_bert_config.json"
-        )
-    return min(known)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ModelError(f"{path.name!r} of the model is no JSON: {error}; save the model again") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _read_json_list(path: Path) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return []
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []

@@ -1,0 +1,80 @@
+"""What people see: tables on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH_OF_PIPES = 200
+
+
+def _console(is_stderr: bool = False) -> Console:
+    console = Console(stderr=is_stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=is_stderr, highlight=False, width=_WIDTH_OF_PIPES)
+
+
+stderr = _console(is_stderr=True)
+stdout = _console()
+
+
+def print_plan(rows: Sequence[dict[str, Any]], count: bool, seconds: float | None) -> None:
+    """The rows of `plan --json` as a table, with numbers if they were counted."""
+    counts = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens") if count else ()
+    shown = _table("partition", "state", "why", numbers=[name.removeprefix("chunks_") for name in counts])
+    for row in rows:
+        states = [asset["state"] for asset in row["assets"].values()]
+        state = next((s for s in ("missing", "stale") if s in states), "fresh")
+        why = "; ".join(
+            f"{name}: {', '.join(asset['reasons'])}" for name, asset in row["assets"].items() if asset["reasons"]
+        )
+        if state == "missing" and all(s == "missing" for s in states):
+            why = "never materialized"
+        shown.add_row(escape(row["partition_key"]), state, escape(why), *(f"{row[name]:,}" for name in counts))
+    stdout.print(shown)
+    due = sum(any(a["state"] != "fresh" for a in row["assets"].values()) for row in rows)
+    time = "" if seconds is None else f"; about {seconds:,.0f} s for the model"
+    stdout.print(
+        f"{due} of {len(rows)} partitions to materialize"
+        + (f", {sum(r['tokens'] for r in rows):,} tokens{time}" if count else "")
+    )
+
+
+def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds: float) -> None:
+    """The partitions of `sync --json` as a table; errors go to stderr."""
+    names = ("documents", "rejected", "chunks", "embedded", "reused", "dropped")
+    shown = _table("partition", "state", numbers=names)
+    for key, row in rows.items():
+        shown.add_row(escape(key), row["state"], *(f"{row[name]:,}" for name in names))
+    stdout.print(shown)
+    for key, row in rows.items():
+        if row["error"]:
+            stderr.print(f"{key}: {row['error']}", style="red", markup=False, soft_wrap=True)
+    stdout.print(
+        f"{totals['embedded']:,} chunks embedded ({totals['tokens']:,} tokens), {totals['reused']:,} reused, "
+        f"{totals['dropped']:,} dropped in {seconds:,.1f} s"
+    )
+
+
+def _table(*texts: str, numbers: Iterable[str] = ()) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in texts:
+        table.add_column(name, overflow="fold", no_wrap=name == "state")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def print_names(label: str, names: Sequence[str]) -> None:
+    """A line per name, twenty at the most."""
+    for name in names[:20]:
+        stdout.print(f"{label}: {name}", markup=False)
+    if len(names) > 20:
+        stdout.print(f"{label}: and {len(names) - 20} more")
+
+
+def escape(text: str) -> str:
+    """Text from elsewhere, safe to print where markup is read."""
+    return text.replace("[", r"\[")
