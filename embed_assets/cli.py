@@ -36,7 +36,8 @@ def command(function: Callable[..., Answer]) -> click.Command:
     @functools.wraps(function)
     def wrapper(as_json: bool, debug: bool, **arguments: object) -> None:
         warnings.filterwarnings("default" if debug else "ignore")
-        logging.getLogger("dagster").setLevel(logging.DEBUG if debug else logging.ERROR)
+        for name in ("dagster", "embed_assets"):
+            logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
         try:
             answer = function(as_json=as_json, **arguments)
         except UserError as error:

@@ -264,3 +264,27 @@ def test_tables_for_people(project: Project) -> None:
     assert "one.md" in project.run("search", "One.").stdout
     assert "0 damaged" in project.run("verify").stdout
     assert Path("lake/embeddings").is_dir()
+
+
+def test_a_run_that_breaks_before_its_partitions_names_the_reason(project: Project) -> None:
+    from embed_assets.definitions import definitions_over
+    from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.results import PartitionResult
+    from embed_assets.defs.sync import run_sync
+
+    class Silent:
+        def on_window(self, partition_key: str, texts: int, tokens: int) -> None: ...
+
+        def on_partition(self, partition_key: str, result: PartitionResult) -> None: ...
+
+    project.write("a/one.md", "One.")
+    pipeline = project.pipeline()
+
+    def build_and_lose_the_source(observer: object) -> object:
+        shutil.rmtree(project.landing)
+        return definitions_over(pipeline, observer)  # type: ignore[arg-type]
+
+    with open_instance() as instance:
+        result = run_sync(instance, pipeline, build_and_lose_the_source, Silent())  # type: ignore[arg-type]
+    assert result.failed == ["a"]
+    assert (result.partitions["a"].error or "").startswith("the source must be an existing folder")

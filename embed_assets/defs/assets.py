@@ -8,6 +8,7 @@ import dagster as dg
 from embed_assets.defs.corpus_run import CorpusRun
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.specs import asset_specs
+from embed_assets.errors import UserError
 from embed_assets.stages.pipeline import Pipeline
 
 
@@ -22,7 +23,10 @@ def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None)
     )
     def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
         """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
-        run = CorpusRun.begin(context, pipeline, observer or LogObserver(context))
+        try:
+            run = CorpusRun.begin(context, pipeline, observer or LogObserver(context))
+        except UserError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from error
         failures = run.materialize()
         if failures:
             raise dg.Failure(

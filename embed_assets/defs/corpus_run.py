@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.embeddings import Embeddings
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.raw_documents import RawDocuments
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class CorpusRun:
                     failures[key] = _message(error)
                     result = PartitionResult("failed", error=failures[key])
                     if not isinstance(error, UserError):
-                        traceback.print_exception(error)
+                        _log.error("partition %r failed unexpectedly", key, exc_info=error)
                 self.observer.on_partition(key, result)
         if failures:
             self._confirm(key for key in self.keys if key not in failures)

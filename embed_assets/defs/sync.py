@@ -14,7 +14,7 @@ from embed_assets.defs.discovery import discover, list_partitions
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.specs import corpus_partitions
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
-from embed_assets.errors import PartitionError, UserError
+from embed_assets.errors import PartitionError
 from embed_assets.stages.pipeline import Estimate, Pipeline
 
 _PROBE_TEXTS = 32
@@ -182,10 +182,11 @@ def _blame(collector: _Collector, keys: Sequence[str], run: dg.ExecuteInProcessR
     missing = [key for key in keys if key not in collector.results]
     if not missing:
         return
-    failures = [event.step_failure_data for event in run.all_events if event.is_step_failure]
-    causes = [data.error.cause or data.error for data in failures if data.error]
-    message = causes[0].message.strip().splitlines()[0] if causes else "the run failed before it came to this partition"
-    name, _, text = message.partition(": ")
-    is_ours = name.rpartition(".")[2] in {kind.__name__ for kind in UserError.__subclasses__()}
+    message = "the run failed before it came to this partition"
+    for failure in (event.step_failure_data for event in run.all_events if event.is_step_failure):
+        if failure.user_failure_data is not None and failure.user_failure_data.description:
+            message = failure.user_failure_data.description
+        elif failure.error is not None:
+            message = (failure.error.cause or failure.error).message.strip().splitlines()[0]
     for key in missing:
-        collector.on_partition(key, PartitionResult("failed", error=text if is_ours else message))
+        collector.on_partition(key, PartitionResult("failed", error=message))
