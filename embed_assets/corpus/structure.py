@@ -17,14 +17,14 @@ from itertools import accumulate
 
 import numpy as np
 
-_HEADING_COST = (0.1, 0.5, 1.0)
+_HEADING_COST = (0.2, 0.4, 0.8)
 """By depth: 1, 2, and 3 or deeper."""
 _HEADING_NOISE = 1.0
 BLOCK, ITEM, CODE_LINE, SENTENCE, WORD, CHARACTER = range(6)
-_COST = (1.0, 1.0, 0.3, 2.5, 4.5, 6.5)
+_COST = (0.8, 0.8, 0.6, 1.7, 3.7, 5.7)
 """By kind of cut. One more chunk costs what its cut costs: a dearer cut is taken to save a cheaper one only."""
-_NOISE = 6.0
-_NOISE_POWER = 0.5
+_NOISE = 7.0
+_NOISE_POWER = 0.4
 _CONTEXT_CHARACTERS = 16
 
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")

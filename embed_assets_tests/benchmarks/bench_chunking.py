@@ -33,7 +33,7 @@ SENTENCES = (
 Splitter = Callable[[str], list[str]]
 
 
-def run(folder: Path | None, edits: int = 12, sample: int = 24) -> None:
+def run(folder: Path | None, edits: int = 4, sample: int = 200) -> None:
     """Print speed and locality."""
     print("\n== chunking: speed, one core (median of 5) ==")
     for name, environment in (("one core", {"RAYON_NUM_THREADS": "1"}), ("all cores", {})):
