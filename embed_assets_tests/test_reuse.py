@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project, topic
@@ -203,6 +204,78 @@ def test_lost_table_is_missing_again(corpus: Project) -> None:
     assert plan["state"] == "missing"
     assert "not in the table" in plan["reasons"][0]
     assert corpus.sync()["embedded"] > 20
+
+
+def test_another_lake_and_back_is_brought_up_to_date(project: Project) -> None:
+    file = project.write("a/x.md", "Version one.")
+    project.write("b/no.xyz", "Rejected.")
+    project.sync()
+    file.write_text("Version two.")
+    project.set(LAKE="lake2")
+    assert project.sync()["embedded"] == 1
+    assert [r["reason"] for r in project.rows("reason", table="rejected_documents")] == ["unsupported_format"]
+    project.set(LAKE="lake")
+    assert project.json("plan")["partitions"][0]["assets"]["raw_documents"]["state"] == "missing"
+    project.sync()
+    assert [r["text"] for r in project.rows("text")] == ["Version two."]
+    assert {p["state"] for p in project.sync()["partitions"].values()} == {"fresh"}
+
+
+def test_a_restored_backup_is_brought_up_to_date(project: Project) -> None:
+    file = project.write("a/x.md", "Version one.")
+    project.sync()
+    shutil.copytree(project.root / "lake", project.root / "backup")
+    file.write_text("Version two.")
+    project.sync()
+    shutil.rmtree(project.root / "lake")
+    (project.root / "backup").rename(project.root / "lake")
+    project.sync()
+    assert [r["text"] for r in project.rows("text")] == ["Version two."]
+
+
+def test_lost_rejections_are_made_again(project: Project) -> None:
+    project.write("a/x.md", "Fine.")
+    project.write("a/no.xyz", "Rejected.")
+    project.sync()
+    shutil.rmtree(project.root / "lake/rejected_documents")
+    assert project.sync()["embedded"] == 0
+    assert len(project.rows("reason", table="rejected_documents")) == 1
+
+
+def test_a_lake_inside_its_source_is_left_out(project: Project) -> None:
+    project.write("a/x.md", "Fine.")
+    project.set(SOURCE=".")
+    for _ in range(3):
+        assert project.sync()["partitions"].keys() == {"_root", "landing"}
+
+
+def test_a_file_named_like_a_row_is_another_document(project: Project) -> None:
+    project.write("a/data.csv", "id,text\nx.txt,Same text here\n")
+    project.write("a/data.csv#x.txt", "Same text here")
+    project.sync()
+    assert project.json("verify")["ok"]
+    assert len({row["document_id"] for row in project.rows("document_id")}) == 2
+
+
+def test_windows_of_an_undone_edit_are_swept(project: Project) -> None:
+    from embed_assets.lake.vectors import Staging, vector_batch
+    from embed_assets.records import hash_text, utc_now
+
+    project.write("a/x.md", "Fine.")
+    project.sync()
+    pipeline = project.pipeline()
+    staging = Staging(pipeline.lake, pipeline.embeddings_table, "a")
+    staging.write(vector_batch([hash_text("x")], np.zeros((1, 16), np.float32), np.zeros(1, bool), utc_now()))
+    project.sync()
+    assert list(staging.read()) == []
+
+
+def test_plan_counts_a_text_of_several_partitions_once_with_reuse_table(project: Project) -> None:
+    for key in "abc":
+        project.write(f"{key}/x.md", "The same everywhere.")
+    project.set(REUSE="table")
+    assert project.json("plan", "--count")["chunks_to_embed"] == 1
+    assert project.sync()["embedded"] == 1
 
 
 def test_lake_without_its_instance_is_recorded_again_and_embeds_nothing(corpus: Project) -> None:

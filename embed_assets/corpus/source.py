@@ -18,7 +18,7 @@ from urllib.parse import quote
 import fsspec
 
 from embed_assets.errors import SourceError
-from embed_assets.records import hash_parts
+from embed_assets.records import hash_parts, hash_text
 from embed_assets.settings import Settings, local_path
 
 ROOT_PARTITION = "_root"
@@ -26,6 +26,8 @@ ROOT_PARTITION = "_root"
 
 _FORBIDDEN_IN_KEYS = re.compile(r"\.\.\.|[\x00-\x1f\x7f]|[\ud800-\udfff]")
 """Dagster refuses '...' and control characters in partition keys; lone surrogates can't be stored as UTF-8."""
+_LOOKS_LIKE_A_ROW = re.compile(r"\.(jsonl|csv|parquet)#", re.IGNORECASE)
+"""A file named like the id of a row ('data.csv#1') must not share it."""
 _HASHED_KEY = re.compile(r"~[0-9a-f]{32}$")
 _MAX_QUOTED_KEY = 200
 """Characters of a key in a table's folder names, where all but letters and digits count threefold."""
@@ -67,7 +69,8 @@ class SourcePartition:
 
     def document_id(self, file: SourceFile) -> str:
         """Identity of a file's text: its path inside the partition."""
-        return clean_name(file.path.removeprefix(self.prefix))
+        name = clean_name(file.path.removeprefix(self.prefix))
+        return f"{name}~{hash_text(name)[:8]}" if _LOOKS_LIKE_A_ROW.search(name) else name
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,17 @@ class Source:
     """Absolute URL or path, without a trailing slash."""
     partition_by: str
     options: dict[str, str] = field(default_factory=dict)
+    excluded: Path | None = None
+    """A local folder that is left out: the lake, where it lies inside the source."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Source:
         """The source that the settings name; nothing is opened yet."""
         path = local_path(settings.source)
         root = str(path.absolute()) if path is not None else settings.source.rstrip("/")
-        return cls(root, settings.partition_by, settings.source_options)
+        lake = local_path(settings.lake)
+        excluded = lake.absolute().resolve() if lake is not None else None
+        return cls(root, settings.partition_by, settings.source_options, excluded)
 
     def partitions(self) -> dict[str, SourcePartition]:
         """All partitions that have files, by key, in order of their keys.
@@ -135,7 +142,7 @@ class Source:
                     f"the source must be an existing folder, got {str(path)!r}; "
                     "create it, run 'embed-assets sample' or set EMBED_SOURCE"
                 )
-            yield from _walk(path, path.resolve(), "")
+            yield from _walk(path, path.resolve(), self.excluded)
             return
         try:
             filesystem = self._filesystem()
@@ -180,8 +187,8 @@ def clean_name(name: str) -> str:
     return name
 
 
-def _walk(folder: Path, root: Path, prefix: str) -> Iterator[SourceFile]:
-    pending = [(folder, prefix)]
+def _walk(folder: Path, root: Path, excluded: Path | None) -> Iterator[SourceFile]:
+    pending = [(folder, "")]
     while pending:
         folder, prefix = pending.pop()
         try:
@@ -197,6 +204,8 @@ def _walk(folder: Path, root: Path, prefix: str) -> Iterator[SourceFile]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
+                if excluded is not None and root / relative == excluded:
+                    continue
                 pending.append((Path(entry.path), relative + "/"))
             elif file := _from_entry(entry, relative, root):
                 yield file

@@ -25,9 +25,9 @@ def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None)
         """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
         try:
             run = CorpusRun.begin(context, pipeline, observer or LogObserver(context))
+            failures = run.materialize()
         except UserError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from error
-        failures = run.materialize()
         if failures:
             raise dg.Failure(
                 description=f"{len(failures)} of {len(run.keys)} partitions failed, the others are materialized: "

@@ -15,7 +15,7 @@ from embed_assets.defs.recording import MetadataValue, Recorder, observation, pe
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
 from embed_assets.defs.staleness import History, load_history
-from embed_assets.errors import PartitionError, UserError
+from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.embeddings import Embeddings
 from embed_assets.stages.pipeline import Pipeline
@@ -94,6 +94,8 @@ class CorpusRun:
                     upcoming = ahead.submit(self._prepare, following)
                 try:
                     result = self._finish(key, current.result())
+                except (ModelError, SettingsError):
+                    raise  # a model that can't be loaded is no partition's fault
                 except Exception as error:
                     failures[key] = _message(error)
                     result = PartitionResult("failed", error=failures[key])
@@ -197,7 +199,7 @@ class CorpusRun:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         if replaced.table_version is not None:
-            common["table_version"] = replaced.table_version
+            common |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
         made = _Made(
             asset,
             key,
@@ -221,7 +223,9 @@ class CorpusRun:
                 if (asset, key) in made:
                     self.recorder.materialized(*_arguments(made[asset, key]))
                 elif record is not None:
-                    counts: dict[str, MetadataValue] = dict(record.counts)
+                    counts: dict[str, MetadataValue] = {**record.counts}
+                    if record.table_id:
+                        counts["table_id"] = record.table_id
                     self.recorder.materialized(
                         asset, key, record.data_version, record.code_version, record.input_versions, counts
                     )

@@ -6,20 +6,32 @@ import os
 from pathlib import Path
 
 from dagster import DagsterInstance
+from dagster._core.instance.ref import InstanceRef
 
 from embed_assets.errors import SettingsError
+
+_NO_COMPUTE_LOGS = {
+    "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+}
+"""Dagster would take this process's stdout and stderr into files, and start helpers that mind Ctrl-C on their own."""
 
 
 def open_instance() -> DagsterInstance:
     """The instance of DAGSTER_HOME, or else of the ``dagster.yaml`` in the current folder.
 
-    Raises ``SettingsError`` when there is neither: a temporary instance would forget everything.
+    Raises ``SettingsError`` when there is neither (a temporary one would forget everything), or it can't be opened.
     """
-    if os.environ.get("DAGSTER_HOME"):
-        return DagsterInstance.get()
-    if not Path("dagster.yaml").is_file():
+    home = Path(os.environ.get("DAGSTER_HOME") or Path.cwd())
+    if os.environ.get("DAGSTER_HOME") and not (home.is_absolute() and home.is_dir()):
+        raise SettingsError(f"DAGSTER_HOME must be an existing absolute folder, got {str(home)!r}; set or unset it")
+    if not os.environ.get("DAGSTER_HOME") and not (home / "dagster.yaml").is_file():
         raise SettingsError(
-            f"there must be a dagster.yaml in the current folder or a DAGSTER_HOME, in {str(Path.cwd())!r} is neither; "
+            f"there must be a dagster.yaml in the current folder or a DAGSTER_HOME, in {str(home)!r} is neither; "
             "change to the project's folder or copy its dagster.yaml here"
         )
-    return DagsterInstance.from_config(str(Path.cwd()))
+    try:
+        return DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=_NO_COMPUTE_LOGS))
+    except Exception as error:  # from malformed YAML to a database that can't be opened
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise SettingsError(f"Dagster's instance in {str(home)!r} can't be opened: {reason}; correct it") from error

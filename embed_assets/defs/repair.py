@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import dagster as dg
 from dagster import DagsterInstance
 
 from embed_assets.defs.staleness import CODE_VERSION_TAG, DATA_VERSION_TAG, REPAIR_CODE_VERSION
+from embed_assets.lake.verify import Gaps
 
 
-def mark_for_repair(instance: DagsterInstance, keys: Iterable[str]) -> None:
-    """Record that the embeddings of these partitions have a state that no code makes."""
-    for key in keys:
-        instance.report_runless_asset_event(
-            dg.AssetMaterialization(
-                asset_key="embeddings",
-                partition=key,
-                description="verify found damaged rows; the next sync makes them anew",
-                tags={
-                    DATA_VERSION_TAG: "damaged",
-                    "dagster/data_version_is_user_provided": "true",
-                    CODE_VERSION_TAG: REPAIR_CODE_VERSION,
-                },
+def mark_for_repair(instance: DagsterInstance, damaged: Mapping[str, Gaps]) -> None:
+    """Record that what is damaged of these partitions has a state that no code makes."""
+    for key, gaps in damaged.items():
+        for asset in gaps.assets:
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(
+                    asset_key=asset,
+                    partition=key,
+                    description="verify found damaged rows; the next sync makes them anew",
+                    tags={
+                        DATA_VERSION_TAG: "damaged",
+                        "dagster/data_version_is_user_provided": "true",
+                        CODE_VERSION_TAG: REPAIR_CODE_VERSION,
+                    },
+                )
             )
-        )

@@ -15,8 +15,8 @@ from dagster import AssetKey, DagsterEventType, DagsterInstance
 
 from embed_assets.defs.results import PartitionResult
 from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
-from embed_assets.lake.reader import partition_keys
-from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.lake.reader import TableState, table_state
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
 from embed_assets.stages.pipeline import Pipeline
 
 State = Literal["missing", "stale", "fresh"]
@@ -40,6 +40,8 @@ class Record:
     """Data version of each dependency when it was made."""
     counts: Mapping[str, float]
     """The numbers among its metadata."""
+    table_id: str = ""
+    """Delta's id of the table that the rows were written to."""
 
     @property
     def rows(self) -> int:
@@ -61,8 +63,8 @@ class History:
 
     records: Mapping[str, Mapping[str, Record]]
     """By asset, then partition."""
-    present: Mapping[str, Collection[str]] = field(default_factory=dict)
-    """By asset, the partitions that have rows in its table."""
+    tables: Mapping[str, TableState | None] = field(default_factory=dict)
+    """By asset (and "rejected_documents"), what its table holds now."""
 
     def record(self, asset: str, key: str) -> Record | None:
         """The latest record of a partition."""
@@ -96,8 +98,8 @@ class History:
         if record is None:
             return Status("missing", ("never materialized",))
         # Another space's rows are in another table: only for its own code is this one's word of use.
-        if record.code_version == code_version and record.rows and key not in self.present[asset]:
-            return Status("missing", (f"its {record.rows} rows are not in the table",))
+        if record.code_version == code_version and (loss := self._loss(asset, key, record)):
+            return Status("missing", (loss,))
         if self.is_marked_for_repair(asset, key):
             return Status("stale", ("verify found its rows damaged",))
         reasons: list[str] = []
@@ -110,6 +112,21 @@ class History:
         ]
         return Status("stale", tuple(reasons)) if reasons else Status("fresh")
 
+    def _loss(self, asset: str, key: str, record: Record) -> str:
+        """What the tables no longer hold of what was recorded, else ''."""
+        table = self.tables[asset]
+        if record.rows and (table is None or key not in table.keys):
+            return f"its {record.rows} rows are not in the table"
+        if record.table_id and (table is None or table.id != record.table_id):
+            return "it was materialized into another lake"
+        if table is not None and table.version < record.counts.get("table_version", 0):
+            return "the table is older than what was recorded"
+        if asset == "raw_documents" and record.counts.get("rejected"):
+            rejected = self.tables[REJECTED.kind]
+            if rejected is None or key not in rejected.keys:
+                return "its rejected documents are not in the table"
+        return ""
+
 
 _CODE_MEANS = {
     "raw_documents": "the parser or its settings",
@@ -121,8 +138,8 @@ _CODE_MEANS = {
 def load_history(instance: DagsterInstance, pipeline: Pipeline, keys: Collection[str] | None = None) -> History:
     """Everything recorded of the partitions (all of them by default), in a handful of queries."""
     records = {asset: _load_records(instance, asset, keys) for asset in (SOURCE, *ASSETS)}
-    tables = {"raw_documents": RAW, "chunks": CHUNK_TABLE, "embeddings": pipeline.embeddings_table}
-    return History(records, {asset: partition_keys(pipeline.lake, table) for asset, table in tables.items()})
+    specs = (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)
+    return History(records, {spec.kind: table_state(pipeline.lake, spec) for spec in specs})
 
 
 def partition_statuses(
@@ -171,4 +188,5 @@ def _record(storage_id: int, event: dg.AssetMaterialization | dg.AssetObservatio
             for name, value in event.metadata.items()
             if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue) and value.value is not None
         },
+        str(event.metadata["table_id"].value) if "table_id" in event.metadata else "",
     )

@@ -14,7 +14,8 @@ from embed_assets.defs.discovery import discover, list_partitions
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.specs import corpus_partitions
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
-from embed_assets.errors import PartitionError
+from embed_assets.errors import PartitionError, UserError
+from embed_assets.lake.vectors import Staging
 from embed_assets.stages.pipeline import Estimate, Pipeline
 
 _PROBE_TEXTS = 32
@@ -60,10 +61,17 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
     partitions = list_partitions(instance, pipeline.source)
-    plans = _plans(load_history(instance, pipeline), pipeline, partitions.values())
+    history = load_history(instance, pipeline)
+    plans = _plans(history, pipeline, partitions.values())
     if not count:
         return plans
-    return [PartitionPlan(p.partition, p.statuses, _estimate(pipeline, p)) for p in plans]
+    # In the order of sync, emptied partitions last: with REUSE=table, a text is embedded where it comes up first.
+    elsewhere: set[str] = set()
+    estimates = {
+        plan.partition.key: _estimate(pipeline, history, plan, elsewhere)
+        for plan in sorted(plans, key=lambda plan: not plan.partition.files)
+    }
+    return [PartitionPlan(p.partition, p.statuses, estimates[p.partition.key]) for p in plans]
 
 
 def estimated_seconds(instance: DagsterInstance, pipeline: Pipeline, plans: Sequence[PartitionPlan]) -> float | None:
@@ -99,7 +107,8 @@ def run_sync(
 ) -> SyncResult:
     """Discover, then materialize what is missing or stale (of the partitions in `only`, if there are any).
 
-    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key in `only`.
+    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key in `only`, and
+    ``UserError`` when something is wrong that is no partition's fault, as a model that can't be loaded.
     """
     started = time.perf_counter()
     pipeline.lake.check_writable()
@@ -119,8 +128,8 @@ def run_sync(
             run_config=_SILENT_CONSOLE,
             tags={"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last},
         )
-        if not run.success:
-            _blame(collector, keys, run)
+        _check_complete(collector, keys, run)
+    Staging.sweep(pipeline.lake, pipeline.embeddings_table, fresh)
     results = fresh | collector.results
     return SyncResult({key: results[key] for key in sorted(results)}, round(time.perf_counter() - started, 3))
 
@@ -149,9 +158,10 @@ def _plans(
     ]
 
 
-def _estimate(pipeline: Pipeline, plan: PartitionPlan) -> Estimate:
+def _estimate(pipeline: Pipeline, history: History, plan: PartitionPlan, elsewhere: set[str]) -> Estimate:
     stale = frozenset(asset for asset, status in plan.statuses.items() if status.state != "fresh")
-    return pipeline.estimate(plan.partition, stale)
+    is_damaged = history.is_marked_for_repair("embeddings", plan.partition.key)
+    return pipeline.estimate(plan.partition, stale, elsewhere, is_damaged)
 
 
 def _check_known(only: Sequence[str], partitions: Mapping[str, SourcePartition]) -> None:
@@ -177,16 +187,16 @@ def _ranges(instance: DagsterInstance, keys: Collection[str]) -> Iterator[tuple[
             neighbours = []
 
 
-def _blame(collector: _Collector, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:
-    """Give partitions that a broken run never came to a result: the run's own error."""
-    missing = [key for key in keys if key not in collector.results]
-    if not missing:
+def _check_complete(collector: _Collector, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:
+    """Raise what stopped a run before all partitions were done: an interrupt, or an error that is none of theirs."""
+    failures = [event.step_failure_data for event in run.all_events if event.is_step_failure]
+    errors = [failure.error for failure in failures if failure.error is not None]
+    if any(error.cls_name == "DagsterExecutionInterruptedError" for error in errors):
+        raise KeyboardInterrupt
+    if all(key in collector.results for key in keys):
         return
-    message = "the run failed before it came to this partition"
-    for failure in (event.step_failure_data for event in run.all_events if event.is_step_failure):
+    for failure in failures:
         if failure.user_failure_data is not None and failure.user_failure_data.description:
-            message = failure.user_failure_data.description
-        elif failure.error is not None:
-            message = (failure.error.cause or failure.error).message.strip().splitlines()[0]
-    for key in missing:
-        collector.on_partition(key, PartitionResult("failed", error=message))
+            raise UserError(failure.user_failure_data.description)
+    causes = [(error.cause or error).message.strip() for error in errors]
+    raise UserError(f"the run {run.run_id} broke: {' '.join(causes) or 'no reason was recorded'}; see it in Dagster")

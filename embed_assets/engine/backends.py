@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embed_assets.engine.model import EmbeddingSpace, FakeModel, load_sentence_transformer, parse_fake
+from embed_assets.engine.model import (
+    EmbeddingSpace,
+    FakeModel,
+    load_sentence_transformer,
+    parse_fake,
+    truncated_dimension,
+)
 from embed_assets.engine.runner import Embedder
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.errors import ModelError, SettingsError
+from embed_assets.errors import ModelError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -38,7 +44,7 @@ class FakeBackend:
 
     def __init__(self, model: FakeModel, truncate_dim: int | None = None) -> None:
         self._model = model
-        self.dimension = _truncated(model.dimension, truncate_dim)
+        self.dimension = truncated_dimension(model.dimension, truncate_dim)
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, rows: np.ndarray) -> np.ndarray:
         """float32, shape (rows, dimension): the bytes of a hash of each text, centred."""
@@ -75,7 +81,7 @@ class TorchBackend:
         native = model.get_embedding_dimension()
         if native is None:
             raise ModelError(f"the model {space.model!r} does not tell its dimension; choose another EMBED_MODEL")
-        self.dimension = _truncated(int(native), space.truncate_dim)
+        self.dimension = truncated_dimension(int(native), space.truncate_dim)
         self._check_tokenizer(tokenizer)
 
     @property
@@ -123,12 +129,3 @@ class TorchBackend:
                     f"the tokenizer.json of {self._space.model!r} gives other tokens than the loaded model "
                     f"for {text[:40]!r}; save the model again"
                 )
-
-
-def _truncated(dimension: int, truncate_dim: int | None) -> int:
-    if truncate_dim is not None and truncate_dim > dimension:
-        raise SettingsError(
-            f"TRUNCATE_DIM must be at most the model's {dimension} dimensions, got {truncate_dim}; "
-            "lower EMBED_TRUNCATE_DIM"
-        )
-    return truncate_dim or dimension

@@ -138,6 +138,7 @@ def resolve_space(
     """
     fake = parse_fake(model)
     if fake is not None:
+        truncated_dimension(fake.dimension, truncate_dim)
         weights = f"fake:{fake.dimension}@{fake.name}"
         return EmbeddingSpace(
             model, None, weights, "words", "fake", FAKE_MAX_LENGTH, prompt or "", query_prompt or "", truncate_dim
@@ -158,6 +159,16 @@ def resolve_space(
         truncate_dim,
         trust_remote_code=trust_remote_code,
     )
+
+
+def truncated_dimension(dimension: int, truncate_dim: int | None) -> int:
+    """The length of a vector after truncation. Raises ``SettingsError`` when there is not that much of it."""
+    if truncate_dim is not None and truncate_dim > dimension:
+        raise SettingsError(
+            f"TRUNCATE_DIM must be at most the model's {dimension} dimensions, got {truncate_dim}; "
+            "lower EMBED_TRUNCATE_DIM"
+        )
+    return truncate_dim or dimension
 
 
 def load_sentence_transformer(space: EmbeddingSpace, device: str) -> SentenceTransformer:

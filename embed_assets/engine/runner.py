@@ -11,7 +11,7 @@ import numpy as np
 
 from embed_assets.engine.batching import pack_batches, padded_tokens
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
-from embed_assets.errors import ModelError
+from embed_assets.errors import EmbeddingError
 
 DEFAULT_BATCH_TOKENS = 2048
 """On CPUs a small budget is fastest: activations stay in the cache."""
@@ -78,7 +78,7 @@ class Embedder:
     def embed(self, texts: Sequence[str]) -> EmbeddedTexts:
         """One unit-norm vector per text, prompt already included in the texts.
 
-        Raises ``ModelError`` when the model gives a vector that is not finite, naming the text.
+        Raises ``EmbeddingError`` when the model gives a vector that is not finite, naming the text.
         """
         started = time.perf_counter()
         tokens = self._tokenizer.tokenize(texts, self._max_seq_length)
@@ -101,7 +101,7 @@ def _normalized(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         text = texts[int(np.flatnonzero(~finite)[0])]
-        raise ModelError(
+        raise EmbeddingError(
             f"the model gave a vector that is not finite for the text {text[:80]!r}; "
             "try another EMBED_PRECISION or EMBED_MODEL"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -23,7 +24,7 @@ def scan(
     if delta is None:
         return
     schema = pa.schema([table.schema.field(name) for name in columns])
-    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
+    with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", lake.root):
         for batch in pa.RecordBatchReader.from_stream(delta.scan(list(columns), predicate)):
             if batch.num_rows:
                 # Delta's engine answers with string views and nullable fields.
@@ -52,11 +53,29 @@ def content_version(lake: Lake, table: TableSpec, key: str) -> ContentVersion:
 
 def partition_keys(lake: Lake, table: TableSpec) -> set[str]:
     """Keys of the partitions that have rows, from the table's log alone."""
+    state = table_state(lake, table)
+    return set() if state is None else set(state.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class TableState:
+    """What a table's log alone tells."""
+
+    id: str
+    """Delta's own id of the table: another lake's table has another one."""
+    version: int
+    keys: frozenset[str]
+    """Partitions that have rows."""
+
+
+def table_state(lake: Lake, table: TableSpec) -> TableState | None:
+    """The table as its log shows it, or None when it does not exist."""
     delta = lake.open(table)
     if delta is None:
-        return set()
+        return None
     with lake_errors(f"the table {table.path!r} can't be read", lake.root):
-        return {str(partition["partition_key"]) for partition in delta.partitions()}
+        keys = frozenset(str(partition["partition_key"]) for partition in delta.partitions())
+        return TableState(str(delta.metadata().id), int(delta.version()), keys)
 
 
 def table_version(lake: Lake, table: TableSpec) -> int | None:

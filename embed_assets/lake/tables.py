@@ -13,7 +13,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from embed_assets.errors import LakeError
+from embed_assets.errors import LakeError, SettingsError
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings, local_path
 
@@ -23,6 +23,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "chunks": CHUNKS,
     "embeddings": EMBEDDINGS,
 }
+_SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
 
 
@@ -73,8 +74,14 @@ class Lake:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Lake:
-        """The lake that the settings name; nothing is opened or created yet."""
+        """The lake that the settings name; nothing is created yet. Raises ``SettingsError`` or ``LakeError``."""
         path = local_path(settings.lake)
+        scheme = settings.lake.partition("://")[0] if path is None else ""
+        if scheme and scheme not in _SCHEMES:
+            known = ", ".join(f"{name}://" for name in _SCHEMES)
+            raise SettingsError(f"EMBED_LAKE must be a folder or one of {known}, got {settings.lake!r}; set EMBED_LAKE")
+        if path is not None and path.exists() and not path.is_dir():
+            raise LakeError(f"the lake {str(path)!r} must be a writable folder, it is a file; set EMBED_LAKE")
         return cls(str(path.absolute()) if path is not None else settings.lake.rstrip("/"), settings.lake_options)
 
     def uri(self, table: TableSpec) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import uuid
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -173,3 +173,14 @@ class Staging:
         """Forget them: they are committed."""
         if self._filesystem.exists(self._folder):
             self._filesystem.rm(self._folder, recursive=True)
+
+    @staticmethod
+    def sweep(lake: Lake, table: TableSpec, keys: Iterable[str]) -> None:
+        """Clear the windows of partitions that turned out to need none: a killed run's whose inputs went back."""
+        root = f"{lake.uri(table)}/_staging"
+        filesystem = lake.filesystem()
+        if filesystem.exists(root):
+            left = {str(name).rstrip("/").rpartition("/")[2] for name in filesystem.ls(root, detail=False)}
+            for key in keys:
+                if hash_text(key) in left:
+                    Staging(lake, table, key).clear()

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
+from embed_assets.errors import LakeError
 from embed_assets.lake.reader import partition_keys, read_partition
-from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec, dimension_of
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
 from embed_assets.records import hash_text
 
 
@@ -27,11 +28,22 @@ class Gaps:
     """Vectors of another text than the chunk's."""
     not_finite: int = 0
     wrong_dimension: int = 0
+    unreadable_documents: int = 0
+    """1 when the partition's files of raw_documents can't be read; then nothing else is counted, as below."""
+    unreadable_chunks: int = 0
+    unreadable_vectors: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
         return sum(asdict(self).values())
+
+    @property
+    def assets(self) -> tuple[str, ...]:
+        """Names of the assets that must be made anew."""
+        if self.unreadable_documents or self.unreadable_chunks:
+            return ("raw_documents",) * self.unreadable_documents + ("chunks",) * self.unreadable_chunks
+        return ("embeddings",) if self.total else ()
 
 
 def verify(
@@ -43,17 +55,39 @@ def verify(
     """
     delta = lake.open(table)
     dimension = None if delta is None else dimension_of(delta)
-    found = keys if keys is not None else partition_keys(lake, CHUNK_TABLE) | partition_keys(lake, table)
+    tables = (RAW, CHUNK_TABLE, table)
+    found = keys if keys is not None else set().union(*(partition_keys(lake, spec) for spec in tables))
     for key in sorted(found):
         yield key, _verify_partition(lake, table, key, prompt, dimension)
 
 
 def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
-    expected: dict[str, str] = {}
-    for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
-        for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            expected[chunk_id] = hash_text(prompt + text)
     gaps = Gaps()
+    expected: dict[str, str] = {}
+    try:
+        for _ in read_partition(lake, RAW, key, RAW.schema.names):
+            pass
+    except LakeError:
+        gaps.unreadable_documents = 1
+    try:
+        for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
+            for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                expected[chunk_id] = hash_text(prompt + text)
+    except LakeError:
+        gaps.unreadable_chunks = 1
+    if gaps.total:
+        return gaps
+    try:
+        _verify_rows(lake, table, key, prompt, dimension, expected, gaps)
+    except LakeError:
+        return Gaps(unreadable_vectors=1)
+    return gaps
+
+
+def _verify_rows(
+    lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None, expected: dict[str, str], gaps: Gaps
+) -> None:
+    """Compare the rows with the chunks' ids and input hashes."""
     seen: set[str] = set()
     for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text", "embedding"]):
         _verify_vectors(batch.column("embedding"), dimension, gaps)
@@ -67,7 +101,6 @@ def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimen
                 gaps.stale_text += 1
             seen.add(chunk_id)
     gaps.missing = len(expected.keys() - seen)
-    return gaps
 
 
 def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> None:

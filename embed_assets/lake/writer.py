@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-from deltalake import ColumnProperties, CommitProperties, WriterProperties, write_deltalake
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
+from embed_assets.errors import LakeError
 from embed_assets.lake.reader import content_version
 from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
@@ -37,6 +38,8 @@ class Replaced:
     """False when the table held exactly these rows already."""
     table_version: int | None
     """Delta commit number, or None when the table does not exist (and no row needed it)."""
+    table_id: str = ""
+    """Delta's id of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +76,8 @@ def replace_partition(
         delta = lake.open(table)
         if delta is None and version.row_count == 0:
             return Replaced(data_version, 0, False, None)
-        if delta is not None and not rewrite and content_version(lake, table, key).hexdigest() == data_version:
-            return Replaced(data_version, version.row_count, False, int(delta.version()))
+        if delta is not None and not rewrite and _holds(lake, table, key, data_version):
+            return Replaced(data_version, version.row_count, False, int(delta.version()), str(delta.metadata().id))
         if delta is None:
             lake.create(table, dimension)
 
@@ -94,7 +97,16 @@ def replace_partition(
             },
             max_commit_retries=100,
         )
-        return Replaced(data_version, version.row_count, True, _commit(lake, table, key, rows, properties))
+        written = _commit(lake, table, key, rows, properties)
+        return Replaced(data_version, version.row_count, True, int(written.version()), str(written.metadata().id))
+
+
+def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
+    """The table has this content already. Files that can't be read hold nothing, and are replaced."""
+    try:
+        return content_version(lake, table, key).hexdigest() == data_version
+    except LakeError:
+        return False
 
 
 def _read_staged(staged: object) -> Iterator[pa.RecordBatch]:
@@ -102,7 +114,7 @@ def _read_staged(staged: object) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: CommitProperties) -> int:
+def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: CommitProperties) -> DeltaTable:
     assert callable(rows)
     for name, value in _FLAT_MEMORY.items():
         os.environ.setdefault(name, value)
@@ -126,7 +138,7 @@ def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: Co
                 time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
     written = lake.open(table)
     assert written is not None
-    return int(written.version())
+    return written
 
 
 def _writer_properties(table: TableSpec) -> WriterProperties:

@@ -97,7 +97,7 @@ def materialize_embeddings(
     staging = Staging(lake, table, key)
     work = Work()
     with VectorStore() as store:
-        previous = _load_previous(lake, table, key, store)
+        previous = _load_previous(lake, table, key, store, may_be_damaged=rewrite)
         for batch in staging.read():
             store.add(batch)
         for hashes, texts in _missing_windows(lake, key, prompt, store, window := _Window()):
@@ -116,12 +116,19 @@ def materialize_embeddings(
     return Embeddings(replaced, work)
 
 
-def _load_previous(lake: Lake, table: TableSpec, key: str, store: VectorStore) -> set[bytes]:
-    """Fill the store with the vectors that the partition has; returns the ids of its chunks."""
+def _load_previous(lake: Lake, table: TableSpec, key: str, store: VectorStore, may_be_damaged: bool) -> set[bytes]:
+    """Fill the store with the vectors that the partition has; returns the ids of its chunks.
+
+    Where the rows are to be made anew because they were found damaged, unreadable ones are embedded again.
+    """
     ids: set[bytes] = set()
-    for batch in read_partition(lake, table, key, [*VECTOR_COLUMNS, "chunk_id"]):
-        store.add(batch)
-        ids.update(bytes.fromhex(chunk_id) for chunk_id in batch.column("chunk_id").to_pylist())
+    try:
+        for batch in read_partition(lake, table, key, [*VECTOR_COLUMNS, "chunk_id"]):
+            store.add(batch)
+            ids.update(bytes.fromhex(chunk_id) for chunk_id in batch.column("chunk_id").to_pylist())
+    except LakeError:
+        if not may_be_damaged:
+            raise
     return ids
 
 
@@ -216,13 +223,24 @@ def _rows(
         yield pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
 
 
-def known_inputs(lake: Lake, table: TableSpec, key: str, reuse_table: bool) -> tuple[set[str], set[str]]:
-    """Input hashes that have a vector already, and the ids of the partition's embedded chunks."""
-    hashes: set[str] = set()
-    ids: set[str] = set()
-    for batch in read_partition(lake, table, key, ["input_hash", "chunk_id"]):
-        hashes.update(batch.column("input_hash").to_pylist())
-        ids.update(batch.column("chunk_id").to_pylist())
+def known_inputs(
+    lake: Lake, table: TableSpec, key: str, reuse_table: bool, test_vectors: bool
+) -> tuple[set[str], set[str]]:
+    """Input hashes that have a vector already, and the ids of the partition's embedded chunks.
+
+    With `test_vectors`, vectors that are of no use do not count.
+    """
+    with VectorStore() as store:
+        columns = [*VECTOR_COLUMNS, "chunk_id"] if test_vectors else ["input_hash", "chunk_id"]
+        hashes: set[str] = set()
+        ids: set[str] = set()
+        for batch in read_partition(lake, table, key, columns):
+            found = batch.column("input_hash").to_pylist()
+            if test_vectors:
+                store.add(batch)
+                found = [input_hash for input_hash in found if input_hash in store]
+            hashes.update(found)
+            ids.update(batch.column("chunk_id").to_pylist())
     for batch in Staging(lake, table, key).read():
         hashes.update(batch.column("input_hash").to_pylist())
     if reuse_table:

@@ -135,20 +135,25 @@ class Pipeline:
                 "run 'embed-assets sync' first"
             )
 
-    def estimate(self, partition: SourcePartition, stale: frozenset[str]) -> Estimate:
+    def estimate(
+        self, partition: SourcePartition, stale: frozenset[str], elsewhere: set[str], is_damaged: bool
+    ) -> Estimate:
         """Count what materializing would embed, reuse and drop, by reading and splitting; nothing is written.
 
-        `stale` names the assets that would run: what is fresh is read from its table instead.
+        `stale` names the assets that would run: what is fresh is read from its table instead. `elsewhere` has the
+        inputs that other partitions would embed before, and gets this one's. `is_damaged` tests every vector.
         """
-        known, ids = known_inputs(self.lake, self.embeddings_table, partition.key, self.settings.reuse == "table")
+        reuse_table = self.settings.reuse == "table"
+        known, ids = known_inputs(self.lake, self.embeddings_table, partition.key, reuse_table, is_damaged)
         to_embed: dict[str, int] = {}
         kept = chunks = 0
         for chunk_id, text, token_count in self._future_chunks(partition, stale):
             chunks += 1
             kept += chunk_id in ids
             input_hash = hash_text(self.space.prompt + text)
-            if input_hash not in known:
+            if input_hash not in known and not (reuse_table and input_hash in elsewhere):
                 to_embed[input_hash] = token_count + max(0, self.space.prompt_tokens - 1)
+        elsewhere.update(to_embed)
         return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
 
     def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:

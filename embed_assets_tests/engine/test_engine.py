@@ -16,7 +16,7 @@ from embed_assets.engine.backends import load_embedder
 from embed_assets.engine.batching import pack_batches, padded_tokens
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
 from embed_assets.engine.runner import Embedder
-from embed_assets.errors import ModelError, SettingsError, UserError
+from embed_assets.errors import EmbeddingError, ModelError, SettingsError, UserError
 from embed_assets_tests.conftest import SAMPLE_MODEL, topic
 
 HARD_TEXTS = [
@@ -290,5 +290,5 @@ class NotFinite:
 
 def test_vectors_that_are_not_finite_name_the_text() -> None:
     space = resolve_space("fake:4")
-    with pytest.raises(ModelError, match="'bad'"):
+    with pytest.raises(EmbeddingError, match="'bad'"):
         Embedder(NotFinite(), space.tokenizer, 256).embed(["good", "bad"])  # type: ignore[arg-type]
