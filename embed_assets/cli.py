@@ -116,7 +116,8 @@ def plan(as_json: bool, count: bool) -> Answer:
     pipeline = _pipeline()
     with open_instance() as instance:
         plans = make_plan(instance, pipeline, count)
-        seconds = estimated_seconds(instance, pipeline, plans) if count else None
+        with stderr.status("measuring the model's speed"):
+            seconds = estimated_seconds(instance, pipeline, plans) if count else None
     rows = [_plan_row(p) for p in plans]
     if not as_json:
         print_plan(rows, count, seconds)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from embed_assets.cli import main
+from embed_assets.engine.model import EmbeddingSpace
 from embed_assets.records import EMBEDDINGS
 from embed_assets.settings import Settings
 from embed_assets_tests.conftest import REPOSITORY
@@ -66,9 +67,14 @@ README_ORDER = [
 
 
 def test_every_column_is_described() -> None:
-    table = README.partition("## What you get")[2].partition("Beside it")[0]
+    table = README.partition("## What you get")[2].partition("```")[0]
     first_cells = re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(EMBEDDINGS.names)
+
+
+def test_the_example_reads_the_sample_models_table(sample_space: EmbeddingSpace) -> None:
+    (path,) = re.findall(r'scan_delta\("lake/embeddings/([^"]+)"\)', README)
+    assert path == sample_space.name
 
 
 def test_the_top_level_is_what_it_says() -> None:
