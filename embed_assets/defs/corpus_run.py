@@ -17,7 +17,7 @@ from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
 from embed_assets.defs.staleness import History, load_history
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError
 from embed_assets.lake.writer import Provenance, Replaced
-from embed_assets.stages.embeddings import Embeddings
+from embed_assets.stages.embeddings import Work
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.raw_documents import RawDocuments
 
@@ -145,12 +145,10 @@ class CorpusRun:
         result = self.history.known_result(key)
         if prepared.raw is not None:
             result.documents, result.rejected = prepared.raw.documents, prepared.raw.rejected
-            self._record(
-                "raw_documents", key, prepared, prepared.raw.replaced, _counts(result, "documents", "rejected")
-            )
+            self._record("raw_documents", key, prepared, prepared.raw.replaced, result)
         if prepared.chunks is not None:
             result.chunks = result.reused = prepared.chunks.rows
-            self._record("chunks", key, prepared, prepared.chunks, _counts(result, "documents", "rejected", "chunks"))
+            self._record("chunks", key, prepared, prepared.chunks, result)
         if prepared.error is not None:
             raise prepared.error
         if self._is_due("embeddings", key, prepared.versions):
@@ -164,7 +162,7 @@ class CorpusRun:
             work = embedded.work
             result.chunks, result.embedded, result.reused = work.chunks, work.embedded, work.reused
             result.dropped, result.tokens = work.dropped, work.tokens
-            self._record("embeddings", key, prepared, embedded.replaced, self._embedding_metadata(result, embedded))
+            self._record("embeddings", key, prepared, embedded.replaced, result, work)
             result.state = "materialized"
         elif prepared.raw is not None or prepared.chunks is not None:
             result.state = "materialized"
@@ -191,22 +189,44 @@ class CorpusRun:
         return {dependency: prepared.versions[dependency] or "" for dependency in DEPENDENCIES[asset]}
 
     def _record(
-        self, asset: str, key: str, prepared: _Prepared, replaced: Replaced, metadata: dict[str, MetadataValue]
+        self,
+        asset: str,
+        key: str,
+        prepared: _Prepared,
+        replaced: Replaced,
+        result: PartitionResult,
+        work: Work | None = None,
     ) -> None:
-        common: dict[str, MetadataValue] = {
-            "dagster/partition_row_count": replaced.rows,
-            "is_committed": int(replaced.is_committed),
+        """Log a materialization. All assets carry the same keys; what is not theirs (no `work`) is 0."""
+        engine, work = self.pipeline.engine, work or Work()
+        metadata: dict[str, MetadataValue] = {
+            "documents": result.documents,
+            "rejected": result.rejected,
+            "chunks": 0 if asset == "raw_documents" else result.chunks,
+            "embedded": work.embedded,
+            "reused": work.reused,
+            "dropped": work.dropped,
+            "truncated": work.truncated,
+            "tokens": work.tokens,
+            "tokens_per_second": round(work.tokens / work.seconds, 1) if work.seconds else 0.0,
+            "padding_percent": round(100 * (1 - work.tokens / work.padded_tokens), 2) if work.padded_tokens else 0.0,
+            "device": engine.device,
+            "precision": engine.precision,
+            "max_batch_tokens": engine.max_batch_tokens,
+            "space": self.pipeline.space.name,
             "peak_memory_bytes": peak_memory_bytes(),
+            "is_committed": int(replaced.is_committed),
+            "dagster/partition_row_count": replaced.rows,
         }
         if replaced.table_version is not None:
-            common |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
+            metadata |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
         made = _Made(
             asset,
             key,
             replaced.data_version,
             self.pipeline.code_versions[asset],
             self._inputs(asset, prepared),
-            metadata | common,
+            metadata,
         )
         self.recorder.materialized(*_arguments(made))
         self.made.append(made)
@@ -229,28 +249,6 @@ class CorpusRun:
                     self.recorder.materialized(
                         asset, key, record.data_version, record.code_version, record.input_versions, counts
                     )
-
-    def _embedding_metadata(self, result: PartitionResult, embedded: Embeddings) -> dict[str, MetadataValue]:
-        work = embedded.work
-        metadata = _counts(result, "documents", "rejected", "chunks", "embedded", "reused", "dropped", "tokens")
-        metadata |= {
-            "truncated": work.truncated,
-            "space": self.pipeline.space.name,
-            "tokens_per_second": round(work.tokens / work.seconds, 1) if work.seconds else 0.0,
-            "padding_percent": round(100 * (1 - work.tokens / work.padded_tokens), 2) if work.padded_tokens else 0.0,
-        }
-        if work.embedded:  # otherwise no model was loaded
-            embedder = self.pipeline.embedder
-            metadata |= {
-                "device": embedder.device,
-                "precision": embedder.precision,
-                "max_batch_tokens": embedder.max_batch_tokens,
-            }
-        return metadata
-
-
-def _counts(result: PartitionResult, *names: str) -> dict[str, MetadataValue]:
-    return {name: getattr(result, name) for name in names}
 
 
 def _arguments(made: _Made) -> tuple[str, str, str, str, dict[str, str], dict[str, MetadataValue]]:

@@ -11,7 +11,7 @@ from embed_assets.corpus.parsing import ParseOptions, read_documents
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.engine.backends import load_embedder
 from embed_assets.engine.model import EmbeddingSpace, resolve_space
-from embed_assets.engine.runner import Embedder
+from embed_assets.engine.runner import DEFAULT_BATCH_TOKENS, Embedder
 from embed_assets.errors import LakeError, SettingsError
 from embed_assets.lake.reader import read_partition, table_version
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
@@ -32,6 +32,15 @@ class Estimate:
     to_drop: int
     tokens: int
     """Tokens of the texts to embed, special tokens included."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """Where and how the model runs."""
+
+    device: str
+    precision: str
+    max_batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,14 @@ class Pipeline:
     def embedder(self) -> Embedder:
         """The model, loaded once per process."""
         return load_embedder(self.space, self.settings.device, self.settings.max_batch_tokens)
+
+    @property
+    def engine(self) -> EngineFacts:
+        """Where and how the model runs; as configured, while it was not needed and is not loaded."""
+        if "embedder" in self.__dict__:
+            return EngineFacts(self.embedder.device, self.embedder.precision, self.embedder.max_batch_tokens)
+        budget = self.settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
+        return EngineFacts(self.settings.device, self.settings.precision, budget)
 
     @property
     def embeddings_table(self) -> TableSpec:
