@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -21,6 +21,8 @@ from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 _COMMIT_ATTEMPTS = 20
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
 _MAX_ROW_GROUP_ROWS = 16_384
+_MAX_ROW_GROUP_BYTES = 32 << 20
+"""A row group is what a reader holds at a time, so long texts make it short."""
 _TARGET_FILE_BYTES = 32 << 20
 """A file is held in memory until it is complete; a third of the default saves about 100 MB."""
 # delta-rs buffers up to N batches for each of several files; with one of each, memory stays flat.
@@ -97,7 +99,9 @@ def replace_partition(
             },
             max_commit_retries=100,
         )
-        written = _commit(lake, table, key, rows, properties)
+        mean_row_bytes = max(1, staged.tell() // max(1, version.row_count))
+        rows_per_group = max(1, min(_MAX_ROW_GROUP_ROWS, _MAX_ROW_GROUP_BYTES // mean_row_bytes))
+        written = _commit(lake, table, key, rows, properties, _writer_properties(table, rows_per_group))
         return Replaced(data_version, version.row_count, True, int(written.version()), str(written.metadata().id))
 
 
@@ -114,8 +118,14 @@ def _read_staged(staged: object) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: CommitProperties) -> DeltaTable:
-    assert callable(rows)
+def _commit(
+    lake: Lake,
+    table: TableSpec,
+    key: str,
+    rows: Callable[[], pa.RecordBatchReader],
+    properties: CommitProperties,
+    writer_properties: WriterProperties,
+) -> DeltaTable:
     for name, value in _FLAT_MEMORY.items():
         os.environ.setdefault(name, value)
     with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", lake.root):
@@ -127,7 +137,7 @@ def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: Co
                     mode="overwrite",
                     predicate=partition_predicate(key),
                     target_file_size=_TARGET_FILE_BYTES,
-                    writer_properties=_writer_properties(table),
+                    writer_properties=writer_properties,
                     commit_properties=properties,
                     storage_options=lake.options or None,
                 )
@@ -141,13 +151,13 @@ def _commit(lake: Lake, table: TableSpec, key: str, rows: object, properties: Co
     return written
 
 
-def _writer_properties(table: TableSpec) -> WriterProperties:
+def _writer_properties(table: TableSpec, rows_per_group: int) -> WriterProperties:
     """Dictionaries only where values repeat: on vectors they cost time and space. Nested columns follow the default."""
     scalars = [f.name for f in table.schema if f.name not in ("partition_key", "embedding")]
     return WriterProperties(
         compression="ZSTD",
         compression_level=1,
-        max_row_group_size=_MAX_ROW_GROUP_ROWS,
+        max_row_group_size=rows_per_group,
         default_column_properties=ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE"),
         column_properties={
             name: ColumnProperties(dictionary_enabled=name not in _HIGH_CARDINALITY, statistics_enabled="CHUNK")
