@@ -73,11 +73,6 @@ class Settings(BaseSettings):
             )
         return self
 
-    @property
-    def hash_buckets(self) -> int | None:
-        """N of ``hash:N``, else None."""
-        return int(self.partition_by[5:]) if self.partition_by.startswith("hash:") else None
-
 
 def load_settings(**overrides: object) -> Settings:
     """The settings of this process's environment.

@@ -25,7 +25,7 @@ def test_every_setting_can_be_given_as_text(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in given.items():
         monkeypatch.setenv(f"EMBED_{name}", value)
     settings = load_settings()
-    assert (settings.hash_buckets, settings.truncate_dim, settings.max_batch_tokens) == (16, 128, None)
+    assert (settings.partition_by, settings.truncate_dim, settings.max_batch_tokens) == ("hash:16", 128, None)
     assert settings.prompt == ""
 
 

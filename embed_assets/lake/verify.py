@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -46,18 +46,15 @@ class Gaps:
         return ("embeddings",) if self.total else ()
 
 
-def verify(
-    lake: Lake, table: TableSpec, prompt: str, keys: Collection[str] | None = None
-) -> Iterator[tuple[str, Gaps]]:
-    """Each partition of chunks and of the space's table (or of `keys`), with its gaps.
+def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
+    """Each partition of raw_documents, chunks or the space's table, with its gaps.
 
     One partition's hashes (about 150 bytes per chunk) and one batch of its vectors are in memory at a time.
     """
     delta = lake.open(table)
     dimension = None if delta is None else dimension_of(delta)
     tables = (RAW, CHUNK_TABLE, table)
-    found = keys if keys is not None else set().union(*(partition_keys(lake, spec) for spec in tables))
-    for key in sorted(found):
+    for key in sorted(set().union(*(partition_keys(lake, spec) for spec in tables))):
         yield key, _verify_partition(lake, table, key, prompt, dimension)
 
 
