@@ -25,7 +25,7 @@ _COST = (0.8, 0.8, 0.6, 1.7, 3.7, 5.7)
 """By kind of cut. One more chunk costs what its cut costs: a dearer cut is taken to save a cheaper one only."""
 _NOISE = 7.0
 _NOISE_POWER = 0.4
-_CONTEXT_CHARACTERS = 16
+_CONTEXT_CHARACTERS = 6
 
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])|[。！？｡]+[」』”）]*\s*")
