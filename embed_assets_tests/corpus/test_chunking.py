@@ -191,6 +191,19 @@ def test_an_inserted_sentence_changes_few_chunks(page: str) -> None:
     assert min(changes) >= 1
 
 
+def test_an_edited_word_changes_its_own_chunk() -> None:
+    text = topic("types")
+    before = {c.text for c in split_document(text, RST, tokenizer("wordpiece"), ChunkOptions(256))}
+    changes = []
+    for i in range(1, 60):
+        place = text.index(" the ", len(text) * i // 61)
+        edited = text[:place] + " its " + text[place + 5 :]
+        after = split_document(edited, RST, tokenizer("wordpiece"), ChunkOptions(256))
+        changes.append(sum(c.text not in before for c in after))
+    assert min(changes) == 1
+    assert sum(changes) / len(changes) <= 1.1
+
+
 def test_a_paragraph_in_a_headings_clothes_does_not_multiply() -> None:
     chunks = split("# " + "word " * 4000, max_tokens=64)
     assert sum(len(c.heading_path) for c in chunks) <= 200 * len(chunks)
