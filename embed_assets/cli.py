@@ -111,14 +111,12 @@ def discover(as_json: bool) -> Answer:
 def plan(as_json: bool, count: bool) -> Answer:
     """Show what is missing or stale, why, and (with --count) what it will cost. Changes nothing."""
     from embed_assets.defs.instance import open_instance
-    from embed_assets.defs.sync import estimated_seconds, make_plan
+    from embed_assets.defs.sync import make_plan
 
     pipeline = _pipeline()
-    with open_instance() as instance:
-        plans = make_plan(instance, pipeline, count)
-        with stderr.status("measuring the model's speed"):
-            seconds = estimated_seconds(instance, pipeline, plans) if count else None
-    rows = [_plan_row(p) for p in plans]
+    with open_instance() as instance, stderr.status("reading, splitting and counting" if count else "planning"):
+        made = make_plan(instance, pipeline, count)
+    rows, seconds = [_plan_row(p) for p in made.partitions], made.estimated_seconds
     if not as_json:
         print_plan(rows, count, seconds)
     answer: dict[str, object] = {"partitions": rows, "space": pipeline.space.name}

@@ -39,6 +39,16 @@ class PartitionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """What a sync would do."""
+
+    partitions: list[PartitionPlan]
+    """In order of their keys."""
+    estimated_seconds: float | None = None
+    """How long the model would take; None unless counting was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class SyncResult:
     """What a sync came to."""
 
@@ -55,8 +65,8 @@ class SyncResult:
         return sum(int(getattr(result, name)) for result in self.partitions.values())
 
 
-def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False) -> list[PartitionPlan]:
-    """State, reasons and (with `count`) costs of every partition, in order of their keys. Nothing is recorded.
+def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False) -> Plan:
+    """State, reasons and (with `count`) costs of every partition. Nothing is recorded.
 
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
@@ -64,22 +74,22 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     history = load_history(instance, pipeline)
     plans = _plans(history, pipeline, partitions.values())
     if not count:
-        return plans
+        return Plan(plans)
     # In the order of sync, emptied partitions last: with REUSE=table, a text is embedded where it comes up first.
     elsewhere: set[str] = set()
     estimates = {
         plan.partition.key: _estimate(pipeline, history, plan, elsewhere)
         for plan in sorted(plans, key=lambda plan: not plan.partition.files)
     }
-    return [PartitionPlan(p.partition, p.statuses, estimates[p.partition.key]) for p in plans]
+    counted = [PartitionPlan(p.partition, p.statuses, estimates[p.partition.key]) for p in plans]
+    return Plan(counted, _estimated_seconds(history, pipeline, sum(e.tokens for e in estimates.values())))
 
 
-def estimated_seconds(instance: DagsterInstance, pipeline: Pipeline, plans: Sequence[PartitionPlan]) -> float | None:
-    """How long the model would take for counted plans: at the speed recorded last in this space, else at a probe's."""
-    tokens = sum(plan.estimate.tokens for plan in plans if plan.estimate)
+def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> float | None:
+    """How long the model would take for so many tokens: at the speed recorded last in this space, else at a probe's."""
     if not tokens:
         return 0.0
-    records = load_history(instance, pipeline).records["embeddings"].values()
+    records = history.records["embeddings"].values()
     speeds = [
         (record.storage_id, record.counts["tokens_per_second"])
         for record in records

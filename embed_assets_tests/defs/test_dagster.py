@@ -60,7 +60,7 @@ def dagster_says(instance: dg.DagsterInstance, key: str) -> dict[str, str]:
 
 
 def we_say(instance: dg.DagsterInstance, key: str) -> dict[str, str]:
-    plans = {plan.partition.key: plan for plan in make_plan(instance, pipeline_of_settings())}
+    plans = {plan.partition.key: plan for plan in make_plan(instance, pipeline_of_settings()).partitions}
     return {asset: status.state for asset, status in plans[key].statuses.items()}
 
 
