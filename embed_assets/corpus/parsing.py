@@ -6,19 +6,16 @@ Nothing here raises for a bad document: what can't be read becomes a `Rejection`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import IO
 
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats import MissingExtra, docx_to_markdown, html_to_markdown, pdf_to_text
+from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.rows import BadRow, Row, iter_csv, iter_jsonl, iter_parquet
 from embed_assets.corpus.source import Source, SourceFile, SourcePartition
 from embed_assets.corpus.structure import find_structure
-from embed_assets.records import Document, Rejection, hash_text
-from embed_assets.settings import Settings
-
-PARSER_VERSION = "1"
-"""Raise it when the same bytes would give other documents: raw_documents of every partition is read again."""
+from embed_assets.records import Document, Rejection
 
 REASONS: dict[str, str] = {
     "empty": "there is no text in it",
@@ -40,7 +37,7 @@ REASONS: dict[str, str] = {
     "not_a_file": "it is a device, socket or pipe",
 }
 
-_ROW_FORMATS: dict[str, tuple[str, Callable[..., Iterator[Row | BadRow]]]] = {
+_ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[Row | BadRow]]]] = {
     ".jsonl": ("application/jsonl", iter_jsonl),
     ".csv": ("text/csv", iter_csv),
     ".parquet": ("application/vnd.apache.parquet", iter_parquet),
@@ -53,28 +50,6 @@ _BINARY_FORMATS: dict[str, tuple[str, Callable[[bytes], tuple[str, str]]]] = {
     ".docx": ("text/markdown", docx_to_markdown),
 }
 SUPPORTED_ENDINGS = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *_BINARY_FORMATS]))
-
-
-@dataclass(frozen=True, slots=True)
-class ParseOptions:
-    """The settings that decide what comes out of a file."""
-
-    text_column: str = "text"
-    id_column: str = "id"
-    title_column: str = "title"
-    max_file_bytes: int = 64 << 20
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> ParseOptions:
-        """The options that the settings name."""
-        return cls(settings.text_column, settings.id_column, settings.title_column, settings.max_file_bytes)
-
-    @property
-    def version(self) -> str:
-        """Code version of raw_documents: changes when the same bytes would give other documents."""
-        return hash_text(
-            f"{PARSER_VERSION}/{self.text_column}/{self.id_column}/{self.title_column}/{self.max_file_bytes}"
-        )[:12]
 
 
 def read_documents(source: Source, partition: SourcePartition, options: ParseOptions) -> Iterator[Document | Rejection]:
@@ -148,10 +123,7 @@ def _read_rows(source: Source, file: SourceFile, ending: str, options: ParseOpti
     occurrences: dict[str, int] = {}
     is_empty = True
     with source.open(file) as stream:
-        rows = _ROW_FORMATS[ending][1](
-            stream, options.text_column, options.id_column, options.title_column, options.max_file_bytes
-        )
-        for row in rows:
+        for row in _ROW_FORMATS[ending][1](stream, options):
             is_empty = False
             if isinstance(row, Row):
                 seen = occurrences[row.key] = occurrences.get(row.key, 0) + 1

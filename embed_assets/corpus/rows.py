@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_assets.corpus.encoding import Undecodable, byte_order_mark, decode
+from embed_assets.corpus.options import ParseOptions
 from embed_assets.records import hash_text
 
 
@@ -53,14 +54,12 @@ class BadRow:
             self.row = BadRow("", reason, detail)
 
 
-def iter_jsonl(
-    stream: IO[bytes], text_column: str, id_column: str, title_column: str, max_bytes: int
-) -> Iterator[Row | BadRow]:
+def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
     """One JSON object per line; blank lines are skipped. Bad lines are named by their 1-based number."""
-    for number, line in enumerate(_lines(stream, max_bytes), 1):
+    for number, line in enumerate(_lines(stream, options.max_file_bytes), 1):
         key = f"line{number}"
         if line is None:
-            yield BadRow(key, "too_large", f"the line is over EMBED_MAX_FILE_BYTES={max_bytes}")
+            yield BadRow(key, "too_large", f"the line is over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -68,7 +67,7 @@ def iter_jsonl(
             continue
         try:
             value = json.loads(line.decode("utf-8"), parse_int=_parse_int)
-            row = _row(value, key, text_column, id_column, title_column, len(line)) if isinstance(value, dict) else None
+            row = _row(value, key, len(line), options) if isinstance(value, dict) else None
         except UnicodeDecodeError as error:
             yield BadRow(key, "undecodable", f"line {number} is no UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
@@ -93,9 +92,7 @@ def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | None]:
         yield None
 
 
-def iter_csv(
-    stream: IO[bytes], text_column: str, id_column: str, title_column: str, max_bytes: int
-) -> Iterator[Row | BadRow]:
+def iter_csv(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
     """Comma-separated rows under a header line; the encoding is told from the file's beginning."""
     head = stream.read(1 << 18)
     try:
@@ -105,22 +102,20 @@ def iter_csv(
         yield BadRow("", "undecodable", str(error))
         return
     text = io.TextIOWrapper(io.BufferedReader(_Rejoined(head, stream)), encoding=encoding, newline="", errors="strict")
-    csv.field_size_limit(max_bytes)
+    csv.field_size_limit(options.max_file_bytes)
     reader = csv.DictReader(text, strict=True)
     try:
         names = list(reader.fieldnames or ())
     except (csv.Error, UnicodeDecodeError) as error:
         yield BadRow("", "broken_file", f"the header line could not be read: {error}")
         return
-    if text_column not in names:
-        yield BadRow("", "missing_text", _no_column(text_column, names))
+    if options.text_column not in names:
+        yield BadRow("", "missing_text", _no_column(options.text_column, names))
         return
-    yield from _csv_rows(reader, len(names), text_column, id_column, title_column, max_bytes)
+    yield from _csv_rows(reader, len(names), options)
 
 
-def _csv_rows(
-    reader: csv.DictReader[str], columns: int, text_column: str, id_column: str, title_column: str, max_bytes: int
-) -> Iterator[Row | BadRow]:
+def _csv_rows(reader: csv.DictReader[str], columns: int, options: ParseOptions) -> Iterator[Row | BadRow]:
     for number in itertools.count(2):
         key = f"row{number}"
         try:
@@ -129,7 +124,11 @@ def _csv_rows(
             return
         except csv.Error as error:
             if "field larger than" in str(error):  # what follows would be read from inside that field
-                yield BadRow(key, "too_large", f"a field over EMBED_MAX_FILE_BYTES={max_bytes}; the rest was not read")
+                yield BadRow(
+                    key,
+                    "too_large",
+                    f"a field over EMBED_MAX_FILE_BYTES={options.max_file_bytes}; the rest was not read",
+                )
                 return
             yield BadRow(key, "invalid_row", f"row {number}: {error}")
             continue
@@ -140,10 +139,10 @@ def _csv_rows(
         size = sum(len(str(value).encode("utf-8", "replace")) for value in fields.values())
         if None in fields or None in fields.values():
             yield BadRow(key, "invalid_row", f"row {number} has other columns than the header's {columns}")
-        elif size > max_bytes:
-            yield BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={max_bytes}")
+        elif size > options.max_file_bytes:
+            yield BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
         else:
-            yield _row(dict(fields), key, text_column, id_column, title_column, size)
+            yield _row(dict(fields), key, size, options)
 
 
 class _Rejoined(io.RawIOBase):
@@ -161,23 +160,23 @@ class _Rejoined(io.RawIOBase):
         return len(data)
 
 
-def iter_parquet(
-    stream: IO[bytes], text_column: str, id_column: str, title_column: str, max_bytes: int
-) -> Iterator[Row | BadRow]:
+def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
     """Rows of a Parquet file, a small batch at a time."""
     number = 0
     try:
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
-        if text_column not in names:
-            yield BadRow("", "missing_text", _no_column(text_column, names))
+        if options.text_column not in names:
+            yield BadRow("", "missing_text", _no_column(options.text_column, names))
             return
         for batch in file.iter_batches(batch_size=256, use_threads=False):
-            columns = {name: _python_values(batch.column(names.index(name)), name == text_column) for name in names}
+            columns = {
+                name: _python_values(batch.column(names.index(name)), name == options.text_column) for name in names
+            }
             for values in zip(*columns.values(), strict=True):
                 number += 1
                 fields = dict(zip(columns, values, strict=True))
-                yield _parquet_row(fields, f"row{number}", text_column, id_column, title_column, max_bytes)
+                yield _parquet_row(fields, f"row{number}", options)
     except (pa.ArrowException, OSError, ValueError) as error:
         after = f" after row {number}; the rest was not read" if number else ""
         key = f"row{number + 1}" if number else ""
@@ -204,28 +203,26 @@ def _python_value(value: pa.Scalar) -> Any:
         return value.as_buffer().to_pybytes() if value.as_buffer() is not None else None
 
 
-def _parquet_row(
-    fields: dict[str, Any], key: str, text_column: str, id_column: str, title_column: str, max_bytes: int
-) -> Row | BadRow:
-    text = fields.get(text_column)
+def _parquet_row(fields: dict[str, Any], key: str, options: ParseOptions) -> Row | BadRow:
+    text = fields.get(options.text_column)
     size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
-    if size > max_bytes:
-        return BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={max_bytes}")
-    return _row(fields, key, text_column, id_column, title_column, size)
+    if size > options.max_file_bytes:
+        return BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
+    return _row(fields, key, size, options)
 
 
-def _row(
-    fields: dict[str, Any], fallback: str, text_column: str, id_column: str, title_column: str, size: int
-) -> Row | BadRow:
-    if text_column not in fields:
-        return BadRow(fallback, "missing_text", _no_column(text_column, list(fields)))
-    text = fields.pop(text_column)
+def _row(fields: dict[str, Any], fallback: str, size: int, options: ParseOptions) -> Row | BadRow:
+    if options.text_column not in fields:
+        return BadRow(fallback, "missing_text", _no_column(options.text_column, list(fields)))
+    text = fields.pop(options.text_column)
     if text is None:
-        return BadRow(fallback, "empty", f"its column {text_column!r} is null")
+        return BadRow(fallback, "empty", f"its column {options.text_column!r} is null")
     if not isinstance(text, str):
-        return BadRow(fallback, "missing_text", f"its column {text_column!r} is a {type(text).__name__}, not a string")
-    identity = fields.pop(id_column, None)
-    title = fields.pop(title_column, None)
+        return BadRow(
+            fallback, "missing_text", f"its column {options.text_column!r} is a {type(text).__name__}, not a string"
+        )
+    identity = fields.pop(options.id_column, None)
+    title = fields.pop(options.title_column, None)
     has_id = identity is not None and str(identity) != ""
     key = _printable(identity) if has_id else hash_text(text)[:16]
     # Sorted, so that the order of a row's columns is no change.

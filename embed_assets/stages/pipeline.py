@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from embed_assets.corpus.chunking import ChunkOptions
-from embed_assets.corpus.parsing import ParseOptions, read_documents
+from embed_assets.corpus.options import ParseOptions
+from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.engine.backends import load_embedder
 from embed_assets.engine.model import EmbeddingSpace, resolve_space

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from embed_assets.corpus.parsing import ParseOptions, read_documents
+from embed_assets.corpus.options import ParseOptions
+from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.lake.tables import RAW, REJECTED, Lake
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed_assets.corpus.encoding import Undecodable, decode
-from embed_assets.corpus.parsing import REASONS, SUPPORTED_ENDINGS, ParseOptions, read_documents
+from embed_assets.corpus.options import ParseOptions
+from embed_assets.corpus.parsing import REASONS, SUPPORTED_ENDINGS, read_documents
 from embed_assets.corpus.source import Source
 from embed_assets.records import Document, Rejection
 
