@@ -160,7 +160,7 @@ def search(as_json: bool, query: str, k: int) -> Answer:
     pipeline = _pipeline()
     pipeline.require_embeddings()
     with stderr.status("loading the model"):
-        vector = pipeline.embedder.embed([pipeline.space.query_prompt + query]).vectors[0]
+        vector = pipeline.embedder.embed_one(pipeline.space.query_prompt + query)
     results = search_table(pipeline.lake, pipeline.embeddings_table, vector, k)
     if not as_json:
         for result in results:

@@ -93,7 +93,7 @@ def test_sync_json_has_the_contracts_names(project: Project) -> None:
     row = answer["partitions"]["a"]
     assert row == {
         "state": "materialized", "documents": 1, "rejected": 1, "chunks": 1, "embedded": 1, "reused": 0, "dropped": 0,
-        "tokens": 4, "error": None,
+        "rejected_chunks": 0, "tokens": 4, "error": None,
     }  # fmt: skip
     assert project.sync()["partitions"]["a"] == row | {"state": "fresh", "embedded": 0, "reused": 1, "tokens": 0}
     (rejected,) = project.rows("document_id", "reason", "detail", table="rejected_documents")

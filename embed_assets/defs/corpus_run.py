@@ -11,6 +11,7 @@ from typing import Self
 import dagster as dg
 
 from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.engine_report import engine_metadata
 from embed_assets.defs.recording import MetadataValue, Recorder, observation, peak_memory_bytes
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
@@ -161,7 +162,8 @@ class CorpusRun:
             prepared.versions["embeddings"] = embedded.replaced.data_version
             work = embedded.work
             result.chunks, result.embedded, result.reused = work.chunks, work.embedded, work.reused
-            result.dropped, result.tokens = work.dropped, work.tokens
+            result.dropped, result.tokens = work.dropped, work.engine.tokens
+            result.rejected_chunks = work.rejected_chunks
             self._record("embeddings", key, prepared, embedded.replaced, result, work)
             result.state = "materialized"
         elif prepared.raw is not None or prepared.chunks is not None:
@@ -207,12 +209,8 @@ class CorpusRun:
             "reused": work.reused,
             "dropped": work.dropped,
             "truncated": work.truncated,
-            "tokens": work.tokens,
-            "tokens_per_second": round(work.tokens / work.seconds, 1) if work.seconds else 0.0,
-            "padding_percent": round(100 * (1 - work.tokens / work.padded_tokens), 2) if work.padded_tokens else 0.0,
-            "device": engine.device,
-            "precision": engine.precision,
-            "max_batch_tokens": engine.max_batch_tokens,
+            "rejected_chunks": work.rejected_chunks,
+            **engine_metadata(work, engine),
             "space": self.pipeline.space.name,
             "peak_memory_bytes": peak_memory_bytes(),
             "is_committed": int(replaced.is_committed),

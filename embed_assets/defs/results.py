@@ -20,6 +20,8 @@ class PartitionResult:
     """Chunks whose vector was there already."""
     dropped: int = 0
     """Embeddings whose chunk is gone."""
+    rejected_chunks: int = 0
+    """Chunks the model can't embed; they are in rejected_documents."""
     tokens: int = 0
     """Tokens sent to the model."""
     error: str | None = None

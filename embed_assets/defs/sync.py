@@ -105,7 +105,7 @@ def _probe_speed(pipeline: Pipeline) -> float:
     texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]
     pipeline.embedder.embed(texts[:2])  # the first pass also sets up the device
     probe = pipeline.embedder.embed(texts)
-    return probe.tokens / max(probe.seconds, 1e-6)
+    return probe.stats.tokens_per_second
 
 
 def run_sync(

@@ -1,38 +1,72 @@
-"""Texts to vectors: tokenize a window, sort and pack it, run the batches, put the rows back in order."""
+"""Texts to vectors: tokenize a window, sort and pack it, run the batches, put the rows back in order.
+
+    caller reads ─▶ tokenizer thread ─▶ device thread: plan, run on the workers, fetch once ─▶ caller writes
+
+Two windows are under way at a time, so that reading, tokenizing and writing are done while the device computes.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from embed_assets.engine.batching import pack_batches, padded_tokens
+from embed_assets.engine.batching import Batch, Layout, plan_batches
+from embed_assets.engine.metrics import EngineStats, ModelCost
+from embed_assets.engine.survival import Survivor
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
 from embed_assets.errors import EmbeddingError
 
-DEFAULT_BATCH_TOKENS = 2048
+DEFAULT_BATCH_TOKENS = 1024
 """On CPUs a small budget is fastest: activations stay in the cache."""
+WINDOWS_UNDER_WAY = 2
 
 
 class Backend(Protocol):
     """The model on its device."""
 
-    @property
-    def dimension(self) -> int:
-        """Length of a vector."""
-        ...
+    precision: str
+    dimension: int
+    """Length of a vector."""
+    layout: Layout
+    workers: int
+    """Batches that are computed at the same time."""
 
     @property
     def device(self) -> str: ...
 
     @property
-    def precision(self) -> str: ...
+    def name(self) -> str:
+        """Library and path, as in "torch-packed"."""
+        ...
 
-    def forward(self, texts: Sequence[str], tokens: TokenizedTexts, rows: np.ndarray) -> np.ndarray:
-        """float32 vectors of shape (rows, dimension) for the given rows of a window, in their order, not normalised."""
+    @property
+    def cost(self) -> ModelCost: ...
+
+    def enter_worker(self) -> None:
+        """Called once in each worker's thread, before its first batch."""
+        ...
+
+    def new_buffer(self, rows: int) -> Any:
+        """Where a window's vectors are collected."""
+        ...
+
+    def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any) -> None:
+        """Compute a batch, and put its vectors (not normalised) into its rows of `buffer`."""
+        ...
+
+    def fetch(self, buffer: Any) -> np.ndarray:
+        """The collected vectors, float32 of shape (rows, dimension), in main memory."""
+        ...
+
+    def release_memory(self) -> None:
+        """Give back what a failed batch held."""
         ...
 
 
@@ -41,69 +75,187 @@ class EmbeddedTexts:
     """What came out of one window."""
 
     vectors: np.ndarray
-    """float32, shape (texts, dimension), unit norm, in the order of the texts."""
+    """float32, shape (texts, dimension), unit norm, in the order of the texts; zeros for rejected ones."""
     is_truncated: np.ndarray
     """bool, shape (texts,)."""
-    tokens: int
-    """Tokens of the texts themselves, special tokens included."""
-    padded_tokens: int
-    """Tokens the device computed."""
-    seconds: float
+    rejected: dict[int, str]
+    """Rows of texts the model gave no usable vector for, and why."""
+    stats: EngineStats
+
+
+@dataclass(slots=True)
+class _Job:
+    """A window on its way over the device."""
+
+    texts: Sequence[str]
+    tokens: TokenizedTexts
+    buffer: Any
+    batches: deque[Batch]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    rejected: dict[int, str] = field(default_factory=dict)
+    padded_tokens: int = 0
+    is_stopped: bool = False
+
+    def next_batch(self) -> Batch | None:
+        with self.lock:
+            return None if self.is_stopped or not self.batches else self.batches.popleft()
 
 
 class Embedder:
-    """A model that is ready to embed."""
+    """A model that is ready to embed. Usable from one thread at a time."""
 
     def __init__(
-        self, backend: Backend, tokenizer: ModelTokenizer, max_seq_length: int, max_batch_tokens: int | None = None
+        self,
+        backend: Backend,
+        tokenizer: ModelTokenizer,
+        max_seq_length: int,
+        max_batch_tokens: int | None = None,
+        backoff_seconds: float = 0.5,
+        on_smaller_budget: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        self._backend, self._tokenizer, self._max_seq_length = backend, tokenizer, max_seq_length
+        self.backend, self._max_seq_length = backend, max_seq_length
+        self._tokenizer = tokenizer.copy()  # other threads may use the original meanwhile
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS
+        self.on_batch: Callable[[int, int], None] = lambda texts, tokens: None
+        """Hears of each finished batch's texts and tokens, from the workers' threads."""
+        self._survivor = Survivor(backend, self._tokenizer.tokenize(["a"], max_seq_length), backoff_seconds)
+        self._on_smaller_budget = on_smaller_budget
+        self._stop = threading.Event()
+        self._idle_since: float | None = None
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        self._device_thread = ThreadPoolExecutor(1, "device", initializer=backend.enter_worker)
+        self._workers = ThreadPoolExecutor(backend.workers, "worker", initializer=backend.enter_worker)
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return self._backend.dimension
+        return self.backend.dimension
 
     @property
     def device(self) -> str:
         """Where the model runs."""
-        return self._backend.device
+        return self.backend.device
 
     @property
     def precision(self) -> str:
         """Arithmetic of the model."""
-        return self._backend.precision
+        return self.backend.precision
 
     def embed(self, texts: Sequence[str]) -> EmbeddedTexts:
-        """One unit-norm vector per text, prompt already included in the texts.
+        """One unit-norm vector per text, prompt already included in the texts."""
+        [embedded] = self.embed_windows([texts])
+        return embedded
 
-        Raises ``EmbeddingError`` when the model gives a vector that is not finite, naming the text.
+    def embed_one(self, text: str) -> np.ndarray:
+        """The text's vector, shape (dimension,). Raises ``EmbeddingError`` when the model gives none."""
+        embedded = self.embed([text])
+        if embedded.rejected:
+            raise EmbeddingError(f"the text {text[:80]!r} could not be embedded: {embedded.rejected[0]}; change it")
+        return np.asarray(embedded.vectors[0])
+
+    def embed_windows(self, windows: Iterable[Sequence[str]]) -> Iterator[EmbeddedTexts]:
+        """The vectors of each window, in order. While one is handed out, the next is on the device.
+
+        The next window is asked for, in the caller's thread, while the one before is computed. An error in any thread
+        is raised here as it was; leaving early, by an error or Ctrl-C, stops the threads after their present batch.
         """
+        under_way: deque[Future[EmbeddedTexts]] = deque()
+        self._stop.clear()
+        self._idle_since = None
+        try:
+            for texts in windows:
+                tokens = self._tokenizer_thread.submit(self._tokenizer.tokenize, texts, self._max_seq_length)
+                under_way.append(self._device_thread.submit(self._run, texts, tokens))
+                if len(under_way) == WINDOWS_UNDER_WAY:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            self._stop.set()
+            for future in under_way:
+                if not future.cancel():
+                    future.exception()  # waits for the present batch, not for the window
+
+    def _run(self, texts: Sequence[str], tokenized: Future[TokenizedTexts]) -> EmbeddedTexts:
+        """In the device thread: one window from tokens to vectors."""
+        asked = time.perf_counter()
+        tokens = tokenized.result()
         started = time.perf_counter()
-        tokens = self._tokenizer.tokenize(texts, self._max_seq_length)
         lengths = tokens.lengths
-        batches = pack_batches(lengths, self.max_batch_tokens)
-        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for rows in batches:
-            vectors[rows] = self._backend.forward(texts, tokens, rows)
-        return EmbeddedTexts(
-            _normalized(vectors, texts),
-            tokens.is_truncated,
+        batches = plan_batches(lengths, self.max_batch_tokens, self.backend.layout)
+        job = _Job(texts, tokens, self.backend.new_buffer(len(texts)), deque(batches))
+        self._drain_on_workers(job)
+        vectors = self._checked(job, self.backend.fetch(job.buffer))
+        finished = time.perf_counter()
+        idle = 0.0 if self._idle_since is None else max(0.0, asked - self._idle_since)
+        self._idle_since = finished
+        stats = EngineStats(
+            len(texts),
             int(lengths.sum()),
-            padded_tokens(lengths, batches),
-            time.perf_counter() - started,
+            job.padded_tokens,
+            self.backend.cost.operations(lengths),
+            finished - started,
+            started - asked,
+            idle,
+        )
+        return EmbeddedTexts(vectors, tokens.is_truncated, job.rejected, stats)
+
+    def _drain_on_workers(self, job: _Job) -> None:
+        if self.backend.workers == 1:
+            self._drain(job)
+            return
+        futures = [self._workers.submit(self._drain, job) for _ in range(self.backend.workers)]
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        if errors:
+            raise errors[0]
+
+    def _drain(self, job: _Job) -> None:
+        """Run batches until none is left, surviving what can be survived."""
+        try:
+            while (batch := job.next_batch()) is not None:
+                if self._stop.is_set():
+                    raise EmbeddingError("embedding was stopped before the window was finished; start it again")
+                self._run_batch(job, batch)
+        except BaseException:
+            job.is_stopped = True
+            raise
+
+    def _run_batch(self, job: _Job, batch: Batch) -> None:
+        outcome = self._survivor.run(job.texts, job.tokens, batch, job.buffer, self.max_batch_tokens)
+        with job.lock:
+            job.rejected |= outcome.rejected
+            job.padded_tokens += outcome.padded_tokens
+            if outcome.max_batch_tokens < self.max_batch_tokens:
+                self.max_batch_tokens = outcome.max_batch_tokens
+                job.batches = self._replanned(job)
+                self._on_smaller_budget(self.max_batch_tokens)
+        self.on_batch(len(batch.rows), int(job.tokens.lengths[batch.rows].sum()))
+
+    def _replanned(self, job: _Job) -> deque[Batch]:
+        """The batches still to run, under the smaller budget."""
+        if not job.batches:
+            return job.batches
+        rows = np.concatenate([batch.rows for batch in job.batches])
+        return deque(
+            Batch(rows[batch.rows], batch.width, batch.tokens)
+            for batch in plan_batches(job.tokens.lengths[rows], self.max_batch_tokens, self.backend.layout)
         )
 
+    def _checked(self, job: _Job, vectors: np.ndarray) -> np.ndarray:
+        """The vectors at unit length; a zero vector stays zero, as in sentence-transformers.
 
-def _normalized(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """The vectors at unit length; a zero vector stays zero, as in sentence-transformers."""
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        text = texts[int(np.flatnonzero(~finite)[0])]
-        raise EmbeddingError(
-            f"the model gave a vector that is not finite for the text {text[:80]!r}; "
-            "try another EMBED_PRECISION or EMBED_MODEL"
-        )
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
+        A text whose vector is not finite is tried alone, then rejected.
+        """
+        for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
+            if row not in job.rejected:
+                vectors[row] = self._survivor.alone(job.texts, job.tokens, row)
+                if not np.isfinite(vectors[row]).all():
+                    reason = f"the model's vector is not finite in {self.precision}"
+                    self._survivor.check_health(
+                        EmbeddingError(f"{reason} for any text; set another EMBED_PRECISION or EMBED_MODEL")
+                    )
+                    job.rejected[row] = reason
+        if job.rejected:
+            vectors[list(job.rejected)] = 0
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)

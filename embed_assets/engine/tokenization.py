@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, models, pre_tokenizers, processors
 
 from embed_assets.errors import ModelError
 
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
+_CHARACTERS_PER_TOKEN = 20
+"""More than any text has on average, so that a beginning of that length fills the model."""
+_WORD_END = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
+"""Between two plain words: no normaliser or pattern looks across such a space."""
 _BLOCK_TEXTS = 2048
 """The library's encodings take about 100 bytes per token, so only so many texts' are alive at a time."""
 
@@ -43,9 +49,11 @@ class ModelTokenizer:
 
     def __init__(self, description: str) -> None:
         """`description` is the text of a ``tokenizer.json``."""
+        self._description = description
         pre_tokenizer = json.loads(description).get("pre_tokenizer") or {}
         # BERT's rules: words and punctuation marks stand alone, so text cut at whitespace gives the pieces' tokens.
         self.splits_at_whitespace = bool(pre_tokenizer.get("type") == "BertPreTokenizer")
+        self._may_cut_at_whitespace = _splits_words(pre_tokenizer)
         self._whole = Tokenizer.from_str(description)
         self._whole.no_truncation()
         self._whole.no_padding()
@@ -64,6 +72,10 @@ class ModelTokenizer:
             return cls(path.read_text("utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ModelError(f"no tokenizer could be read from {path.name!r}: {error}; save the model again") from error
+
+    def copy(self) -> ModelTokenizer:
+        """Another one for another thread: the library's tokenizers must not be shared while they are in use."""
+        return ModelTokenizer(self._description)
 
     def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Per text an int32 array of shape (tokens, 2): code points where each token's visible part starts and ends.
@@ -91,7 +103,7 @@ class ModelTokenizer:
         lengths: list[int] = []
         is_truncated: list[bool] = []
         for start in range(0, len(texts), _BLOCK_TEXTS):
-            encodings = self._cut.encode_batch_fast(texts[start : start + _BLOCK_TEXTS])
+            encodings = self._encode(texts[start : start + _BLOCK_TEXTS])
             lengths += (len(e) for e in encodings)
             is_truncated += (bool(e.overflowing) for e in encodings)
             ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), dtype=np.int32))
@@ -99,6 +111,42 @@ class ModelTokenizer:
         np.cumsum(lengths, out=offsets[1:])
         flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
         return TokenizedTexts(flat, offsets, np.array(is_truncated, dtype=bool))
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings of the texts, each cut to the model's length.
+
+        The library tokenizes a text to its end before it cuts. So only the beginning of a very long one is given to it;
+        if that was not enough to fill the model, all of it.
+        """
+        beginnings = [self._beginning(text) for text in texts]
+        encodings = self._cut.encode_batch_fast(beginnings)
+        again = [
+            i for i, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
+            if len(beginning) < len(text) and not encodings[i].overflowing
+        ]  # fmt: skip
+        for i, encoding in zip(again, self._cut.encode_batch_fast([texts[i] for i in again]), strict=True):
+            encodings[i] = encoding
+        return encodings
+
+    def _beginning(self, text: str) -> str:
+        """The text up to a space after a good many characters per token, if tokens never reach over a space."""
+        enough = _CHARACTERS_PER_TOKEN * self._max_length
+        if len(text) <= enough or not self._may_cut_at_whitespace:
+            return text
+        found = _WORD_END.search(text, enough)
+        return text if found is None else text[: found.start()]
+
+
+def _splits_words(pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether no token reaches from one word over a space into the next, by the kinds of pre-tokenizer."""
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        return any(_splits_words(part) for part in pre_tokenizer.get("pretokenizers", ()))
+    if kind == "Metaspace":
+        return bool(pre_tokenizer.get("split", True))
+    if kind == "ByteLevel":
+        return bool(pre_tokenizer.get("use_regex", True))
+    return kind in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
 
 def _without_leading_space(text: str, spans: np.ndarray) -> np.ndarray:

@@ -43,6 +43,11 @@ def read_rows(
     return pa.Table.from_batches(scan(lake, table, columns, predicate, version), schema=schema)
 
 
+def row_count(lake: Lake, table: TableSpec, key: str) -> int:
+    """Rows of a partition."""
+    return sum(batch.num_rows for batch in read_partition(lake, table, key, [table.schema.names[0]]))
+
+
 def content_version(lake: Lake, table: TableSpec, key: str) -> ContentVersion:
     """What the table holds of a partition now, to compare with what it should hold."""
     version = ContentVersion(CONTENT_COLUMNS[table.kind])

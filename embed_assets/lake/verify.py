@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import partition_keys, read_partition
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
 from embed_assets.records import hash_text
 
 
@@ -19,7 +19,7 @@ class Gaps:
     """What is wrong with a partition: rows of each kind."""
 
     missing: int = 0
-    """Chunks without a vector."""
+    """Chunks without a vector, but for those of documents in rejected_documents."""
     extra: int = 0
     """Vectors whose chunk is gone."""
     duplicated: int = 0
@@ -61,30 +61,45 @@ def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gap
 def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
     gaps = Gaps()
     expected: dict[str, str] = {}
+    excused: set[str] = set()
+    rejected = {
+        document_id
+        for batch in read_partition(lake, REJECTED, key, ["document_id"])
+        for document_id in batch.column("document_id").to_pylist()
+    }
     try:
         for _ in read_partition(lake, RAW, key, RAW.schema.names):
             pass
     except LakeError:
         gaps.unreadable_documents = 1
     try:
-        for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
-            for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "document_id", "text"]):
+            for chunk_id, document_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 expected[chunk_id] = hash_text(prompt + text)
+                if document_id in rejected:
+                    excused.add(chunk_id)
     except LakeError:
         gaps.unreadable_chunks = 1
     if gaps.total:
         return gaps
     try:
-        _verify_rows(lake, table, key, prompt, dimension, expected, gaps)
+        _verify_rows(lake, table, key, prompt, dimension, expected, excused, gaps)
     except LakeError:
         return Gaps(unreadable_vectors=1)
     return gaps
 
 
 def _verify_rows(
-    lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None, expected: dict[str, str], gaps: Gaps
+    lake: Lake,
+    table: TableSpec,
+    key: str,
+    prompt: str,
+    dimension: int | None,
+    expected: dict[str, str],
+    excused: set[str],
+    gaps: Gaps,
 ) -> None:
-    """Compare the rows with the chunks' ids and input hashes."""
+    """Compare the rows with the chunks' ids and input hashes; `excused` chunks may be without a vector."""
     seen: set[str] = set()
     for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text", "embedding"]):
         _verify_vectors(batch.column("embedding"), dimension, gaps)
@@ -97,7 +112,7 @@ def _verify_rows(
             elif not input_hash == expected[chunk_id] == hash_text(prompt + text):
                 gaps.stale_text += 1
             seen.add(chunk_id)
-    gaps.missing = len(expected.keys() - seen)
+    gaps.missing = len(expected.keys() - seen - excused)
 
 
 def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import pyarrow as pa
 
+from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.runner import Embedder
 from embed_assets.errors import LakeError
-from embed_assets.lake.reader import read_partition, read_rows, scan
+from embed_assets.lake.reader import read_partition, read_rows, row_count, scan
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, Staging, VectorStore, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
-from embed_assets.records import EMBEDDINGS, TIMESTAMP, hash_text, utc_now
+from embed_assets.records import EMBEDDINGS, TIMESTAMP, Rejection, hash_text, utc_now
+from embed_assets.stages.rejections import NOT_EMBEDDABLE, replace_rejections
 
-WINDOW_SECONDS = 30.0
-"""A window is about that much work: what a kill costs."""
-MAX_WINDOW_TEXTS = 32_768
+WINDOW_SECONDS = 15.0
+"""About the work of a window. Two are under way at a time, so that a kill costs at most thirty seconds of work."""
+MAX_WINDOW_TEXTS = 16_384
 _FIRST_WINDOW_TEXTS = 256
 _CHUNK_COLUMNS = (
     "chunk_id",
@@ -31,23 +35,27 @@ _CHUNK_COLUMNS = (
     "token_count",
 )
 
+GetEmbedder = Callable[[Sequence[str], int], Embedder]
+"""Gives the model, for some of the texts that are to be embedded and about how many they are."""
+
 
 @dataclass(slots=True)
 class Work:
     """What embedding a partition came to."""
 
     chunks: int = 0
+    """Rows: chunks that have a vector."""
     embedded: int = 0
-    """Texts sent to the model; identical ones once."""
+    """Texts the model made a vector of; identical ones once."""
+    rejected_chunks: int = 0
+    """Chunks the model can't embed; they are in rejected_documents, with the reason."""
     dropped: int = 0
     """Rows whose chunk is gone."""
-    tokens: int = 0
-    """Tokens of the texts sent to the model."""
-    padded_tokens: int = 0
     truncated: int = 0
     """Chunks of which the model saw only the beginning."""
-    seconds: float = 0.0
-    """Time the model took."""
+    startup_seconds: float = 0.0
+    """Time it took until the model was ready."""
+    engine: EngineStats = field(default_factory=EngineStats)
 
     @property
     def reused(self) -> int:
@@ -65,10 +73,8 @@ class Embeddings:
 
 @dataclass(slots=True)
 class _Window:
-    """Texts that wait to be embedded together."""
+    """How many texts are embedded together."""
 
-    texts: dict[str, str] = field(default_factory=dict)
-    """Input by its hash: identical ones once."""
     size: int = _FIRST_WINDOW_TEXTS
 
     def adapt(self, texts: int, seconds: float) -> None:
@@ -77,12 +83,27 @@ class _Window:
         self.size = max(1, min(wanted, self.size * 4, MAX_WINDOW_TEXTS))
 
 
+@dataclass(slots=True)
+class _Inputs:
+    """What is known of the inputs of a partition's chunks, by their hash."""
+
+    store: VectorStore
+    under_way: set[str] = field(default_factory=set)
+    """With the model at present."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Why the model has no vector for it."""
+
+    def is_missing(self, input_hash: str) -> bool:
+        """It has no vector, and is not about to get one."""
+        return input_hash not in self.store and input_hash not in self.under_way and input_hash not in self.rejected
+
+
 def materialize_embeddings(
     lake: Lake,
     table: TableSpec,
     key: str,
     prompt: str,
-    get_embedder: Callable[[], Embedder],
+    get_embedder: GetEmbedder,
     provenance: Provenance,
     reuse_versions: Sequence[int],
     on_window: Callable[[int, int], None],
@@ -100,18 +121,28 @@ def materialize_embeddings(
         previous = _load_previous(lake, table, key, store, may_be_damaged=rewrite)
         for batch in staging.read():
             store.add(batch)
-        for hashes, texts in _missing_windows(lake, key, prompt, store, window := _Window()):
-            for version in reuse_versions:
-                store.add_table(read_rows(lake, table, "input_hash", hashes, VECTOR_COLUMNS, version))
-                hashes, texts = _without(hashes, texts, store)
-            if texts:
-                _embed_window(hashes, texts, _checked(get_embedder(), lake, table), store, staging, work, window)
-                on_window(len(texts), work.tokens)
-        rows = _rows(lake, key, prompt, store, previous, work)
+        inputs = _Inputs(store)
+        window = _Window()
+        windows = _to_embed(lake, table, key, prompt, inputs, reuse_versions, window)
+        first = next(windows, None)
+        if first is not None:
+            started = time.perf_counter()
+            expected = max(len(first), row_count(lake, CHUNK_TABLE, key) - len(store))
+            embedder = _checked(get_embedder(list(first.values()), expected), lake, table)
+            work.startup_seconds = time.perf_counter() - started
+            for finished in _embed_windows(embedder, chain([first], windows), inputs, window, work):
+                if finished.num_rows:
+                    staging.write(finished)
+                    store.add(finished)
+                inputs.under_way.difference_update(finished.column("input_hash").to_pylist())
+                on_window(finished.num_rows, work.engine.tokens)
+        rejections: list[Rejection] = []
+        rows = _rows(lake, key, prompt, inputs, previous, work, rejections)
         # A vector that had to be made again must be committed, even if its row looks the same but for that.
         rewrite = rewrite or work.embedded > 0
         replaced = replace_partition(lake, table, key, rows, provenance, store.dimension, rewrite)
-        work.dropped = len(previous)
+        replace_rejections(lake, key, rejections, provenance, of_chunks=True)
+        work.dropped, work.rejected_chunks = len(previous), len(rejections)
     staging.clear()
     return Embeddings(replaced, work)
 
@@ -132,48 +163,62 @@ def _load_previous(lake: Lake, table: TableSpec, key: str, store: VectorStore, m
     return ids
 
 
-def _missing_windows(
-    lake: Lake, key: str, prompt: str, store: VectorStore, window: _Window
-) -> Iterator[tuple[list[str], list[str]]]:
-    """Hashes and inputs of the chunks that have no vector in the store, a window at a time."""
+def _to_embed(
+    lake: Lake,
+    table: TableSpec,
+    key: str,
+    prompt: str,
+    inputs: _Inputs,
+    reuse_versions: Sequence[int],
+    window: _Window,
+) -> Iterator[dict[str, str]]:
+    """Windows of inputs by their hash that the model must embed: no vector is stored, or was in `reuse_versions`."""
+    for found in _missing(lake, key, prompt, inputs, window):
+        for version in reuse_versions:
+            inputs.store.add_table(read_rows(lake, table, "input_hash", list(found), VECTOR_COLUMNS, version))
+            found = {input_hash: text for input_hash, text in found.items() if input_hash not in inputs.store}
+        if found:
+            inputs.under_way.update(found)
+            yield found
+
+
+def _missing(lake: Lake, key: str, prompt: str, inputs: _Inputs, window: _Window) -> Iterator[dict[str, str]]:
+    """Windows of inputs by their hash that have no vector in the store; identical ones once."""
+    found: dict[str, str] = {}
     for batch in read_partition(lake, CHUNK_TABLE, key, ["text"]):
         for text in batch.column("text").to_pylist():
             input_text = prompt + text
             input_hash = hash_text(input_text)
-            if input_hash not in store:
-                window.texts.setdefault(input_hash, input_text)
-                if len(window.texts) >= window.size:
-                    yield list(window.texts), list(window.texts.values())
-                    window.texts.clear()
-    if window.texts:
-        yield list(window.texts), list(window.texts.values())
-        window.texts.clear()
+            if input_hash not in found and inputs.is_missing(input_hash):
+                found[input_hash] = input_text
+                if len(found) >= window.size:
+                    yield found
+                    found = {}
+    if found:
+        yield found
 
 
-def _without(hashes: list[str], texts: list[str], store: VectorStore) -> tuple[list[str], list[str]]:
-    missing = [i for i, input_hash in enumerate(hashes) if input_hash not in store]
-    return [hashes[i] for i in missing], [texts[i] for i in missing]
+def _embed_windows(
+    embedder: Embedder, windows: Iterator[dict[str, str]], inputs: _Inputs, window: _Window, work: Work
+) -> Iterator[pa.RecordBatch]:
+    """The windows' vectors as batches with `VECTOR_COLUMNS`; what the model can't embed goes to `inputs.rejected`."""
+    sent: deque[list[str]] = deque()
 
+    def texts() -> Iterator[list[str]]:
+        for found in windows:
+            sent.append(list(found))
+            yield list(found.values())
 
-def _embed_window(
-    hashes: list[str],
-    texts: list[str],
-    embedder: Embedder,
-    store: VectorStore,
-    staging: Staging,
-    work: Work,
-    window: _Window,
-) -> None:
-    started = time.perf_counter()
-    embedded = embedder.embed(texts)
-    window.adapt(len(texts), time.perf_counter() - started)
-    batch = vector_batch(hashes, embedded.vectors, embedded.is_truncated, utc_now())
-    staging.write(batch)
-    store.add(batch)
-    work.embedded += len(texts)
-    work.tokens += embedded.tokens
-    work.padded_tokens += embedded.padded_tokens
-    work.seconds += embedded.seconds
+    for embedded in embedder.embed_windows(texts()):
+        hashes = sent.popleft()
+        window.adapt(len(hashes), embedded.stats.seconds)
+        inputs.rejected |= {hashes[row]: reason for row, reason in embedded.rejected.items()}
+        kept = [row for row in range(len(hashes)) if row not in embedded.rejected]
+        work.engine.add(embedded.stats)
+        work.embedded += len(kept)
+        yield vector_batch(
+            [hashes[row] for row in kept], embedded.vectors[kept], embedded.is_truncated[kept], utc_now()
+        )
 
 
 def _checked(embedder: Embedder, lake: Lake, table: TableSpec) -> Embedder:
@@ -189,18 +234,31 @@ def _checked(embedder: Embedder, lake: Lake, table: TableSpec) -> Embedder:
 
 
 def _rows(
-    lake: Lake, key: str, prompt: str, store: VectorStore, previous: set[bytes], work: Work
+    lake: Lake,
+    key: str,
+    prompt: str,
+    inputs: _Inputs,
+    previous: set[bytes],
+    work: Work,
+    rejections: list[Rejection],
 ) -> Iterator[pa.RecordBatch]:
-    """The partition's rows, joined from chunks, documents and vectors. Takes every chunk it meets out of `previous`."""
+    """The partition's rows, joined from chunks, documents and vectors.
+
+    Takes every chunk it meets out of `previous`; chunks without a vector go to `rejections`.
+    """
     documents = {
         document_id: (uri, title)
         for batch in read_partition(lake, RAW, key, ["document_id", "uri", "title"])
         for document_id, uri, title in zip(*(column.to_pylist() for column in batch.columns), strict=True)
     }
     for batch in read_partition(lake, CHUNK_TABLE, key, _CHUNK_COLUMNS):
+        hashes = [hash_text(prompt + text) for text in batch.column("text").to_pylist()]
+        if inputs.rejected:
+            rejections += _rejections(batch, hashes, inputs.rejected, documents)
+            kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
+            batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
         chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
-        hashes = [hash_text(prompt + text) for text in chunk["text"].to_pylist()]
-        stored = store.get(hashes)
+        stored = inputs.store.get(hashes)
         origins = [documents.get(document_id) for document_id in chunk["document_id"].to_pylist()]
         if None in origins:
             lost = chunk["document_id"][origins.index(None)].as_py()
@@ -221,6 +279,16 @@ def _rows(
             "embedded_at": pa.array(stored.embedded_at, pa.int64()).cast(TIMESTAMP),
         }
         yield pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
+
+
+def _rejections(
+    batch: pa.RecordBatch, hashes: Sequence[str], rejected: Mapping[str, str], documents: Mapping[str, tuple[str, str]]
+) -> Iterator[Rejection]:
+    ids, owners = batch.column("chunk_id").to_pylist(), batch.column("document_id").to_pylist()
+    for chunk_id, document_id, input_hash in zip(ids, owners, hashes, strict=True):
+        if input_hash in rejected:
+            uri = documents[document_id][0] if document_id in documents else ""
+            yield Rejection(document_id, uri, NOT_EMBEDDABLE, f"chunk {chunk_id}: {rejected[input_hash]}")
 
 
 def known_inputs(

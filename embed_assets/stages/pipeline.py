@@ -42,6 +42,10 @@ class EngineFacts:
     device: str
     precision: str
     max_batch_tokens: int
+    backend: str = ""
+    """Library and path, once the model is loaded."""
+    ceiling_gflops: float = 0.0
+    """What the device multiplies at most, in billions of operations per second; 0 when not known."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Pipeline:
     def engine(self) -> EngineFacts:
         """Where and how the model runs; as configured, while it was not needed and is not loaded."""
         if "embedder" in self.__dict__:
-            return EngineFacts(self.embedder.device, self.embedder.precision, self.embedder.max_batch_tokens)
+            backend = self.embedder.backend
+            return EngineFacts(backend.device, backend.precision, self.embedder.max_batch_tokens, backend.name)
         budget = self.settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
         return EngineFacts(self.settings.device, self.settings.precision, budget)
 
@@ -126,7 +131,7 @@ class Pipeline:
             self.embeddings_table,
             key,
             self.space.prompt,
-            lambda: self.embedder,
+            lambda texts, expected: self.embedder,
             provenance,
             self._reuse_versions(),
             on_window,

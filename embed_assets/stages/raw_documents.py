@@ -10,17 +10,10 @@ import pyarrow as pa
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
-from embed_assets.lake.tables import RAW, REJECTED, Lake
+from embed_assets.lake.tables import RAW, Lake
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
-from embed_assets.records import (
-    RAW_DOCUMENTS,
-    REJECTED_DOCUMENTS,
-    Document,
-    Rejection,
-    batched_bytes,
-    hash_text,
-    utc_now,
-)
+from embed_assets.records import RAW_DOCUMENTS, Document, Rejection, batched_bytes, hash_text
+from embed_assets.stages.rejections import replace_rejections
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ def materialize_raw_documents(
                 yield item
 
     replaced = replace_partition(lake, RAW, partition.key, document_batches(documents(), partition.key), provenance)
-    replace_partition(lake, REJECTED, partition.key, _rejection_batches(rejections, partition.key), provenance)
+    replace_rejections(lake, partition.key, rejections, provenance, of_chunks=False)
     return RawDocuments(replaced, replaced.rows, len(rejections))
 
 
@@ -71,22 +64,3 @@ def document_batches(documents: Iterator[Document], key: str) -> Iterator[pa.Rec
         for document in documents
     )
     return batched_bytes(rows, RAW_DOCUMENTS)
-
-
-def _rejection_batches(rejections: list[Rejection], key: str) -> Iterator[pa.RecordBatch]:
-    now = utc_now()
-    rows = (
-        (
-            len(rejection.detail),
-            {
-                "partition_key": key,
-                "document_id": rejection.document_id,
-                "uri": rejection.uri,
-                "reason": rejection.reason,
-                "detail": rejection.detail,
-                "rejected_at": now,
-            },
-        )
-        for rejection in rejections
-    )
-    return batched_bytes(rows, REJECTED_DOCUMENTS)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embed_assets.engine.backends import load_embedder
-from embed_assets.engine.batching import pack_batches, padded_tokens
+from embed_assets.engine.batching import Layout, plan_batches
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
 from embed_assets.engine.runner import Embedder
-from embed_assets.errors import EmbeddingError, ModelError, SettingsError, UserError
+from embed_assets.errors import ModelError, SettingsError, UserError
 from embed_assets_tests.conftest import SAMPLE_MODEL, topic
 
 HARD_TEXTS = [
@@ -72,15 +72,27 @@ def test_nothing_gives_nothing(embedder: Embedder) -> None:
     assert embedder.embed([]).vectors.shape == (0, 384)
 
 
-@given(st.lists(st.integers(1, 600), max_size=200), st.integers(1, 3000))
-def test_plans(lengths: list[int], budget: int) -> None:
+@given(
+    st.lists(st.integers(1, 600), max_size=200),
+    st.integers(1, 3000),
+    st.sampled_from([Layout(), Layout(width_multiple=16), Layout(is_packed=True)]),
+)
+def test_plans(lengths: list[int], budget: int, layout: Layout) -> None:
     array = np.array(lengths, dtype=np.int64)
-    batches = pack_batches(array, budget)
-    assert sorted(row for rows in batches for row in rows.tolist()) == list(range(len(lengths)))
-    for rows in batches:
-        assert len(rows) == 1 or len(rows) * array[rows].max() <= budget
-    assert [rows.tolist() for rows in batches] == [rows.tolist() for rows in pack_batches(array, budget)]
-    assert padded_tokens(array, batches) >= array.sum()
+    batches = plan_batches(array, budget, layout)
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        found = array[batch.rows]
+        assert found.tolist() == sorted(found.tolist(), reverse=True)
+        assert batch.tokens == (found.sum() if layout.is_packed else len(found) * batch.width)
+        assert batch.width == 0 if layout.is_packed else found.max() <= batch.width <= found.max() * 17 / 16
+        assert len(batch.rows) == 1 or batch.tokens <= budget
+    firsts = [int(array[batch.rows[0]]) for batch in batches]
+    assert firsts == sorted(firsts, reverse=True)
+    again = plan_batches(array, budget, layout)
+    assert [(b.rows.tolist(), b.width, b.tokens) for b in batches] == [
+        (b.rows.tolist(), b.width, b.tokens) for b in again
+    ]
 
 
 def small_model(folder: Path, kind: str) -> Path:
@@ -277,18 +289,3 @@ def test_fake_vectors_follow_the_text_and_the_name(sample_space: EmbeddingSpace)
     assert (vectors("fake:8~1000") == first).all()
     assert not (vectors("fake:8@b") == first).all()
     assert resolve_space("fake:8~5").name == resolve_space("fake:8").name != resolve_space("fake:8@b").name
-
-
-class NotFinite:
-    """A backend whose model overflows on one text."""
-
-    dimension, device, precision = 4, "cpu", "float32"
-
-    def forward(self, texts: list[str], tokens: object, rows: np.ndarray) -> np.ndarray:
-        return np.array([[np.nan if texts[row] == "bad" else 1.0] * 4 for row in rows], dtype=np.float32)
-
-
-def test_vectors_that_are_not_finite_name_the_text() -> None:
-    space = resolve_space("fake:4")
-    with pytest.raises(EmbeddingError, match="'bad'"):
-        Embedder(NotFinite(), space.tokenizer, 256).embed(["good", "bad"])  # type: ignore[arg-type]

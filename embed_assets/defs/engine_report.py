@@ -1,0 +1,29 @@
+"""The engine's numbers in a materialization's metadata."""
+
+from __future__ import annotations
+
+from embed_assets.defs.recording import MetadataValue
+from embed_assets.engine.metrics import advise
+from embed_assets.stages.embeddings import Work
+from embed_assets.stages.pipeline import EngineFacts
+
+
+def engine_metadata(work: Work, facts: EngineFacts) -> dict[str, MetadataValue]:
+    """What the engine did for a partition, how fast, on what, and what would make it faster."""
+    stats = work.engine
+    return {
+        "tokens": stats.tokens,
+        "tokens_per_second": round(stats.tokens_per_second, 1),
+        "padding_percent": round(stats.padding_percent, 2),
+        "device": facts.device,
+        "precision": facts.precision,
+        "max_batch_tokens": facts.max_batch_tokens,
+        "backend": facts.backend,
+        "startup_seconds": round(work.startup_seconds, 2),
+        "engine_seconds": round(stats.seconds, 2),
+        "tokenizer_wait_percent": round(stats.tokenizer_wait_percent, 2),
+        "device_wait_percent": round(stats.input_wait_percent, 2),
+        "gflops": round(stats.gflops, 1),
+        "roofline_percent": round(stats.roofline_percent(facts.ceiling_gflops), 1),
+        "advice": advise(stats, facts.ceiling_gflops, facts.device, facts.precision, facts.max_batch_tokens),
+    }

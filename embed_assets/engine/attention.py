@@ -1,0 +1,108 @@
+"""Texts one after the other through a transformer, without padding and without seeing each other.
+
+transformers lets a program register an attention function by name. Ours gets the boundaries between texts
+(``cu_seq_lens_q``) and attends within them: on CUDA by torch's variable-length flash attention, elsewhere text by text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION = "embed_assets_packed"
+"""Its name must not contain "flash", "sdpa" or "flex": transformers would look for those packages."""
+
+
+def register_attention() -> None:
+    """Make `ATTENTION` known to transformers. No mask is made for a name that has no mask function."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each text. `query` has shape (1, heads, tokens, head size); returns (1, tokens, heads, size).
+
+    Raises ``NotImplementedError`` for variants it does not know, so that the model runs padded instead.
+    """
+    if cu_seq_lens_q is None or attention_mask is not None or softcap is not None or s_aux is not None:
+        raise NotImplementedError("packed attention needs the texts' boundaries, and knows no mask, softcap or sinks")
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    # transformers counts the token itself into the window, flash attention does not.
+    reach = sliding_window - 1 if sliding_window else -1
+    if query.is_cuda:
+        import torch
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        window = (reach, 0 if causal else reach)
+        grouped = query.shape[1] != key.shape[1]
+        boundaries = cu_seq_lens_q
+        out = varlen_attn(
+            q, k, v, boundaries, boundaries, max_length_q, max_length_q,
+            scale=scaling, window_size=window, enable_gqa=grouped,
+        )  # fmt: skip
+        assert isinstance(out, torch.Tensor)  # without `return_aux` it is one
+        return out[None], None
+    return _attention_by_text(query, key, value, cu_seq_lens_q.tolist(), scaling, causal, reach)[None], None
+
+
+def _attention_by_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: list[int],
+    scaling: float | None,
+    causal: bool,
+    reach: int,
+) -> torch.Tensor:
+    """The same with torch's ordinary attention: neighbours of equal length go together. Shape (tokens, heads, size)."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    out = torch.empty((query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
+    grouped = query.shape[1] != key.shape[1]
+    first = 0
+    while first < len(boundaries) - 1:
+        length = boundaries[first + 1] - boundaries[first]
+        last = first + 1
+        while last < len(boundaries) - 1 and boundaries[last + 1] - boundaries[last] == length:
+            last += 1
+        place, texts = slice(boundaries[first], boundaries[last]), last - first
+        q, k, v = (
+            tensor[0, :, place].view(tensor.shape[1], texts, length, tensor.shape[3]).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
+        mask = _window_mask(length, causal, reach) if 0 <= reach < length - 1 else None
+        attended = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=grouped
+        )
+        out[place].view(texts, length, *out.shape[1:]).copy_(attended.transpose(1, 2))
+        first = last
+    return out
+
+
+def _window_mask(length: int, causal: bool, reach: int) -> torch.Tensor:
+    """True where a token (row) sees another (column), at most `reach` away. Shape (length, length)."""
+    import torch
+
+    places = torch.arange(length)
+    distance = places[:, None] - places[None, :]
+    return (distance.abs() <= reach) & (distance >= 0) if causal else distance.abs() <= reach

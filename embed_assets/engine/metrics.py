@@ -1,0 +1,111 @@
+"""What the engine measured of itself, and what to change about it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """Arithmetic of a transformer."""
+
+    linear_weights: int = 0
+    """Weights of all linear layers: each token is multiplied with each once."""
+    attention_width: int = 0
+    """Layers x heads x head size: what each pair of tokens of a text costs, twice."""
+
+    def operations(self, lengths: np.ndarray) -> float:
+        """Floating-point operations (a multiply-add is two) that texts of these lengths need, without padding."""
+        squares = np.square(lengths.astype(np.float64)).sum()
+        return float(2.0 * self.linear_weights * lengths.sum() + 4.0 * self.attention_width * squares)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Sums over the windows of a run or a partition."""
+
+    texts: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    operations: float = 0.0
+    seconds: float = 0.0
+    """Time the device worked."""
+    tokenizer_wait_seconds: float = 0.0
+    """Time the device waited for the tokenizer."""
+    input_wait_seconds: float = 0.0
+    """Time the device waited for texts to be read, or vectors to be written."""
+
+    def add(self, other: EngineStats) -> None:
+        """Add the sums of `other`."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without padding, while the device worked."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def padding_percent(self) -> float:
+        """Share of what the device computed that was padding."""
+        return 100.0 * (1 - self.tokens / self.padded_tokens) if self.padded_tokens else 0.0
+
+    @property
+    def gflops(self) -> float:
+        """Billions of useful operations per second."""
+        return self.operations / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def tokenizer_wait_percent(self) -> float:
+        """Share of the time in which the device waited for the tokenizer."""
+        return self._percent_of_all(self.tokenizer_wait_seconds)
+
+    @property
+    def input_wait_percent(self) -> float:
+        """Share of the time in which the device waited for reading and writing."""
+        return self._percent_of_all(self.input_wait_seconds)
+
+    def roofline_percent(self, ceiling_gflops: float) -> float:
+        """Share of the device's matrix-multiplication ceiling that was reached; 0 when the ceiling is not known."""
+        return 100.0 * self.gflops / ceiling_gflops if ceiling_gflops else 0.0
+
+    def _percent_of_all(self, seconds: float) -> float:
+        everything = self.seconds + self.tokenizer_wait_seconds + self.input_wait_seconds
+        return 100.0 * seconds / everything if everything else 0.0
+
+
+def advise(stats: EngineStats, ceiling_gflops: float, device: str, precision: str, max_batch_tokens: int) -> str:
+    """One line: what bounds the speed, and what to change about it. Empty when nothing was embedded."""
+    if not stats.tokens:
+        return ""
+    if stats.tokenizer_wait_percent > 10:
+        return (
+            f"tokenizer-bound: the device waited {stats.tokenizer_wait_percent:.0f} % of the time for tokens; "
+            "give the process more cores"
+        )
+    if stats.input_wait_percent > 10:
+        return (
+            f"input-bound: the device waited {stats.input_wait_percent:.0f} % of the time for texts and for the lake; "
+            "put source and lake nearer, or make partitions larger"
+        )
+    if stats.padding_percent > 10:
+        return (
+            f"padding: {stats.padding_percent:.0f} % of the computed tokens were padding; "
+            f"lower EMBED_MAX_BATCH_TOKENS (now {max_batch_tokens:,}) or make partitions larger"
+        )
+    reached = stats.roofline_percent(ceiling_gflops)
+    if ceiling_gflops and reached < 25 and device != "cpu":
+        return (
+            f"memory- or launch-bound: {reached:.0f} % of what {device} multiplies; the model is small for it: "
+            "raise EMBED_MAX_BATCH_TOKENS ('embed-assets tune' shows what fits), or use a smaller device"
+        )
+    if ceiling_gflops and reached < 50:
+        return (
+            f"memory-bound: {reached:.0f} % of what {device} multiplies; "
+            "'embed-assets tune' finds the budget whose activations fit the caches"
+        )
+    how = f"{reached:.0f} % of what {device} multiplies" if ceiling_gflops else "the device is always busy"
+    faster = "EMBED_PRECISION=int8 or a GPU" if device == "cpu" and precision != "int8" else "a faster device"
+    return f"device-bound: {how}; only a smaller model, {faster} would be faster"

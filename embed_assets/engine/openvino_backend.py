@@ -1,0 +1,171 @@
+"""The model in OpenVINO, straight from the torch module: float32 and bfloat16, and int8 from a kept artifact."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embed_assets.engine import features as make
+from embed_assets.engine.batching import Batch, Layout
+from embed_assets.engine.hardware import available_cores
+from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
+from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.engine.torch_backend import cost_of, native_dimension, prompt_features
+from embed_assets.errors import ModelError, SettingsError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_MOST_WORKERS = 4
+_KERNEL_WIDTH = 16
+"""Attention's kernels work on so many tokens at a time; other widths are up to a tenth slower per token."""
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+
+
+def has_openvino() -> bool:
+    """Whether the extra `cpu` is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))
+
+
+def require_openvino() -> None:
+    """Raise ``SettingsError`` when the extra `cpu` is not installed."""
+    if not has_openvino():
+        raise SettingsError(
+            "EMBED_PRECISION=int8 needs OpenVINO and NNCF, which are not installed; pip install 'embed-assets[cpu]'"
+        )
+
+
+class OpenVinoBackend:
+    """The transformer compiled by OpenVINO; pooling and what follows in torch, in float32."""
+
+    device = "cpu"
+
+    def __init__(self, space: EmbeddingSpace, model: SentenceTransformer, graph: Any, precision: str) -> None:
+        import openvino
+
+        transformer: Any = model[0]
+        self.precision, self.cost = precision, cost_of(transformer.model)
+        self.dimension = native_dimension(space, model)
+        self.layout = Layout(width_multiple=_KERNEL_WIDTH)
+        self.workers = min(_MOST_WORKERS, available_cores())
+        tokenizer: Any = model.tokenizer
+        self._pad_id, self._pads_left = int(tokenizer.pad_token_id or 0), tokenizer.padding_side == "left"
+        self._features = prompt_features(space, model)
+        self._modules = list(model)[1:]
+        self._compiled = openvino.Core().compile_model(
+            graph,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": _HINTS[precision],
+                "NUM_STREAMS": self.workers,
+                "INFERENCE_NUM_THREADS": available_cores(),
+            },
+        )
+        self._local = threading.local()
+
+    @property
+    def name(self) -> str:
+        """Which library runs the transformer."""
+        return "openvino"
+
+    def enter_worker(self) -> None:
+        """Each worker has a stream of OpenVINO's, and one core for what is done in torch."""
+        import torch
+
+        torch.set_num_threads(max(1, available_cores() // self.workers))
+
+    def new_buffer(self, rows: int) -> np.ndarray:
+        """float32, shape (rows, dimension)."""
+        return np.zeros((rows, self.dimension), dtype=np.float32)
+
+    def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: np.ndarray) -> None:
+        """Compute a batch and put its vectors into its rows of `buffer`."""
+        import torch
+
+        ids = make.padded_ids(tokens, batch, self._pad_id, self._pads_left).astype(np.int64)
+        mask = make.attention_mask(tokens, batch, self._pads_left)
+        mask = np.ones(ids.shape, dtype=np.int64) if mask is None else mask.astype(np.int64)
+        if not hasattr(self._local, "request"):
+            self._local.request = self._compiled.create_infer_request()
+        hidden = self._local.request.infer({0: ids, 1: mask}, share_inputs=True, share_outputs=True)[0]
+        features: dict[str, Any] = {
+            "token_embeddings": torch.from_numpy(hidden),
+            "attention_mask": torch.from_numpy(mask),
+            **self._features,
+        }
+        with torch.inference_mode():
+            for module in self._modules:
+                features = module(features)
+        buffer[batch.rows] = features["sentence_embedding"][:, : self.dimension].float().numpy()
+
+    def fetch(self, buffer: np.ndarray) -> np.ndarray:
+        """The buffer itself."""
+        return buffer
+
+    def release_memory(self) -> None:
+        """OpenVINO keeps its own pool."""
+
+
+def load_openvino_backend(space: EmbeddingSpace, precision: str) -> OpenVinoBackend:
+    """The model in "float32" or "bfloat16". Raises ``ModelError`` when OpenVINO can't run it as torch does."""
+    model = load_sentence_transformer(space, "cpu")
+    try:
+        graph = convert(model)
+    except Exception as error:  # the converter raises many types for operators it does not know
+        raise ModelError(
+            f"OpenVINO can't convert the model {space.model!r}: {type(error).__name__}: {error}; it runs in torch"
+        ) from error
+    return checked(space, model, graph, precision)
+
+
+def load_int8_backend(space: EmbeddingSpace, xml: bytes, weights: bytes) -> OpenVinoBackend:
+    """The quantized model that `xml` and `weights` hold, as OpenVINO wrote them."""
+    import openvino
+
+    require_openvino()
+    model = load_sentence_transformer(space, "cpu")
+    graph = openvino.Core().read_model(io.BytesIO(xml), io.BytesIO(weights))
+    return checked(space, model, graph, "int8")
+
+
+def checked(space: EmbeddingSpace, model: SentenceTransformer, graph: Any, precision: str) -> OpenVinoBackend:
+    """The backend, if it agrees with SentenceTransformer. Raises ``ModelError``."""
+    check_tokenizer(space, model.tokenizer)
+    backend = OpenVinoBackend(space, model, graph, precision)
+    cosine = least_cosine(backend, space, reference_vectors(space, model))
+    if cosine < LEAST_COSINE[precision]:
+        raise ModelError(
+            f"OpenVINO's vectors of {space.model!r} in {precision} differ from SentenceTransformer's "
+            f"(cosine {cosine:.5f}); set another EMBED_PRECISION"
+        )
+    transformer: Any = model[0]
+    transformer.model = None  # the compiled graph has its own weights
+    return backend
+
+
+def convert(model: SentenceTransformer) -> Any:
+    """The transformer as an OpenVINO graph: ids and mask, int64 of shape (texts, width), to token embeddings."""
+    import openvino
+    import torch
+
+    transformer: Any = model[0]
+
+    class Traced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = transformer
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            features = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "text"}
+            result: torch.Tensor = self.transformer(features)["token_embeddings"]
+            return result
+
+    example = torch.ones((2, 8), dtype=torch.int64)
+    with torch.inference_mode():
+        return openvino.convert_model(Traced().eval(), example_input={"input_ids": example, "attention_mask": example})

@@ -1,0 +1,80 @@
+"""The self-check at load: a fast path is taken only if it gives SentenceTransformer's tokens and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from embed_assets.engine.batching import Batch, Layout, plan_batches
+from embed_assets.engine.model import EmbeddingSpace
+from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.errors import ModelError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+CHECK_TEXTS = (
+    "The quick brown fox, naïve café 東京 🙂",
+    "",
+    "a",
+    "x " * 600,
+    "Delta tables hold the vectors.",
+    "مرحبا بالعالم\n\n  two  spaces",
+    "a",
+    "def add(a: int, b: int) -> int:\n    return a + b  # " + "sum " * 30,
+)
+"""Empty, one word, longer than the model reads, other scripts, duplicates, and lengths that differ."""
+
+LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.999, "float16": 0.999, "int8": 0.9}
+"""How near each precision must come to SentenceTransformer in float32."""
+
+
+class Forward(Protocol):
+    """What the self-check needs of a backend."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def new_buffer(self, rows: int) -> Any: ...
+
+    def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any) -> None: ...
+
+    def fetch(self, buffer: Any) -> np.ndarray: ...
+
+
+def reference_vectors(space: EmbeddingSpace, model: SentenceTransformer) -> np.ndarray:
+    """What SentenceTransformer itself makes of the check texts, one by one: unit norm, shape (texts, dimension)."""
+    vectors = model.encode(list(CHECK_TEXTS), prompt=space.prompt, batch_size=1, normalize_embeddings=True)
+    return np.asarray(vectors, dtype=np.float32)
+
+
+def least_cosine(backend: Forward, space: EmbeddingSpace, reference: np.ndarray) -> float:
+    """The worst agreement with `reference` (shape (texts, dimension)), over each text alone and all in one batch.
+
+    Rows that were swapped, or texts that saw their neighbours in the batch, show here. NaN counts as -1.
+    """
+    texts = [space.prompt + text for text in CHECK_TEXTS]
+    tokens = space.tokenizer.tokenize(texts, space.max_seq_length)
+    worst = 1.0
+    for budget in (1, len(texts) * space.max_seq_length):
+        buffer = backend.new_buffer(len(texts))
+        for batch in plan_batches(tokens.lengths, budget, backend.layout):
+            backend.forward(texts, tokens, batch, buffer)
+        vectors = backend.fetch(buffer)
+        norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        worst = min(worst, float(np.nan_to_num((vectors / norms * reference).sum(axis=1), nan=-1.0).min()))
+    return worst
+
+
+def check_tokenizer(space: EmbeddingSpace, tokenizer: Any) -> None:
+    """The tokenizer of the loaded model must give the ids that ours gives. Raises ``ModelError``."""
+    ours = space.tokenizer.tokenize(CHECK_TEXTS, space.max_seq_length)
+    theirs = tokenizer(list(CHECK_TEXTS), truncation=True, max_length=space.max_seq_length)["input_ids"]
+    for i, text in enumerate(CHECK_TEXTS):
+        if ours.ids[ours.offsets[i] : ours.offsets[i + 1]].tolist() != list(theirs[i]):
+            raise ModelError(
+                f"the tokenizer.json of {space.model!r} gives other tokens than the loaded model for {text[:40]!r}; "
+                "save the model again"
+            )

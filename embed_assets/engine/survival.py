@@ -1,0 +1,135 @@
+"""A batch that fails costs as little as can be: memory is asked for in smaller pieces, hiccups are waited out,
+and a text that the model can't take is found and left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from embed_assets.engine.batching import Batch, plan_batches
+from embed_assets.engine.faults import is_out_of_memory, is_transient, reason_of
+from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.errors import EmbeddingError
+
+if TYPE_CHECKING:
+    from embed_assets.engine.runner import Backend
+
+_ATTEMPTS = 4
+_LONGEST_WAIT_SECONDS = 8.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What running a batch came to."""
+
+    max_batch_tokens: int
+    """The budget; smaller than it was if memory ran out."""
+    padded_tokens: int = 0
+    """Tokens the device computed."""
+    rejected: dict[int, str] = field(default_factory=dict)
+    """Rows without a vector, and why."""
+
+
+class Survivor:
+    """Runs batches on a backend."""
+
+    def __init__(self, backend: Backend, probe: TokenizedTexts, backoff_seconds: float) -> None:
+        """`probe` is a short text that any healthy model embeds."""
+        self._backend, self._probe = backend, probe
+        self._retrying = Retrying(
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=backoff_seconds, max=_LONGEST_WAIT_SECONDS),
+            retry=retry_if_exception(is_transient),
+            before_sleep=lambda state: _log.warning(
+                "a batch failed and is tried again (attempt %d of %d): %s",
+                state.attempt_number,
+                _ATTEMPTS,
+                state.outcome and reason_of(state.outcome.exception() or Exception()),
+            ),
+            reraise=True,
+        )
+
+    def run(
+        self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any, max_batch_tokens: int
+    ) -> Outcome:
+        """Put the batch's vectors into `buffer`, whatever it takes.
+
+        Out of memory halves the budget and runs this batch again in pieces. Other errors are tried again with
+        exponential backoff and jitter, then the batch is bisected until the texts at fault are alone.
+        Raises the original error when the model itself is at fault, and ``EmbeddingError`` when there is not
+        enough memory for a single text.
+        """
+        outcome = Outcome(max_batch_tokens)
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop()
+            error = self._attempt(texts, tokens, part, buffer, is_patient=part is batch or len(part.rows) == 1)
+            if error is None:
+                outcome.padded_tokens += part.tokens
+            elif is_out_of_memory(error):
+                self._backend.release_memory()
+                waiting += self._smaller(tokens, part, outcome, error)
+            elif len(part.rows) == 1:
+                self.check_health(error)
+                outcome.rejected[int(part.rows[0])] = reason_of(error)
+            else:
+                self.check_health(error)
+                half = len(part.rows) // 2
+                waiting += self._parts(tokens, part.rows[half:]) + self._parts(tokens, part.rows[:half])
+        return outcome
+
+    def alone(self, texts: Sequence[str], tokens: TokenizedTexts, row: int) -> np.ndarray:
+        """The vector of one text in a batch of its own, shape (dimension,)."""
+        buffer = self._backend.new_buffer(len(texts))
+        for part in self._parts(tokens, np.array([row])):
+            self._backend.forward(texts, tokens, part, buffer)
+        return np.asarray(self._backend.fetch(buffer)[row])
+
+    def check_health(self, error: Exception) -> None:
+        """Raise `error` if the model can't embed a harmless text either: then no text is to blame."""
+        try:
+            vector = self.alone(["a"], self._probe, 0)
+        except Exception:
+            raise error from None
+        if not np.isfinite(vector).all():
+            raise error
+
+    def _attempt(
+        self, texts: Sequence[str], tokens: TokenizedTexts, part: Batch, buffer: Any, is_patient: bool
+    ) -> Exception | None:
+        try:
+            if is_patient:
+                self._retrying.copy()(self._backend.forward, texts, tokens, part, buffer)
+            else:
+                self._backend.forward(texts, tokens, part, buffer)
+        except Exception as error:
+            return error
+        return None
+
+    def _smaller(self, tokens: TokenizedTexts, part: Batch, outcome: Outcome, error: Exception) -> list[Batch]:
+        if len(part.rows) == 1:
+            raise EmbeddingError(
+                f"there is not enough memory on {self._backend.device} for one text of {part.tokens} tokens "
+                f"({reason_of(error)}); free memory there, or choose a smaller EMBED_MODEL"
+            ) from error
+        outcome.max_batch_tokens = max(1, min(outcome.max_batch_tokens, part.tokens // 2))
+        _log.warning(
+            "out of memory with %d tokens; EMBED_MAX_BATCH_TOKENS is %d from now on",
+            part.tokens,
+            outcome.max_batch_tokens,
+        )
+        return [
+            Batch(part.rows[piece.rows], piece.width, piece.tokens)
+            for piece in plan_batches(tokens.lengths[part.rows], outcome.max_batch_tokens, self._backend.layout)
+        ]
+
+    def _parts(self, tokens: TokenizedTexts, rows: np.ndarray) -> list[Batch]:
+        """The rows as one batch."""
+        whole = plan_batches(tokens.lengths[rows], 1 << 62, self._backend.layout)
+        return [Batch(rows[piece.rows], piece.width, piece.tokens) for piece in whole]

@@ -1,0 +1,255 @@
+"""The model in torch: a SentenceTransformer's own modules, fed with batches that were tokenized outside."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from embed_assets.engine import features as make
+from embed_assets.engine.attention import ATTENTION, register_attention
+from embed_assets.engine.batching import Batch, Layout
+from embed_assets.engine.hardware import available_cores
+from embed_assets.engine.metrics import ModelCost
+from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, truncated_dimension
+from embed_assets.engine.onednn import use_onednn_linears
+from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.precision import choose_precision
+from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+Path = Literal["packed", "padded", "encode"]
+_MOST_WORKERS = 4
+_log = logging.getLogger(__name__)
+
+
+class TorchBackend:
+    """One model on one device, by one of three paths.
+
+    "packed": texts one after the other, no padding. "padded": rectangles of texts of nearly equal length.
+    "encode": SentenceTransformer's own loop, for models made of other parts.
+    """
+
+    def __init__(
+        self, space: EmbeddingSpace, model: SentenceTransformer, precision: str, path: Path, cost: ModelCost
+    ) -> None:
+        self._model, self._path, self.precision, self.cost = model, path, precision, cost
+        self.dimension = native_dimension(space, model)
+        tokenizer: Any = model.tokenizer
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+        self._pads_left = tokenizer.padding_side == "left"
+        self._has_token_types = "token_type_ids" in tokenizer.model_input_names
+        self._features = {"modality": "text"} | prompt_features(space, model)
+        self._first_position = _first_position(model[0])
+        self._device = model.device
+        self.layout = Layout(is_packed=path == "packed")
+        self.workers = min(_MOST_WORKERS, available_cores()) if self._device.type == "cpu" and path != "encode" else 1
+
+    @property
+    def device(self) -> str:
+        """Name of the torch device."""
+        return str(self._device)
+
+    @property
+    def name(self) -> str:
+        """Which path it takes."""
+        return f"torch-{self._path}"
+
+    def enter_worker(self) -> None:
+        """On CPUs each worker has its share of the cores and its own batches, so that none waits for the others."""
+        import torch
+
+        if self._device.type == "cpu":
+            torch.set_num_threads(max(1, available_cores() // self.workers))
+
+    def new_buffer(self, rows: int) -> torch.Tensor:
+        """Where a window's vectors are collected, on the device: float32, shape (rows, dimension)."""
+        import torch
+
+        return torch.zeros((rows, self.dimension), dtype=torch.float32, device=self._device)
+
+    def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: torch.Tensor) -> None:
+        """Compute a batch and put its vectors into its rows of `buffer`. The host does not wait for the device."""
+        import torch
+
+        with torch.inference_mode():
+            if self._path == "encode":
+                chosen = [texts[row] for row in batch.rows]
+                vectors = self._model.encode(
+                    chosen, prompt="", batch_size=len(chosen), convert_to_tensor=True, show_progress_bar=False
+                )
+                rows = torch.from_numpy(batch.rows).to(self._device)
+            elif self._path == "packed":
+                array = make.packed_array(tokens, batch, self._first_position)
+                longest = int(tokens.lengths[batch.rows[0]])
+                features, rows = make.packed_features(self._to_device(array), batch, longest)
+                vectors = self._through_modules(features)
+            else:
+                array, has_padding = make.padded_array(tokens, batch, self._pad_id, self._pads_left)
+                features, rows = make.padded_features(self._to_device(array), batch, has_padding)
+                vectors = self._through_modules(features)
+            buffer.index_copy_(0, rows, vectors[:, : self.dimension].float())
+
+    def fetch(self, buffer: torch.Tensor) -> np.ndarray:
+        """The collected vectors in main memory: the one time that the host waits for the device."""
+        return np.asarray(buffer.cpu().numpy())
+
+    def release_memory(self) -> None:
+        """Give back what a failed batch held."""
+        import torch
+
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self._device.type == "mps":
+            torch.mps.empty_cache()
+
+    def _through_modules(self, features: dict[str, Any]) -> torch.Tensor:
+        """Everything after the transformer runs in float32, whatever the transformer runs in."""
+        import torch
+
+        features |= self._features
+        if self._has_token_types:
+            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
+        for number, module in enumerate(self._model):
+            features = module(features)
+            if number == 0:
+                features["token_embeddings"] = features["token_embeddings"].float()
+        vectors: torch.Tensor = features["sentence_embedding"]
+        return vectors
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        import torch
+
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        # From pinned memory the copy runs beside the host; torch keeps that memory until the copy is done.
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def load_torch_backend(space: EmbeddingSpace, device: str, precision: str, compiles: bool) -> TorchBackend:
+    """The model on the fastest path whose vectors equal SentenceTransformer's.
+
+    Raises ``ModelError`` when it can't be loaded, or when not even SentenceTransformer's own loop gives its vectors.
+    """
+    backend = _load(space, device, precision, compiles, True) or _load(space, device, precision, compiles, False)
+    if backend is None:
+        raise ModelError(
+            f"the model {space.model!r} does not give SentenceTransformer's vectors with "
+            f"EMBED_PRECISION={precision} on any path; set EMBED_PRECISION=float32 or choose another EMBED_MODEL"
+        )
+    return backend
+
+
+def _load(space: EmbeddingSpace, device: str, setting: str, compiles: bool, with_onednn: bool) -> TorchBackend | None:
+    import torch
+
+    model = load_sentence_transformer(space, device)
+    transformer: Any = model[0]
+    if not hasattr(transformer, "model") or not getattr(model.tokenizer, "is_fast", False):
+        raise ModelError(
+            f"the model {space.model!r} must be a Transformer with a fast tokenizer, "
+            f"got {type(transformer).__name__}; choose another EMBED_MODEL"
+        )
+    check_tokenizer(space, model.tokenizer)
+    kind = model.device.type
+    capability = torch.cuda.get_device_capability(model.device) if kind == "cuda" else None
+    precision = choose_precision(setting, kind, capability, str(transformer.model.config.model_type))
+    reference, cost = reference_vectors(space, model), cost_of(transformer.model)
+    transformer.model.to(getattr(torch, precision))
+    if compiles:
+        transformer.model = torch.compile(transformer.model, dynamic=True)
+    elif kind == "cpu" and with_onednn:
+        use_onednn_linears(transformer.model)
+    on_tensor_cores = capability is not None and capability >= (8, 0) and precision != "float32"
+    can_pack = on_tensor_cores or (kind == "cpu" and not compiles)
+    return _first_equal(space, model, precision, cost, reference, can_pack)
+
+
+def _first_equal(
+    space: EmbeddingSpace,
+    model: SentenceTransformer,
+    precision: str,
+    cost: ModelCost,
+    reference: np.ndarray,
+    can_pack: bool,
+) -> TorchBackend | None:
+    """The first path that runs and agrees with `reference`; says aloud which ones it refuses."""
+    transformer: Any = model[0]
+    usual_attention = transformer.model.config._attn_implementation
+    paths: tuple[Path, ...] = ("packed", "padded", "encode") if can_pack else ("padded", "encode")
+    for path in paths:
+        try:
+            _use_attention(transformer.model, ATTENTION if path == "packed" else usual_attention)
+            backend = TorchBackend(space, model, precision, path, cost)
+            cosine = least_cosine(backend, space, reference)
+            if cosine >= LEAST_COSINE[precision]:
+                return backend
+            why = f"its vectors differ from SentenceTransformer's (cosine {cosine:.5f})"
+        except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            why = f"{type(error).__name__}: {error}"
+        _log.warning("the path torch-%s is not taken for %s in %s: %s", path, space.model, precision, why)
+    return None
+
+
+def _use_attention(model: Any, name: str) -> None:
+    """Let the transformer attend by the function registered under `name`. Raises ``NotImplementedError``."""
+    if name == ATTENTION:
+        register_attention()
+        if not getattr(model, "is_backend_compatible", lambda: False)():
+            raise NotImplementedError(f"{type(model).__name__} has an attention of its own")
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+
+
+def cost_of(transformer: torch.nn.Module) -> ModelCost:
+    """Arithmetic of a transformers model: its linear layers (but a pooler, which sees one token) and its attention."""
+    import torch
+
+    linear = sum(
+        module.weight.numel()
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and "pooler" not in name
+    )
+    config: Any = transformer.config
+    heads, layers = getattr(config, "num_attention_heads", 0), getattr(config, "num_hidden_layers", 0)
+    hidden = getattr(config, "hidden_size", 0)
+    head_size = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    return ModelCost(linear, int(layers * heads * head_size))
+
+
+def native_dimension(space: EmbeddingSpace, model: SentenceTransformer) -> int:
+    """Length of the stored vectors. Raises ``ModelError`` when the model does not tell."""
+    native = model.get_embedding_dimension()
+    if native is None:
+        raise ModelError(f"the model {space.model!r} does not tell its dimension; choose another EMBED_MODEL")
+    return truncated_dimension(int(native), space.truncate_dim)
+
+
+def prompt_features(space: EmbeddingSpace, model: SentenceTransformer) -> dict[str, Any]:
+    """Where pooling leaves the prompt out (Instructor models), it must know the prompt's length."""
+    excludes = any(getattr(module, "include_prompt", True) is False for module in model)
+    if not (space.prompt and excludes):
+        return {}
+    transformer: Any = model[0]
+    length = transformer._get_prompt_length(space.prompt)
+    return {} if length is None else {"prompt_length": length}
+
+
+def _first_position(transformer: Any) -> int:
+    """RoBERTa's kin count positions from after the padding id: an embedding table of positions beside a padding id."""
+    import torch
+
+    for module in transformer.model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
+            return padding + 1
+    return 0
