@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from embed_assets.console import escape, print_names, print_plan, print_sync, stderr, stdout
+from embed_assets.console import (
+    escape,
+    print_benchmark,
+    print_names,
+    print_plan,
+    print_sync,
+    print_tuning,
+    stderr,
+    stdout,
+)
 from embed_assets.errors import UserError
 from embed_assets.settings import load_settings
+
+_TUNING_CHUNKS = 192
+_SHORT_TOKENS = 64
+"""Largest of the benchmark's short texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,9 @@ def command(function: Callable[..., Answer]) -> click.Command:
         warnings.filterwarnings("default" if debug else "ignore")
         for name in ("dagster", "embed_assets"):
             logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
+        # What the engine refuses, retries or shrinks is nobody's error, and everybody's business.
+        engine_log = logging.getLogger("embed_assets.engine")
+        engine_log.setLevel(logging.DEBUG if debug else logging.WARNING)
         try:
             answer = function(as_json=as_json, **arguments)
         except UserError as error:
@@ -137,7 +155,8 @@ def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
     from embed_assets.defs.sync import run_sync
     from embed_assets.progress import ConsoleObserver
 
-    pipeline = _pipeline()
+    with stderr.status("preparing"):
+        pipeline = _pipeline().calibrated()
     with open_instance() as instance, ConsoleObserver(stderr) as observer:
         result = run_sync(instance, pipeline, lambda inner: definitions_over(pipeline, inner), observer, partitions)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
@@ -160,7 +179,7 @@ def search(as_json: bool, query: str, k: int) -> Answer:
     pipeline = _pipeline()
     pipeline.require_embeddings()
     with stderr.status("loading the model"):
-        vector = pipeline.embedder.embed_one(pipeline.space.query_prompt + query)
+        vector = pipeline.engine.embedder.embed_one(pipeline.space.query_prompt + query)
     results = search_table(pipeline.lake, pipeline.embeddings_table, vector, k)
     if not as_json:
         for result in results:
@@ -207,10 +226,70 @@ def verify(as_json: bool, repair: bool) -> Answer:
     )
 
 
+@command
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--png", default="tuning.png", show_default=True, type=click.Path(path_type=Path), help="The picture.")
+def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
+    """Find the fastest library and token budget on this machine, and remember them.
+
+    Measures on chunks of the documents in FOLDER, by default the sample corpus.
+    """
+    from embed_assets.plots import can_plot, plot_tuning
+
+    with stderr.status("reading documents") as status, _pipeline_over(folder) as uncalibrated:
+        pipeline = uncalibrated.calibrated()
+        texts = pipeline.sample_chunks(_TUNING_CHUNKS)
+        status.update("loading the model")
+        found = pipeline.engine.tune(
+            texts, True, lambda library, point: status.update(f"{library}: {point.max_batch_tokens:,} tokens measured")
+        )
+    if can_plot():
+        plot_tuning(found, f"{pipeline.space.name}, {pipeline.engine.facts.precision}", png)
+    if not as_json:
+        print_tuning(found)
+        told = f"picture in {png}" if can_plot() else "no picture: pip install 'embed-assets[plots]'"
+        stdout.print(f"{len(texts):,} chunks measured; {told}; later runs use this", markup=False)
+    answer = asdict(found) | {"png": str(png) if can_plot() else None, "space": pipeline.space.name}
+    return Answer(answer)
+
+
+@command
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Medians are over so many.")
+@click.option("--chunks", default=192, show_default=True, type=click.IntRange(min=8), help="Long chunks to embed.")
+def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> Answer:
+    """Compare the engine with SentenceTransformer.encode, speed and vectors, on the CPU.
+
+    Embeds long chunks, short texts and a mixed set of the documents in FOLDER, by default the sample corpus.
+    """
+    from embed_assets.engine.benchmark import run_benchmark
+
+    with stderr.status("reading documents") as status, _pipeline_over(folder, precision="auto") as pipeline:
+        long, short = pipeline.sample_chunks(chunks), pipeline.sample_chunks(chunks * 3, _SHORT_TOKENS)
+        sets = {"long": long, "short": short, "mixed": [*long[::2], *short[::2]]}
+        report = run_benchmark(pipeline.model_space, sets, rounds, status.update)
+    if not as_json:
+        print_benchmark(report)
+    return Answer(asdict(report))
+
+
 def _pipeline() -> Any:
     from embed_assets.stages.pipeline import Pipeline
 
     return Pipeline.from_settings(load_settings())
+
+
+@contextlib.contextmanager
+def _pipeline_over(folder: Path | None, **settings: str) -> Iterator[Any]:
+    """The stages over the documents in a folder, or over the sample corpus."""
+    from embed_assets.sample import write_sample
+    from embed_assets.stages.pipeline import Pipeline
+
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder is None:
+            write_sample(Path(temporary))
+        source = load_settings(source=str(folder or temporary), partition_by="folder", **settings)
+        yield Pipeline.from_settings(source)
 
 
 def _plan_row(plan: Any) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from embed_assets.engine.benchmark import Report
+    from embed_assets.engine.tuning import Tuning
 
 _WIDTH_OF_PIPES = 200
 
@@ -56,6 +60,65 @@ def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds:
         f"{totals['embedded']:,} chunks embedded ({totals['tokens']:,} tokens), {totals['reused']:,} reused, "
         f"{totals['dropped']:,} dropped in {seconds:,.1f} s"
     )
+
+
+def print_tuning(tuning: Tuning) -> None:
+    """What fits the device's memory, the sweep of each library, and the sweet spot."""
+    memory = _table(
+        "library", numbers=("weights and the rest", "per token", "free", "batches at once", "fits (tokens)")
+    )
+    for library, need in tuning.memory.items():
+        workers = tuning.workers[library]
+        memory.add_row(
+            library,
+            _megabytes(need.base_bytes),
+            f"{need.bytes_per_token / 1024:,.1f} KB",
+            "not known" if tuning.free_bytes is None else _megabytes(tuning.free_bytes),
+            str(workers),
+            f"{need.fits(tuning.free_bytes, workers):,}",
+        )
+    stdout.print(memory)
+    sweep = _table("library", numbers=("max_batch_tokens", "tokens/s", "padding"))
+    sweep.add_column("")
+    for library, points in tuning.points.items():
+        for point in points:
+            mark = "<- sweet spot" if library == tuning.library and point == tuning.spot else ""
+            sweep.add_row(
+                library,
+                f"{point.max_batch_tokens:,}",
+                f"{point.tokens_per_second:,.0f}",
+                f"{point.padding_percent:.1f} %",
+                mark,
+            )
+    stdout.print(sweep)
+
+
+def print_benchmark(report: Report) -> None:
+    """A table per set of texts."""
+    stdout.print(f"{report.model} on {report.device}, medians of {report.rounds} interleaved rounds", markup=False)
+    stdout.print(f"float32 matrix product: {report.ceiling_gflops:,.0f} GFLOP/s")
+    numbers = ("tokens/s", "x encode", "x best encode", "least cosine", "mean cosine", "GFLOP/s", "of ceiling")
+    for name, found in report.sets.items():
+        shown = _table(f"{name}: {found.texts:,} texts, {found.tokens:,} tokens", numbers=numbers)
+        for row in found.rows:
+            shown.add_row(
+                row.name,
+                f"{row.tokens_per_second:,.0f}",
+                f"{row.ratio_to_encode:.2f}",
+                f"{row.ratio_to_best_encode:.2f}",
+                f"{row.cosine_min:.6f}",
+                f"{row.cosine_mean:.6f}",
+                f"{row.gflops:,.0f}",
+                f"{row.roofline_percent:.0f} %",
+            )
+        stdout.print()
+        stdout.print(shown)
+    for reason in report.left_out:
+        stdout.print(f"not measured: {reason}", markup=False, soft_wrap=True)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 2**20:,.0f} MB"
 
 
 def _table(*texts: str, numbers: Iterable[str] = ()) -> Table:

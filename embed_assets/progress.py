@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 
-from embed_assets.defs.results import PartitionResult
+from embed_assets.defs.results import PartitionResult, RemainingTime, describe_progress
+from embed_assets.stages.embeddings import Progress
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -18,19 +21,20 @@ class ConsoleObserver:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
+        self._bar = ProgressBar(
             SpinnerColumn(),
+            BarColumn(bar_width=24),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
         )
         self._is_terminal = console.is_terminal
-        self._started = time.monotonic()
-        self._last_line = self._started
+        self._last_line = time.monotonic()
+        self._remaining = RemainingTime()
         self._texts = 0
         self._partitions = 0
-        self._task = self._bar.add_task("reading")
+        self._task = self._bar.add_task("reading", total=1.0)
 
     def __enter__(self) -> ConsoleObserver:
         if self._is_terminal:
@@ -43,23 +47,34 @@ class ConsoleObserver:
         if self._is_terminal:
             self._bar.stop()
 
+    def on_start(self, sizes: Mapping[str, int]) -> None:
+        """A run begins: remember the sizes, for the time that remains."""
+        self._remaining.start(sizes)
+
+    def on_progress(self, partition_key: str, progress: Progress) -> None:
+        """Show how far, how fast and how long still."""
+        remaining = self._remaining.seconds(partition_key, progress.share)
+        share = self._remaining.share(partition_key, progress.share)
+        self._show(describe_progress(partition_key, progress, remaining), share, always=False)
+
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
-        """A window was embedded: count it and show where we are."""
+        """A window was embedded: count it."""
         self._texts += texts
-        rate = self._texts / max(time.monotonic() - self._started, 1e-9)
-        self._show(f"{partition_key}: {self._texts:,} texts embedded, {rate:,.0f} per second", always=False)
 
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A partition is finished: say so at once if it failed."""
         self._partitions += 1
+        self._remaining.finish(partition_key)
+        share = self._remaining.share()
         if result.error is not None:
-            self._show(f"{partition_key}: failed", always=True)
+            self._show(f"{partition_key}: failed", share, always=True)
         else:
-            self._show(f"{self._partitions:,} partitions done, {self._texts:,} texts embedded", always=False)
+            text = f"{self._partitions:,} partitions done, {self._texts:,} texts embedded"
+            self._show(text, share, always=False)
 
-    def _show(self, text: str, always: bool) -> None:
+    def _show(self, text: str, share: float, always: bool) -> None:
         if self._is_terminal:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=text, completed=share)
         elif always or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._console.print(text, markup=False, soft_wrap=True)

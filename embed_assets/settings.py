@@ -51,10 +51,13 @@ class Settings(BaseSettings):
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off for a reason.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps, ...")
-    precision: Literal["auto", "float32"] = Field("auto", description="Arithmetic of the model; auto is float32.")
-    max_batch_tokens: AutoInt = Field(
-        None, ge=1, description="Limit on rows x longest row of one forward pass (tokens)."
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="Arithmetic of the model; auto is float32 on CPUs, bfloat16 on GPUs that have it."
     )
+    max_batch_tokens: AutoInt = Field(
+        None, ge=1, description="Limit on rows x longest row of one forward pass (tokens); auto is tuned."
+    )
+    compile: bool = Field(False, description="Optimise the model with torch.compile first; for long jobs on GPUs.")
     chunk_tokens: AutoInt = Field(
         None, ge=16, description="Largest chunk in tokens, special tokens included; default: what fits the model."
     )

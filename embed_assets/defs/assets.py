@@ -1,15 +1,19 @@
 """The one step that makes the three assets."""
 # No postponed annotations here: Dagster looks at the step's as they are.
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
 
 from embed_assets.defs.corpus_run import CorpusRun
-from embed_assets.defs.results import PartitionResult, RunObserver
+from embed_assets.defs.results import PartitionResult, RemainingTime, RunObserver, describe_progress
 from embed_assets.defs.specs import asset_specs
 from embed_assets.errors import UserError
+from embed_assets.stages.embeddings import Progress
 from embed_assets.stages.pipeline import Pipeline
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None) -> dg.AssetsDefinition:
@@ -44,6 +48,19 @@ class LogObserver:
 
     def __init__(self, context: dg.AssetExecutionContext) -> None:
         self._log = context.log
+        self._remaining = RemainingTime()
+        self._last_line = time.monotonic()
+
+    def on_start(self, sizes: Mapping[str, int]) -> None:
+        """Remembered for the time that remains."""
+        self._remaining.start(sizes)
+
+    def on_progress(self, partition_key: str, progress: Progress) -> None:
+        """A line every few seconds."""
+        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            remaining = self._remaining.seconds(partition_key, progress.share)
+            self._log.info(describe_progress(partition_key, progress, remaining))
 
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         """A line per window."""
@@ -51,6 +68,7 @@ class LogObserver:
 
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A line per partition."""
+        self._remaining.finish(partition_key)
         if result.error is not None:
             self._log.error(f"{partition_key}: failed: {result.error}")
         else:

@@ -67,6 +67,7 @@ class CorpusRun:
     def begin(cls, context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> Self:
         """List the source, read what is recorded, and note what the source has that was not observed yet."""
         pipeline.lake.check_writable()
+        pipeline = pipeline.calibrated()
         _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
         listed = pipeline.source.partitions()
         partitions = {key: listed.get(key, SourcePartition(key)) for key in context.partition_keys}
@@ -77,6 +78,7 @@ class CorpusRun:
             if history.version(SOURCE, key) != partition.version:
                 context.log_event(observation(partition))
         selected = [asset for asset in ASSETS if dg.AssetKey(asset) in context.selected_asset_keys]
+        observer.on_start({key: sum(file.size for file in partitions[key].files) for key in keys})
         recorder = Recorder(context.instance, context.log_event)
         return cls(pipeline, observer, context.run_id, recorder, history, partitions, keys, selected)
 
@@ -157,6 +159,7 @@ class CorpusRun:
                 key,
                 self._provenance("embeddings", prepared),
                 lambda texts, tokens: self.observer.on_window(key, texts, tokens),
+                lambda progress: self.observer.on_progress(key, progress),
                 rewrite=self.history.is_marked_for_repair("embeddings", key),
             )
             prepared.versions["embeddings"] = embedded.replaced.data_version
@@ -200,7 +203,7 @@ class CorpusRun:
         work: Work | None = None,
     ) -> None:
         """Log a materialization. All assets carry the same keys; what is not theirs (no `work`) is 0."""
-        engine, work = self.pipeline.engine, work or Work()
+        engine, work = self.pipeline.engine.facts, work or Work()
         metadata: dict[str, MetadataValue] = {
             "documents": result.documents,
             "rejected": result.rejected,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from embed_assets.defs.recording import MetadataValue
+from embed_assets.engine.engine import EngineFacts
 from embed_assets.engine.metrics import advise
 from embed_assets.stages.embeddings import Work
-from embed_assets.stages.pipeline import EngineFacts
 
 
 def engine_metadata(work: Work, facts: EngineFacts) -> dict[str, MetadataValue]:
@@ -25,5 +25,7 @@ def engine_metadata(work: Work, facts: EngineFacts) -> dict[str, MetadataValue]:
         "device_wait_percent": round(stats.input_wait_percent, 2),
         "gflops": round(stats.gflops, 1),
         "roofline_percent": round(stats.roofline_percent(facts.ceiling_gflops), 1),
+        "gpu_utilization_percent": round(stats.gpu_percent, 1),
+        "gpu_memory_bytes": stats.gpu_memory_bytes,
         "advice": advise(stats, facts.ceiling_gflops, facts.device, facts.precision, facts.max_batch_tokens),
     }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
+
+from embed_assets.stages.embeddings import Progress
 
 
 @dataclass(slots=True)
@@ -34,6 +38,14 @@ class PartitionResult:
 class RunObserver(Protocol):
     """Hears of a run's progress; called from the run's thread, must return quickly."""
 
+    def on_start(self, sizes: Mapping[str, int]) -> None:
+        """A run begins over partitions of these sizes, in bytes of their files."""
+        ...
+
+    def on_progress(self, partition_key: str, progress: Progress) -> None:
+        """How far a partition's embedding is; every few seconds."""
+        ...
+
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         """A window of texts was embedded and staged."""
         ...
@@ -41,3 +53,47 @@ class RunObserver(Protocol):
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A partition is finished, or has failed."""
         ...
+
+
+class RemainingTime:
+    """When a run will end, from the bytes of the source that are done and the time they took."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sizes: Mapping[str, int] = {}
+        self._done: set[str] = set()
+        self._started = clock()
+
+    def start(self, sizes: Mapping[str, int]) -> None:
+        """A run begins over partitions of these sizes."""
+        self._sizes, self._done, self._started = sizes, set(), self._clock()
+
+    def finish(self, partition_key: str) -> None:
+        """A partition is finished."""
+        self._done.add(partition_key)
+
+    def share(self, partition_key: str = "", partition_share: float = 0.0) -> float:
+        """Of the run's bytes, from 0 to 1, when `partition_share` of a partition is done."""
+        total = sum(self._sizes.values())
+        done = sum(self._sizes.get(key, 0) for key in self._done) + partition_share * self._sizes.get(partition_key, 0)
+        return min(1.0, done / total) if total else 0.0
+
+    def seconds(self, partition_key: str, partition_share: float) -> float | None:
+        """Seconds until the end; None while nothing is done."""
+        share = self.share(partition_key, partition_share)
+        return (self._clock() - self._started) * (1 - share) / share if share else None
+
+
+def describe_progress(partition_key: str, progress: Progress, remaining: float | None) -> str:
+    """One line: how far, how fast, how long still."""
+    left = "" if remaining is None else f", about {_duration(remaining)} left"
+    return (
+        f"{partition_key}: {progress.texts:,} of at most {progress.expected:,} texts embedded, "
+        f"{progress.tokens_per_second:,.0f} tokens/s{left}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -16,6 +16,7 @@ from embed_assets.defs.specs import corpus_partitions
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.vectors import Staging
+from embed_assets.stages.embeddings import Progress
 from embed_assets.stages.pipeline import Estimate, Pipeline
 
 _PROBE_TEXTS = 32
@@ -100,11 +101,13 @@ def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> flo
 
 
 def _probe_speed(pipeline: Pipeline) -> float:
-    """Tokens per second of the model on a few texts of about a chunk's length."""
+    """Tokens per second of the model on a few texts of about a chunk's length; 0 when it was not made yet."""
+    if not pipeline.is_calibrated:
+        return 0.0
     words = pipeline.chunk_options.max_tokens // 2
     texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]
-    pipeline.embedder.embed(texts[:2])  # the first pass also sets up the device
-    probe = pipeline.embedder.embed(texts)
+    pipeline.engine.embedder.embed(texts[:2])  # the first pass also sets up the device
+    probe = pipeline.engine.embedder.embed(texts)
     return probe.stats.tokens_per_second
 
 
@@ -130,6 +133,7 @@ def run_sync(
     collector = _Collector(observer)
     fresh = {plan.partition.key: history.known_result(plan.partition.key) for plan in plans if plan.is_fresh}
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
+    observer.on_start({key: sum(file.size for file in partitions[key].files) for key in due})
     job = build(collector).resolve_implicit_global_asset_job_def()
     for first, last, keys in _ranges(instance, due):
         run = job.execute_in_process(
@@ -150,6 +154,12 @@ class _Collector:
     def __init__(self, observer: RunObserver) -> None:
         self._observer = observer
         self.results: dict[str, PartitionResult] = {}
+
+    def on_start(self, sizes: Mapping[str, int]) -> None:
+        """The sync itself told the observer of all its runs."""
+
+    def on_progress(self, partition_key: str, progress: Progress) -> None:
+        self._observer.on_progress(partition_key, progress)
 
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         self._observer.on_window(partition_key, texts, tokens)

@@ -51,5 +51,8 @@ class FakeBackend:
         """The buffer itself."""
         return buffer
 
+    def usage(self) -> None:
+        """There is no GPU."""
+
     def release_memory(self) -> None:
         """It holds none."""

@@ -7,9 +7,14 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from embed_assets.engine.model_files import cache_directory
+from embed_assets.errors import SettingsError
+from embed_assets.records import hash_parts
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +75,96 @@ def cpu_name() -> str:
     return f"{model} ({flags})" if flags else model
 
 
-def measure_gemm_gflops(device: str, dtype: Any, seconds: float = 0.4) -> float:
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a model runs."""
+
+    name: str
+    """torch's: "cpu", "cuda:0", "mps"."""
+    kind: str
+    """"cpu", "cuda" or "mps"."""
+    description: str
+    """What decides its speed."""
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability."""
+
+    def free_bytes(self) -> int | None:
+        """Memory that is free on it now; None where it can't be told."""
+        if self.kind == "cpu":
+            return available_memory_bytes()
+        if self.kind == "cuda":
+            import torch
+
+            return int(torch.cuda.mem_get_info(self.name)[0])
+        return None
+
+    def reset_peak(self) -> None:
+        """Let `peak_bytes` count from now on."""
+        if self.kind == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.name)
+        else:
+            reset_peak_memory()
+
+    def peak_bytes(self) -> int:
+        """The most memory this process held on it since `reset_peak`."""
+        if self.kind == "cuda":
+            import torch
+
+            return int(torch.cuda.max_memory_allocated(self.name))
+        return resident_bytes(peak=True)
+
+    def ceiling_gflops(self, precision: str) -> float:
+        """What it multiplies at most in that precision, in billions of operations per second; measured once."""
+        file = cache_directory() / "ceilings" / hash_parts((self.description, self.kind, precision))
+        try:
+            return float(file.read_text("ascii"))
+        except (OSError, ValueError):
+            pass
+        # int8 has no plain product in torch to measure: with VNNI it does four times float32's operations per cycle.
+        factor = 1 if precision != "int8" else 4 if "vnni" in self.description else 2
+        ceiling = factor * measure_gemm_gflops(self.kind, "float32" if precision == "int8" else precision)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(str(round(ceiling, 1)), "ascii")
+        return ceiling
+
+
+def resolve_device(setting: str) -> Device:
+    """The device that a setting names; "auto" takes the fastest there is. Raises ``SettingsError``."""
+    import torch
+
+    name = setting
+    if setting == "auto":
+        from sentence_transformers.util import get_device_name
+
+        name = str(get_device_name())
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(
+            f"EMBED_DEVICE must be auto, cpu, cuda, cuda:1, mps ..., got {setting!r}; set it"
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError(
+                f"EMBED_DEVICE={setting!r} needs a CUDA GPU and a torch built for it; "
+                "neither was found; set EMBED_DEVICE=auto"
+            )
+        index = device.index or 0
+        return Device(name, "cuda", torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    return Device(name, device.type, f"{cpu_name()} x {available_cores()}")
+
+
+def measure_gemm_gflops(device: str, precision: str, seconds: float = 0.4) -> float:
     """Billions of operations per second of a large matrix product: the ceiling for a model's arithmetic.
 
     On CPUs it is the better of torch's two libraries, for which one is faster depends on the processor.
     """
     import torch
 
+    dtype = getattr(torch, precision)
     rows, inner, columns = (2048, 384, 1536) if device == "cpu" else (8192, 4096, 4096)
     a = torch.randn(rows, inner, device=device).to(dtype)
     weight = torch.randn(columns, inner, device=device).to(dtype)

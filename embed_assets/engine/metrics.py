@@ -36,11 +36,23 @@ class EngineStats:
     """Time the device waited for the tokenizer."""
     input_wait_seconds: float = 0.0
     """Time the device waited for texts to be read, or vectors to be written."""
+    gpu_readings: int = 0
+    gpu_percent_sum: float = 0.0
+    """Sum over the readings of how busy the GPU was."""
+    gpu_memory_bytes: int = 0
+    """The most that was in use on the GPU, by all processes."""
 
     def add(self, other: EngineStats) -> None:
         """Add the sums of `other`."""
+        memory = max(self.gpu_memory_bytes, other.gpu_memory_bytes)
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.gpu_memory_bytes = memory
+
+    @property
+    def gpu_percent(self) -> float:
+        """How busy the GPU was on average; 0 without one."""
+        return self.gpu_percent_sum / self.gpu_readings if self.gpu_readings else 0.0
 
     @property
     def tokens_per_second(self) -> float:

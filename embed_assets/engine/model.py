@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +67,7 @@ class EmbeddingSpace:
     """The exact string before a search query; not part of the fingerprint, for it changes no stored vector."""
     truncate_dim: int | None
     number_format: str = "float"
-    """"int8" for a quantized model."""
+    """"int8:<artifact hash>" for a quantized model."""
     trust_remote_code: bool = False
     """Whether code inside the model's directory may run; that code is then part of the fingerprint."""
 
@@ -88,6 +88,10 @@ class EmbeddingSpace:
     def tokenizer(self) -> ModelTokenizer:
         """The model's tokenizer. Raises ``ModelError`` when it has no fast one."""
         return word_tokenizer() if self.directory is None else ModelTokenizer.from_file(tokenizer_file(self.directory))
+
+    def quantized(self, artifact_hash: str) -> EmbeddingSpace:
+        """The space of the model's int8 form that has this hash: its vectors are others, so it is another space."""
+        return replace(self, number_format=f"int8:{artifact_hash}")
 
     @property
     def prompt_tokens(self) -> int:

@@ -26,6 +26,11 @@ _IRRELEVANT_CONFIG = frozenset(
 )
 
 
+def cache_directory() -> Path:
+    """Where small facts about models and this machine are kept between processes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embed_assets"
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files, sorted. Raises ``ModelError`` when there are none."""
     files = sorted({file for pattern in WEIGHT_PATTERNS for file in directory.glob(pattern)})
@@ -52,7 +57,7 @@ def file_sha256(path: Path, cached: bool = True) -> str:
     key = hash_parts(
         (str(path.resolve()), *(str(v) for v in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     )
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embed_assets" / "sha256" / key
+    memory = cache_directory() / "sha256" / key
     if cached:
         try:
             return memory.read_text("ascii")

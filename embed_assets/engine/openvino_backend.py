@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
+import logging
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from embed_assets.engine import features as make
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
+from embed_assets.engine.openvino_library import import_openvino, without_telemetry
 from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.engine.torch_backend import cost_of, native_dimension, prompt_features
-from embed_assets.errors import ModelError, SettingsError
+from embed_assets.errors import ModelError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -28,27 +30,13 @@ _KERNEL_WIDTH = 16
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
-def has_openvino() -> bool:
-    """Whether the extra `cpu` is installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))
-
-
-def require_openvino() -> None:
-    """Raise ``SettingsError`` when the extra `cpu` is not installed."""
-    if not has_openvino():
-        raise SettingsError(
-            "EMBED_PRECISION=int8 needs OpenVINO and NNCF, which are not installed; pip install 'embed-assets[cpu]'"
-        )
-
-
 class OpenVinoBackend:
     """The transformer compiled by OpenVINO; pooling and what follows in torch, in float32."""
 
     device = "cpu"
 
     def __init__(self, space: EmbeddingSpace, model: SentenceTransformer, graph: Any, precision: str) -> None:
-        import openvino
-
+        openvino = import_openvino()
         transformer: Any = model[0]
         self.precision, self.cost = precision, cost_of(transformer.model)
         self.dimension = native_dimension(space, model)
@@ -108,6 +96,9 @@ class OpenVinoBackend:
         """The buffer itself."""
         return buffer
 
+    def usage(self) -> None:
+        """There is no GPU."""
+
     def release_memory(self) -> None:
         """OpenVINO keeps its own pool."""
 
@@ -126,9 +117,7 @@ def load_openvino_backend(space: EmbeddingSpace, precision: str) -> OpenVinoBack
 
 def load_int8_backend(space: EmbeddingSpace, xml: bytes, weights: bytes) -> OpenVinoBackend:
     """The quantized model that `xml` and `weights` hold, as OpenVINO wrote them."""
-    import openvino
-
-    require_openvino()
+    openvino = import_openvino()
     model = load_sentence_transformer(space, "cpu")
     graph = openvino.Core().read_model(io.BytesIO(xml), io.BytesIO(weights))
     return checked(space, model, graph, "int8")
@@ -151,9 +140,10 @@ def checked(space: EmbeddingSpace, model: SentenceTransformer, graph: Any, preci
 
 def convert(model: SentenceTransformer) -> Any:
     """The transformer as an OpenVINO graph: ids and mask, int64 of shape (texts, width), to token embeddings."""
-    import openvino
     import torch
+    from transformers.utils import logging as transformers_logging
 
+    openvino = import_openvino()
     transformer: Any = model[0]
 
     class Traced(torch.nn.Module):
@@ -167,5 +157,13 @@ def convert(model: SentenceTransformer) -> Any:
             return result
 
     example = torch.ones((2, 8), dtype=torch.int64)
-    with torch.inference_mode():
-        return openvino.convert_model(Traced().eval(), example_input={"input_ids": example, "attention_mask": example})
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)  # tracing makes models warn of what does not matter here
+    try:
+        with torch.inference_mode(), warnings.catch_warnings(), without_telemetry():
+            warnings.simplefilter("ignore")  # so does torch; the self-check finds what is traced wrongly
+            return openvino.convert_model(
+                Traced().eval(), example_input={"input_ids": example, "attention_mask": example}
+            )
+    finally:
+        transformers_logging.set_verbosity(before)

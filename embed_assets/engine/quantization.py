@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ import numpy as np
 from embed_assets.engine import features as make
 from embed_assets.engine.batching import Layout, plan_batches
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
-from embed_assets.engine.openvino_backend import convert, require_openvino
+from embed_assets.engine.openvino_backend import convert
+from embed_assets.engine.openvino_library import import_openvino, without_telemetry
+from embed_assets.engine.parity import CHECK_TEXTS
 from embed_assets.errors import ModelError
 
 CALIBRATION_TEXTS = 128
@@ -33,6 +38,31 @@ class QuantizedModel:
     made_with: str
     """Versions of the libraries."""
 
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> QuantizedModel:
+        """From what `files` gave. Raises ``ModelError`` when that is incomplete or was changed."""
+        try:
+            about = json.loads(files["about.json"])
+            model = cls(files["model.xml"], files["model.bin"], tuple(about["sample"]), str(about["made_with"]))
+            hash_then = str(about["artifact_hash"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"the quantized model in the lake is incomplete ({type(error).__name__}: {error}); "
+                "restore its table under models/"
+            ) from error
+        if model.artifact_hash != hash_then:
+            raise ModelError(
+                f"the quantized model in the lake must have the hash {hash_then}, got {model.artifact_hash}; "
+                "restore its table under models/"
+            )
+        return model
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Its files by their names, to be kept."""
+        about = {"artifact_hash": self.artifact_hash, "sample": self.sample, "made_with": self.made_with}
+        return {"model.xml": self.xml, "model.bin": self.weights, "about.json": json.dumps(about).encode()}
+
     @property
     def artifact_hash(self) -> str:
         """blake2b-128 hex over both files: part of the int8 space's fingerprint."""
@@ -46,18 +76,20 @@ class QuantizedModel:
 def quantize(space: EmbeddingSpace, texts: Sequence[str], hashes: Sequence[str]) -> QuantizedModel:
     """Quantize the transformer of `space` after training, with NNCF: weights and activations of its matrix products.
 
-    `texts` (prompt included) are what the ranges are calibrated on, `hashes` their input hashes.
+    `texts` (prompt included) are what the ranges are calibrated on, `hashes` their input hashes. The self-check's
+    texts are calibrated on as well: without them, texts unlike the corpus (empty, repetitive) fall out of the ranges.
     Raises ``ModelError`` when the model can't be converted, ``SettingsError`` without the extra `cpu`.
     """
-    require_openvino()
-    import nncf
-    import openvino
+    openvino = import_openvino()
+    with without_telemetry():
+        import nncf
 
     nncf.set_log_level(logging.ERROR)
     model = load_sentence_transformer(space, "cpu")
     tokenizer: Any = model.tokenizer
     pad_id, pads_left = int(tokenizer.pad_token_id or 0), tokenizer.padding_side == "left"
-    tokens = space.tokenizer.copy().tokenize(texts, space.max_seq_length)
+    calibrated_on = [*texts, *(space.prompt + text for text in CHECK_TEXTS)]
+    tokens = space.tokenizer.copy().tokenize(calibrated_on, space.max_seq_length)
 
     def inputs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         # Batches of one: padding would be calibrated on as well.
@@ -66,13 +98,15 @@ def quantize(space: EmbeddingSpace, texts: Sequence[str], hashes: Sequence[str])
             yield ids, np.ones_like(ids)
 
     try:
-        graph = nncf.quantize(
-            convert(model),
-            nncf.Dataset(list(inputs())),
-            model_type=nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(texts),
-        )
+        # Its progress bars go to standard output, which belongs to what a command answers.
+        with contextlib.redirect_stdout(sys.stderr), without_telemetry():
+            graph = nncf.quantize(
+                convert(model),
+                nncf.Dataset(list(inputs())),
+                model_type=nncf.ModelType.TRANSFORMER,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(calibrated_on),
+            )
     except Exception as error:  # converter and quantizer raise many types
         raise ModelError(
             f"the model {space.model!r} can't be quantized: {type(error).__name__}: {error}; set EMBED_PRECISION=auto"

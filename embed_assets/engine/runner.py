@@ -11,21 +11,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from embed_assets.engine.batching import Batch, Layout, plan_batches
+from embed_assets.engine.gpu import GpuUsage
 from embed_assets.engine.metrics import EngineStats, ModelCost
 from embed_assets.engine.survival import Survivor
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
 from embed_assets.errors import EmbeddingError
 
-DEFAULT_BATCH_TOKENS = 1024
-"""On CPUs a small budget is fastest: activations stay in the cache."""
 WINDOWS_UNDER_WAY = 2
+TICK_SECONDS = 2.0
 
 
 class Backend(Protocol):
@@ -63,6 +63,10 @@ class Backend(Protocol):
 
     def fetch(self, buffer: Any) -> np.ndarray:
         """The collected vectors, float32 of shape (rows, dimension), in main memory."""
+        ...
+
+    def usage(self) -> GpuUsage | None:
+        """How busy the GPU is, where there is one."""
         ...
 
     def release_memory(self) -> None:
@@ -109,19 +113,18 @@ class Embedder:
         backend: Backend,
         tokenizer: ModelTokenizer,
         max_seq_length: int,
-        max_batch_tokens: int | None = None,
+        max_batch_tokens: int = 1024,
         backoff_seconds: float = 0.5,
         on_smaller_budget: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.backend, self._max_seq_length = backend, max_seq_length
         self._tokenizer = tokenizer.copy()  # other threads may use the original meanwhile
-        self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS
-        self.on_batch: Callable[[int, int], None] = lambda texts, tokens: None
-        """Hears of each finished batch's texts and tokens, from the workers' threads."""
+        self.max_batch_tokens = max_batch_tokens
         self._survivor = Survivor(backend, self._tokenizer.tokenize(["a"], max_seq_length), backoff_seconds)
         self._on_smaller_budget = on_smaller_budget
         self._stop = threading.Event()
         self._idle_since: float | None = None
+        self._done_texts = self._done_tokens = 0
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._device_thread = ThreadPoolExecutor(1, "device", initializer=backend.enter_worker)
         self._workers = ThreadPoolExecutor(backend.workers, "worker", initializer=backend.enter_worker)
@@ -153,28 +156,39 @@ class Embedder:
             raise EmbeddingError(f"the text {text[:80]!r} could not be embedded: {embedded.rejected[0]}; change it")
         return np.asarray(embedded.vectors[0])
 
-    def embed_windows(self, windows: Iterable[Sequence[str]]) -> Iterator[EmbeddedTexts]:
+    def embed_windows(
+        self, windows: Iterable[Sequence[str]], on_tick: Callable[[int, int], None] = lambda texts, tokens: None
+    ) -> Iterator[EmbeddedTexts]:
         """The vectors of each window, in order. While one is handed out, the next is on the device.
 
-        The next window is asked for, in the caller's thread, while the one before is computed. An error in any thread
-        is raised here as it was; leaving early, by an error or Ctrl-C, stops the threads after their present batch.
+        The next window is asked for, in the caller's thread, while the one before is computed. Every `TICK_SECONDS`,
+        also in the caller's thread, `on_tick` hears how many texts and tokens are done. An error in any thread is
+        raised here as it was; leaving early, by an error or Ctrl-C, stops the threads after their present batch.
         """
         under_way: deque[Future[EmbeddedTexts]] = deque()
         self._stop.clear()
         self._idle_since = None
+        self._done_texts = self._done_tokens = 0
         try:
             for texts in windows:
                 tokens = self._tokenizer_thread.submit(self._tokenizer.tokenize, texts, self._max_seq_length)
                 under_way.append(self._device_thread.submit(self._run, texts, tokens))
                 if len(under_way) == WINDOWS_UNDER_WAY:
-                    yield under_way.popleft().result()
+                    yield self._awaited(under_way[0], on_tick)
+                    under_way.popleft()
             while under_way:
-                yield under_way.popleft().result()
+                yield self._awaited(under_way[0], on_tick)
+                under_way.popleft()
         finally:
             self._stop.set()
             for future in under_way:
                 if not future.cancel():
                     future.exception()  # waits for the present batch, not for the window
+
+    def _awaited(self, future: Future[EmbeddedTexts], on_tick: Callable[[int, int], None]) -> EmbeddedTexts:
+        while not wait([future], TICK_SECONDS).done:
+            on_tick(self._done_texts, self._done_tokens)
+        return future.result()
 
     def _run(self, texts: Sequence[str], tokenized: Future[TokenizedTexts]) -> EmbeddedTexts:
         """In the device thread: one window from tokens to vectors."""
@@ -185,6 +199,7 @@ class Embedder:
         batches = plan_batches(lengths, self.max_batch_tokens, self.backend.layout)
         job = _Job(texts, tokens, self.backend.new_buffer(len(texts)), deque(batches))
         self._drain_on_workers(job)
+        usage = self.backend.usage()
         vectors = self._checked(job, self.backend.fetch(job.buffer))
         finished = time.perf_counter()
         idle = 0.0 if self._idle_since is None else max(0.0, asked - self._idle_since)
@@ -198,6 +213,9 @@ class Embedder:
             started - asked,
             idle,
         )
+        if usage is not None:
+            stats.gpu_readings, stats.gpu_percent_sum = 1, usage.utilization_percent
+            stats.gpu_memory_bytes = usage.memory_used_bytes
         return EmbeddedTexts(vectors, tokens.is_truncated, job.rejected, stats)
 
     def _drain_on_workers(self, job: _Job) -> None:
@@ -229,7 +247,8 @@ class Embedder:
                 self.max_batch_tokens = outcome.max_batch_tokens
                 job.batches = self._replanned(job)
                 self._on_smaller_budget(self.max_batch_tokens)
-        self.on_batch(len(batch.rows), int(job.tokens.lengths[batch.rows].sum()))
+            self._done_texts += len(batch.rows)
+            self._done_tokens += int(job.tokens.lengths[batch.rows].sum())
 
     def _replanned(self, job: _Job) -> deque[Batch]:
         """The batches still to run, under the smaller budget."""

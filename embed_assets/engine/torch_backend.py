@@ -12,12 +12,13 @@ import numpy as np
 from embed_assets.engine import features as make
 from embed_assets.engine.attention import ATTENTION, register_attention
 from embed_assets.engine.batching import Batch, Layout
+from embed_assets.engine.gpu import GpuMonitor, GpuUsage
 from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, truncated_dimension
 from embed_assets.engine.onednn import use_onednn_linears
+from embed_assets.engine.openvino_library import has_openvino, import_openvino
 from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
-from embed_assets.engine.precision import choose_precision
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import ModelError
 
@@ -49,6 +50,7 @@ class TorchBackend:
         self._features = {"modality": "text"} | prompt_features(space, model)
         self._first_position = _first_position(model[0])
         self._device = model.device
+        self._monitor = _gpu_monitor(model.device)
         self.layout = Layout(is_packed=path == "packed")
         self.workers = min(_MOST_WORKERS, available_cores()) if self._device.type == "cpu" and path != "encode" else 1
 
@@ -101,6 +103,10 @@ class TorchBackend:
         """The collected vectors in main memory: the one time that the host waits for the device."""
         return np.asarray(buffer.cpu().numpy())
 
+    def usage(self) -> GpuUsage | None:
+        """How busy the GPU is, where there is one."""
+        return None if self._monitor is None else self._monitor.read()
+
     def release_memory(self) -> None:
         """Give back what a failed batch held."""
         import torch
@@ -149,7 +155,7 @@ def load_torch_backend(space: EmbeddingSpace, device: str, precision: str, compi
     return backend
 
 
-def _load(space: EmbeddingSpace, device: str, setting: str, compiles: bool, with_onednn: bool) -> TorchBackend | None:
+def _load(space: EmbeddingSpace, device: str, precision: str, compiles: bool, with_onednn: bool) -> TorchBackend | None:
     import torch
 
     model = load_sentence_transformer(space, device)
@@ -161,16 +167,17 @@ def _load(space: EmbeddingSpace, device: str, setting: str, compiles: bool, with
         )
     check_tokenizer(space, model.tokenizer)
     kind = model.device.type
-    capability = torch.cuda.get_device_capability(model.device) if kind == "cuda" else None
-    precision = choose_precision(setting, kind, capability, str(transformer.model.config.model_type))
     reference, cost = reference_vectors(space, model), cost_of(transformer.model)
     transformer.model.to(getattr(torch, precision))
     if compiles:
+        if has_openvino():
+            import_openvino()  # torch's compiler would, and then it reported that to its makers
         transformer.model = torch.compile(transformer.model, dynamic=True)
     elif kind == "cpu" and with_onednn:
         use_onednn_linears(transformer.model)
-    on_tensor_cores = capability is not None and capability >= (8, 0) and precision != "float32"
-    can_pack = on_tensor_cores or (kind == "cpu" and not compiles)
+    # Flash attention needs tensor cores of the Ampere generation or later, and half precision.
+    on_cuda = kind == "cuda" and torch.cuda.get_device_capability(model.device) >= (8, 0) and precision != "float32"
+    can_pack = on_cuda or (kind == "cpu" and not compiles)
     return _first_equal(space, model, precision, cost, reference, can_pack)
 
 
@@ -242,6 +249,12 @@ def prompt_features(space: EmbeddingSpace, model: SentenceTransformer) -> dict[s
     transformer: Any = model[0]
     length = transformer._get_prompt_length(space.prompt)
     return {} if length is None else {"prompt_length": length}
+
+
+def _gpu_monitor(device: torch.device) -> GpuMonitor | None:
+    import torch
+
+    return GpuMonitor(str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else None
 
 
 def _first_position(transformer: Any) -> int:

@@ -90,9 +90,13 @@ class Lake:
 
     def open(self, table: TableSpec, version: int | None = None) -> DeltaTable | None:
         """The table at a version, by default its newest, or None when it does not exist yet."""
-        with lake_errors(f"the table {table.path!r} can't be opened", self.root):
+        return self.open_path(table.path, version)
+
+    def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
+        """The same for a table that lies at `path` below the root."""
+        with lake_errors(f"the table {path!r} can't be opened", self.root):
             try:
-                return DeltaTable(self.uri(table), version, self.options or None)
+                return DeltaTable(f"{self.root}/{path}", version, self.options or None)
             except TableNotFoundError:
                 return None
 

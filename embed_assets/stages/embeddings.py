@@ -35,6 +35,30 @@ _CHUNK_COLUMNS = (
     "token_count",
 )
 
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a partition's embedding is."""
+
+    texts: int
+    """Texts embedded so far."""
+    expected: int
+    """At most so many will be."""
+    tokens: int
+    seconds: float
+    """Since the first one."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """So far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the partition's texts, from 0 to 1."""
+        return min(1.0, self.texts / self.expected) if self.expected else 1.0
+
+
 GetEmbedder = Callable[[Sequence[str], int], Embedder]
 """Gives the model, for some of the texts that are to be embedded and about how many they are."""
 
@@ -107,13 +131,15 @@ def materialize_embeddings(
     provenance: Provenance,
     reuse_versions: Sequence[int],
     on_window: Callable[[int, int], None],
+    on_progress: Callable[[Progress], None],
     rewrite: bool,
 ) -> Embeddings:
     """Give every chunk of the partition its vector and make them the partition's rows, in one commit.
 
     The model is asked for (`get_embedder`) only when a text has no vector: in the partition, in windows staged by
     an attempt that was killed, or in `reuse_versions` of the whole table. Windows are staged as they finish;
-    then `on_window` hears how many texts a window had, and how many tokens were embedded so far.
+    then `on_window` hears how many texts a window had, and how many tokens were embedded so far. In between,
+    `on_progress` hears every few seconds how far it is.
     """
     staging = Staging(lake, table, key)
     work = Work()
@@ -129,8 +155,13 @@ def materialize_embeddings(
             started = time.perf_counter()
             expected = max(len(first), row_count(lake, CHUNK_TABLE, key) - len(store))
             embedder = _checked(get_embedder(list(first.values()), expected), lake, table)
-            work.startup_seconds = time.perf_counter() - started
-            for finished in _embed_windows(embedder, chain([first], windows), inputs, window, work):
+            ready = time.perf_counter()
+            work.startup_seconds = ready - started
+
+            def on_tick(texts: int, tokens: int) -> None:
+                on_progress(Progress(texts, expected, tokens, time.perf_counter() - ready))
+
+            for finished in _embed_windows(embedder, chain([first], windows), inputs, window, work, on_tick):
                 if finished.num_rows:
                     staging.write(finished)
                     store.add(finished)
@@ -199,7 +230,12 @@ def _missing(lake: Lake, key: str, prompt: str, inputs: _Inputs, window: _Window
 
 
 def _embed_windows(
-    embedder: Embedder, windows: Iterator[dict[str, str]], inputs: _Inputs, window: _Window, work: Work
+    embedder: Embedder,
+    windows: Iterator[dict[str, str]],
+    inputs: _Inputs,
+    window: _Window,
+    work: Work,
+    on_tick: Callable[[int, int], None],
 ) -> Iterator[pa.RecordBatch]:
     """The windows' vectors as batches with `VECTOR_COLUMNS`; what the model can't embed goes to `inputs.rejected`."""
     sent: deque[list[str]] = deque()
@@ -209,7 +245,7 @@ def _embed_windows(
             sent.append(list(found))
             yield list(found.values())
 
-    for embedded in embedder.embed_windows(texts()):
+    for embedded in embedder.embed_windows(texts(), on_tick):
         hashes = sent.popleft()
         window.adapt(len(hashes), embedded.stats.seconds)
         inputs.rejected |= {hashes[row]: reason for row, reason in embedded.rejected.items()}

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from embed_assets.corpus.chunking import ChunkOptions
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
-from embed_assets.engine.backends import load_embedder
+from embed_assets.engine.engine import Engine, EngineOptions
 from embed_assets.engine.model import EmbeddingSpace, resolve_space
-from embed_assets.engine.runner import DEFAULT_BATCH_TOKENS, Embedder
-from embed_assets.errors import LakeError, SettingsError
+from embed_assets.engine.quantization import CALIBRATION_TEXTS, QuantizedModel, quantize
+from embed_assets.errors import LakeError, ModelError, SettingsError
+from embed_assets.lake.models import keep_model, read_model
 from embed_assets.lake.reader import read_partition, table_version
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import Document, hash_text
 from embed_assets.settings import Settings
 from embed_assets.stages.chunks import SourceText, chunk_batches, materialize_chunks, stored_texts
-from embed_assets.stages.embeddings import Embeddings, known_inputs, materialize_embeddings
+from embed_assets.stages.embeddings import Embeddings, Progress, known_inputs, materialize_embeddings
 from embed_assets.stages.raw_documents import RawDocuments, materialize_raw_documents
+from embed_assets.stages.sampling import sample_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,6 @@ class Estimate:
     """Tokens of the texts to embed, special tokens included."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """Where and how the model runs."""
-
-    device: str
-    precision: str
-    max_batch_tokens: int
-    backend: str = ""
-    """Library and path, once the model is loaded."""
-    ceiling_gflops: float = 0.0
-    """What the device multiplies at most, in billions of operations per second; 0 when not known."""
-
-
 @dataclass(frozen=True)
 class Pipeline:
     """Source, settings, space and lake, and the three stages over them. The model is loaded when first needed."""
@@ -57,11 +46,17 @@ class Pipeline:
     lake: Lake
     parse_options: ParseOptions
     chunk_options: ChunkOptions
-    space: EmbeddingSpace
+    model_space: EmbeddingSpace
+    """The space of the model as it is, in floating point."""
+    quantized: QuantizedModel | None = None
+    """The model in int8, once it was made."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
-        """Resolves the model's files; opens neither source nor lake. Raises ``SettingsError`` or ``ModelError``."""
+        """Resolves the model's files; opens neither source nor, unless for the int8 model, lake.
+
+        Raises ``SettingsError`` or ``ModelError``.
+        """
         space = resolve_space(
             settings.model,
             settings.revision,
@@ -70,28 +65,62 @@ class Pipeline:
             settings.truncate_dim,
             settings.trust_remote_code,
         )
+        lake = Lake.from_settings(settings)
         return cls(
             settings,
             Source.from_settings(settings),
-            Lake.from_settings(settings),
+            lake,
             ParseOptions.from_settings(settings),
             _chunk_options(settings, space),
             space,
+            _read_quantized(lake, space) if settings.precision == "int8" else None,
         )
 
     @cached_property
-    def embedder(self) -> Embedder:
-        """The model, loaded once per process."""
-        return load_embedder(self.space, self.settings.device, self.settings.max_batch_tokens)
+    def space(self) -> EmbeddingSpace:
+        """What the vectors are comparable in. In int8 it is known only once the model was quantized."""
+        if self.settings.precision != "int8":
+            return self.model_space
+        return self.model_space.quantized("" if self.quantized is None else self.quantized.artifact_hash)
 
     @property
-    def engine(self) -> EngineFacts:
-        """Where and how the model runs; as configured, while it was not needed and is not loaded."""
-        if "embedder" in self.__dict__:
-            backend = self.embedder.backend
-            return EngineFacts(backend.device, backend.precision, self.embedder.max_batch_tokens, backend.name)
-        budget = self.settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
-        return EngineFacts(self.settings.device, self.settings.precision, budget)
+    def is_calibrated(self) -> bool:
+        """The space is known: always, but in int8 before the model was quantized."""
+        return self.settings.precision != "int8" or self.quantized is not None
+
+    def calibrated(self) -> Pipeline:
+        """This pipeline, its model quantized if int8 is asked for and nobody did it before.
+
+        Calibrates on a sample of the source's chunks and keeps the model in the lake, for all later runs everywhere.
+        Without a chunk in the source there is nothing to calibrate on, nor to embed: then it stays as it is.
+        """
+        if self.is_calibrated:
+            return self
+        found = _read_quantized(self.lake, self.model_space)
+        if found is None:
+            sample = self.sample_chunks(CALIBRATION_TEXTS)
+            if not sample:
+                return self
+            texts = [self.model_space.prompt + text for text in sample]
+            made = quantize(self.model_space, texts, [hash_text(text) for text in texts])
+            found = QuantizedModel.from_files(keep_model(self.lake, self.model_space.name, made.files))
+        return replace(self, quantized=found)
+
+    def sample_chunks(self, count: int, max_tokens: int | None = None) -> list[str]:
+        """Texts of up to `count` chunks of the source, the same ones for the same corpus; shorter ones if asked for."""
+        options = self.chunk_options if max_tokens is None else ChunkOptions(max_tokens)
+        return sample_chunks(self.source, self.parse_options, self.space.tokenizer, options, count)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model, one per process. Raises ``ModelError`` while an int8 model was not made yet."""
+        if not self.is_calibrated:
+            raise ModelError(
+                f"the int8 model of {self.model_space.model!r} was not made yet; run 'embed-assets sync' with documents"
+            )
+        settings = self.settings
+        options = EngineOptions(settings.device, settings.precision, settings.max_batch_tokens, settings.compile)
+        return Engine(self.space, options, self.quantized)
 
     @property
     def embeddings_table(self) -> TableSpec:
@@ -120,9 +149,11 @@ class Pipeline:
         key: str,
         provenance: Provenance,
         on_window: Callable[[int, int], None] = lambda texts, tokens: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
         rewrite: bool = False,
     ) -> Embeddings:
-        """Give the partition's chunks their vectors; `on_window` hears of each window's texts and the tokens so far.
+        """Give the partition's chunks their vectors; `on_window` hears of each window's texts and the tokens so far,
+        `on_progress` every few seconds how far it is.
 
         `rewrite` commits the rows even if the table seems to hold them already.
         """
@@ -131,10 +162,11 @@ class Pipeline:
             self.embeddings_table,
             key,
             self.space.prompt,
-            lambda texts, expected: self.embedder,
+            self.engine.embedder_for,
             provenance,
             self._reuse_versions(),
             on_window,
+            on_progress,
             rewrite,
         )
 
@@ -196,6 +228,15 @@ class Pipeline:
         for batch in batches:
             columns = (batch.column(name).to_pylist() for name in ("chunk_id", "text", "token_count"))
             yield from zip(*columns, strict=True)
+
+
+def _read_quantized(lake: Lake, space: EmbeddingSpace) -> QuantizedModel | None:
+    if space.directory is None:
+        raise SettingsError(
+            f"EMBED_PRECISION=int8 needs a real model, got EMBED_MODEL={space.model!r}; set EMBED_PRECISION=auto"
+        )
+    files = read_model(lake, space.name)
+    return None if files is None else QuantizedModel.from_files(files)
 
 
 def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:

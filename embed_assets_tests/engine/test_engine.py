@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embed_assets.engine.backends import load_embedder
 from embed_assets.engine.batching import Layout, plan_batches
+from embed_assets.engine.engine import Engine, EngineOptions
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
 from embed_assets.engine.runner import Embedder
 from embed_assets.errors import ModelError, SettingsError, UserError
 from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+from embed_assets_tests.engine.models import small_model
 
 HARD_TEXTS = [
     "",
@@ -38,13 +39,17 @@ HARD_TEXTS = [
 ]
 
 
+def load(space: EmbeddingSpace, max_batch_tokens: int | None = None, **options: Any) -> Embedder:
+    return Engine(space, EngineOptions("cpu", max_batch_tokens=max_batch_tokens, **options)).embedder
+
+
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.asarray((one * other).sum(axis=1))
 
 
 @pytest.fixture(scope="module")
 def embedder(sample_space: EmbeddingSpace) -> Embedder:
-    return load_embedder(sample_space, "cpu")
+    return load(sample_space)
 
 
 def test_vectors_equal_sentence_transformers(embedder: Embedder, sample_space: EmbeddingSpace) -> None:
@@ -64,7 +69,7 @@ def test_a_vector_does_not_depend_on_its_neighbours_or_the_budget(
     embedder: Embedder, sample_space: EmbeddingSpace
 ) -> None:
     alone = np.concatenate([embedder.embed([text]).vectors for text in HARD_TEXTS])
-    together = load_embedder(sample_space, "cpu", max_batch_tokens=700).embed(HARD_TEXTS).vectors
+    together = load(sample_space, 700).embed(HARD_TEXTS).vectors
     assert cosines(alone, together).min() > 0.99999
 
 
@@ -95,87 +100,37 @@ def test_plans(lengths: list[int], budget: int, layout: Layout) -> None:
     ]
 
 
-def small_model(folder: Path, kind: str) -> Path:
-    """A random-weight model of another architecture, saved as sentence-transformers saves it."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense, Normalize, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import (
-        BertConfig,
-        BertModel,
-        PreTrainedTokenizerFast,
-        Qwen3Config,
-        Qwen3Model,
-        XLMRobertaConfig,
-        XLMRobertaModel,
-    )
-
-    torch.manual_seed(0)
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(
-        [topic("types")], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=special)
-    )
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    side = "left" if kind == "qwen3" else "right"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        model_max_length=64, padding_side=side,
-    )  # fmt: skip
-    sizes: dict[str, Any] = {
-        "vocab_size": 600,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-    }
-    if kind == "qwen3":
-        model: Any = Qwen3Model(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, max_position_embeddings=128))
-    elif kind == "xlmr":
-        model = XLMRobertaModel(
-            XLMRobertaConfig(**sizes, max_position_embeddings=70, pad_token_id=1, type_vocab_size=1)
-        )
-    else:
-        model = BertModel(BertConfig(**sizes, max_position_embeddings=64, pad_token_id=1))
-    base = folder / "base"
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    transformer = Transformer(str(base), max_seq_length=48)
-    mode = {"qwen3": "lasttoken", "xlmr": "cls"}.get(kind, "mean")
-    modules: list[Any] = [transformer, Pooling(32, pooling_mode=mode)]
-    if kind == "bert":
-        modules += [Dense(32, 24), Normalize()]
-    made = SentenceTransformer(modules=modules, prompts={"document": "passage: ", "query": "query: "}, device="cpu")
-    made.save(str(folder / "model"))
-    return folder / "model"
-
-
-@pytest.mark.parametrize(("kind", "dimension"), [("bert", 24), ("xlmr", 32), ("qwen3", 32)])
-def test_poolings_dense_layers_prompts_and_padding_sides(tmp_path: Path, kind: str, dimension: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dimension", "path"),
+    [
+        ("bert", 24, "torch-packed"),
+        ("xlmr", 32, "torch-packed"),
+        ("qwen3", 32, "torch-packed"),
+        ("modernbert", 32, "torch-packed"),
+        ("mpnet", 32, "torch-padded"),
+    ],
+)
+def test_poolings_dense_layers_prompts_and_padding_sides(tmp_path: Path, kind: str, dimension: int, path: str) -> None:
     model = small_model(tmp_path, kind)
     space = resolve_space(str(model), prompt="document")
     assert (space.prompt, space.query_prompt, space.max_seq_length) == ("passage: ", "query: ", 48)
     reference = load_sentence_transformer(space, "cpu")
     expected = reference.encode(HARD_TEXTS, prompt="passage: ", batch_size=1, normalize_embeddings=True)
-    embedder = load_embedder(space, "cpu", 300)
-    assert embedder.dimension == dimension
+    embedder = load(space, 300)
+    assert (embedder.dimension, embedder.backend.name) == (dimension, path)
     vectors = embedder.embed([space.prompt + text for text in HARD_TEXTS]).vectors
     assert cosines(vectors, expected).min() > 0.99999
 
 
 def test_truncate_dim_is_normalised_again(sample_space: EmbeddingSpace) -> None:
     space = resolve_space(SAMPLE_MODEL, truncate_dim=64)
-    vectors = load_embedder(space, "cpu").embed(HARD_TEXTS).vectors
-    whole = load_embedder(sample_space, "cpu").embed(HARD_TEXTS).vectors[:, :64]
+    vectors = load(space).embed(HARD_TEXTS).vectors
+    whole = load(sample_space).embed(HARD_TEXTS).vectors[:, :64]
     assert vectors.shape == (len(HARD_TEXTS), 64)
     assert cosines(vectors, whole / np.linalg.norm(whole, axis=1, keepdims=True)).min() > 0.99999
     assert space.fingerprint != sample_space.fingerprint
     with pytest.raises(SettingsError, match="TRUNCATE_DIM must be at most"):
-        load_embedder(resolve_space(SAMPLE_MODEL, truncate_dim=1000), "cpu")
+        load(resolve_space(SAMPLE_MODEL, truncate_dim=1000))
 
 
 def copy_of(space: EmbeddingSpace, folder: Path) -> Path:
@@ -245,7 +200,7 @@ def test_weights_swapped_behind_our_back_are_refused(sample_space: EmbeddingSpac
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")
     with pytest.raises(ModelError, match="changed while this process ran"):
-        load_embedder(space, "cpu")
+        load(space)
 
 
 def test_the_packaged_model_must_be_the_one_it_claims_to_be(
@@ -260,7 +215,7 @@ def test_the_packaged_model_must_be_the_one_it_claims_to_be(
         file.write(b"\0\0\0\0")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModelError, match="must have sha256 53aa5117"):
-        load_embedder(resolve_space(SAMPLE_MODEL), "cpu")
+        load(resolve_space(SAMPLE_MODEL))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +236,7 @@ def test_unknown_models(model: str, message: str) -> None:
 
 def test_fake_vectors_follow_the_text_and_the_name(sample_space: EmbeddingSpace) -> None:
     def vectors(model: str) -> np.ndarray:
-        return load_embedder(resolve_space(model)).embed(["one", "two", "one"]).vectors
+        return load(resolve_space(model)).embed(["one", "two", "one"]).vectors
 
     first = vectors("fake:8")
     assert first.shape == (3, 8)

@@ -1,0 +1,192 @@
+"""The engine against ``SentenceTransformer.encode``: one run, interleaved, medians, and how near the vectors are."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embed_assets.engine.engine import DEFAULT_BATCH_TOKENS
+from embed_assets.engine.hardware import measure_gemm_gflops, resolve_device
+from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
+from embed_assets.engine.openvino_backend import load_int8_backend, load_openvino_backend
+from embed_assets.engine.openvino_library import has_openvino
+from embed_assets.engine.quantization import CALIBRATION_TEXTS, quantize
+from embed_assets.engine.runner import Backend, Embedder
+from embed_assets.engine.torch_backend import load_torch_backend
+from embed_assets.engine.tuning import measure_budget, sweet_spot
+from embed_assets.errors import ModelError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+BASELINE = "encode, batch 32"
+_ENCODE_BATCHES = (8, 16, 32, 64)
+_BUDGETS = (1024, 512, 2048)
+"""The usual one first: another must be clearly faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to embed one set of texts."""
+
+    name: str
+    tokens_per_second: float
+    ratio_to_encode: float
+    """To encode() at its default batch size."""
+    ratio_to_best_encode: float
+    """To encode() at the batch size that is fastest for this set."""
+    cosine_min: float
+    """To encode()'s vectors."""
+    cosine_mean: float
+    gflops: float
+    roofline_percent: float
+    """Of the float32 matrix product measured in the same run; int8 can be over 100."""
+
+
+@dataclass(slots=True)
+class SetReport:
+    """Results of one set of texts."""
+
+    texts: int
+    tokens: int
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report:
+    """A whole benchmark."""
+
+    model: str
+    device: str
+    rounds: int
+    ceiling_gflops: float
+    """float32 matrix product, measured between the rounds."""
+    sets: dict[str, SetReport]
+    left_out: list[str]
+    """What could not be measured here, and why."""
+
+
+def run_benchmark(
+    space: EmbeddingSpace,
+    sets: Mapping[str, Sequence[str]],
+    rounds: int,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """Measure every way on every set, on the CPU. The int8 model is calibrated on the first set, and forgotten after.
+
+    Raises ``ModelError`` when the model can't be loaded.
+    """
+    device = resolve_device("cpu")
+    left_out = ["GPU: the engine is measured on the CPU here; 'embed-assets tune' measures a GPU where there is one"]
+    on_step("loading the model in each library")
+    embedders = _embedders(space, next(iter(sets.values())), left_out, on_step)
+    model = load_sentence_transformer(space, "cpu")
+    report = Report(space.model, device.description, rounds, 0.0, {}, left_out)
+    for name, texts in sets.items():
+        report.sets[name] = _measure_set(name, texts, embedders, model, rounds, report, on_step)
+    for found in report.sets.values():
+        found.rows = [
+            replace(row, roofline_percent=round(100 * row.gflops / report.ceiling_gflops, 1)) for row in found.rows
+        ]
+    return report
+
+
+def _embedders(
+    space: EmbeddingSpace,
+    texts: Sequence[str],
+    left_out: list[str],
+    on_step: Callable[[str], None],
+) -> dict[str, Embedder]:
+    loaders: dict[str, Callable[[], Backend]] = {
+        "torch float32": lambda: load_torch_backend(space, "cpu", "float32", False)
+    }
+    if has_openvino():
+
+        def int8() -> Backend:
+            on_step("quantizing to int8")
+            made = quantize(space, texts[:CALIBRATION_TEXTS], [])
+            return load_int8_backend(space, made.xml, made.weights)
+
+        loaders |= {
+            "openvino float32": lambda: load_openvino_backend(space, "float32"),
+            "openvino bfloat16": lambda: load_openvino_backend(space, "bfloat16"),
+            "openvino int8": int8,
+        }
+    else:
+        left_out.append("OpenVINO: not installed; pip install 'embed-assets[cpu]'")
+    found: dict[str, Embedder] = {}
+    for name, load in loaders.items():
+        try:
+            found[name] = Embedder(load(), space.tokenizer, space.max_seq_length, DEFAULT_BATCH_TOKENS["cpu"])
+        except ModelError as error:
+            left_out.append(f"{name}: {error}")
+    return found
+
+
+def _measure_set(
+    name: str,
+    texts: Sequence[str],
+    embedders: Mapping[str, Embedder],
+    model: SentenceTransformer,
+    rounds: int,
+    report: Report,
+    on_step: Callable[[str], None],
+) -> SetReport:
+    trial = texts[::2]
+    on_step(f"{name}: looking for the best batch size and budgets")
+    best_batch = min(_ENCODE_BATCHES, key=lambda size: _seconds(lambda: _encode(model, trial, size))[0])
+    for embedder in embedders.values():
+        points = [measure_budget(embedder, trial, budget, repeats=1) for budget in _BUDGETS]
+        embedder.max_batch_tokens = sweet_spot(points).max_batch_tokens
+    best_encode = f"encode, batch {best_batch}"
+    runs: dict[str, Callable[[], np.ndarray]] = {BASELINE: lambda: _encode(model, texts, 32)}
+    if best_batch != 32:
+        runs[best_encode] = lambda: _encode(model, texts, best_batch)
+    for library, embedder in embedders.items():
+        label = f"{library}, {embedder.max_batch_tokens} tokens"
+        runs[label] = lambda embedder=embedder: embedder.embed(texts).vectors  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
+    vectors: dict[str, np.ndarray] = {}
+    for number in range(rounds):
+        on_step(f"{name}: round {number + 1} of {rounds}")
+        for label, run in runs.items():
+            report.ceiling_gflops = max(report.ceiling_gflops, measure_gemm_gflops("cpu", "float32", 0.1))
+            elapsed, vectors[label] = _seconds(run)
+            seconds[label].append(elapsed)
+    medians = {label: statistics.median(found) for label, found in seconds.items()}
+    any_embedder = next(iter(embedders.values()))
+    stats = any_embedder.embed(texts).stats
+    found = SetReport(len(texts), stats.tokens)
+    for label, median in medians.items():
+        cosines = (vectors[label] * vectors[BASELINE]).sum(axis=1)
+        found.rows.append(
+            Row(
+                label,
+                round(stats.tokens / median, 1),
+                round(medians[BASELINE] / median, 3),
+                round(medians[best_encode] / median, 3),
+                round(float(cosines.min()), 6),
+                round(float(cosines.mean()), 6),
+                round(stats.operations / median / 1e9, 1),
+                0.0,
+            )
+        )
+    return found
+
+
+def _encode(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    vectors = model.encode(
+        list(texts), prompt="", batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+    )
+    return np.asarray(vectors)
+
+
+def _seconds(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    started = time.perf_counter()
+    vectors = run()
+    return time.perf_counter() - started, vectors

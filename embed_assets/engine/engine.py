@@ -1,0 +1,220 @@
+"""The engine of a space: loads the model when it is first needed, and finds its sweet spot when that pays."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from embed_assets.engine.fake_backend import FakeBackend
+from embed_assets.engine.hardware import Device, resolve_device
+from embed_assets.engine.model import EmbeddingSpace, parse_fake
+from embed_assets.engine.model_files import read_json, tokenizer_file
+from embed_assets.engine.openvino_backend import load_int8_backend, load_openvino_backend
+from embed_assets.engine.openvino_library import has_openvino
+from embed_assets.engine.precision import choose_precision
+from embed_assets.engine.quantization import QuantizedModel
+from embed_assets.engine.runner import Backend, Embedder
+from embed_assets.engine.torch_backend import load_torch_backend
+from embed_assets.engine.tuning import (
+    Memory,
+    Point,
+    Tuned,
+    Tuning,
+    measure_budget,
+    measure_memory,
+    recall,
+    remember,
+    sweep,
+    sweet_spot,
+    tuning_key,
+)
+from embed_assets.errors import ModelError, SettingsError
+
+TUNE_FROM_TEXTS = 2000
+"""Fewer texts are embedded sooner than the sweet spot is found."""
+DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+"""Until tuned. On CPUs a small budget is fastest: activations stay in the caches."""
+_FIRST_BUDGET = {"cpu": 512, "cuda": 4096, "mps": 1024}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to run the model. Nothing here changes a vector beyond its precision."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    max_batch_tokens: int | None = None
+    """None: what tuning finds."""
+    compiles: bool = False
+    """Whether torch.compile optimises the model first: half a minute that long jobs on a GPU win back."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """Where and how the model runs; as configured, while it is not loaded."""
+
+    device: str
+    precision: str
+    max_batch_tokens: int
+    backend: str = ""
+    """Library and path, once the model is loaded."""
+    ceiling_gflops: float = 0.0
+    """What the device multiplies at most, in billions of operations per second; 0 when not known."""
+
+
+class Engine:
+    """One model on one device in one process."""
+
+    def __init__(self, space: EmbeddingSpace, options: EngineOptions, quantized: QuantizedModel | None = None) -> None:
+        self._space, self._options, self._quantized = space, options, quantized
+        self._fake = parse_fake(space.model)
+        self._lock = threading.Lock()
+        self._embedder: Embedder | None = None
+        self._tuned: Tuned | None = None
+        self._ceiling_gflops = 0.0
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Where and how the model runs."""
+        if self._embedder is None:
+            budget = self._options.max_batch_tokens or DEFAULT_BATCH_TOKENS["cpu"]
+            return EngineFacts(self._options.device, self._options.precision, budget)
+        backend = self._embedder.backend
+        return EngineFacts(
+            backend.device, backend.precision, self._embedder.max_batch_tokens, backend.name, self._ceiling_gflops
+        )
+
+    @property
+    def embedder(self) -> Embedder:
+        """The model, loaded when first asked for. Raises ``ModelError`` or ``SettingsError`` when it can't be."""
+        with self._lock:
+            if self._embedder is None:
+                self._embedder = self._load()
+            return self._embedder
+
+    def embedder_for(self, texts: Sequence[str], expected: int) -> Embedder:
+        """The model for about `expected` texts like `texts`: tuned first, once per machine, when they are many."""
+        embedder = self.embedder
+        if self._fake is None and self._tuned is None and expected >= TUNE_FROM_TEXTS:
+            _log.info("finding the fastest library and budget for %s on this machine, once", self._space.name)
+            self.tune(texts)
+        return self._embedder or embedder
+
+    def tune(
+        self,
+        texts: Sequence[str],
+        is_full: bool = False,
+        on_point: Callable[[str, Point], None] = lambda library, point: None,
+    ) -> Tuning:
+        """Find the fastest library and budget for texts like `texts`, use them from now on, and remember them.
+
+        Raises ``SettingsError`` for a fake model.
+        """
+        if self._fake is not None:
+            raise SettingsError(f"tuning needs a real model, got EMBED_MODEL={self._space.model!r}; set another")
+        current = self.embedder
+        candidates = {_library(current): current} | dict(self._others(_library(current)))
+        memory = {name: measure_memory(embedder, texts, self._device) for name, embedder in candidates.items()}
+        points: dict[str, list[Point]] = {}
+        for name, embedder in candidates.items():
+            points[name] = self._sweep(name, embedder, texts, memory[name], is_full, on_point)
+        library = max(points, key=lambda name: sweet_spot(points[name]).tokens_per_second)
+        spot = sweet_spot(points[library])
+        budget = self._options.max_batch_tokens or spot.max_batch_tokens
+        self._tuned = Tuned(library, budget, round(spot.tokens_per_second, 1))
+        self._embedder = candidates[library]
+        self._embedder.max_batch_tokens = budget
+        remember(self._key, self._tuned)
+        free = self._device.free_bytes()
+        return Tuning(library, spot, points, memory, free, {n: e.backend.workers for n, e in candidates.items()})
+
+    def _sweep(
+        self,
+        name: str,
+        embedder: Embedder,
+        texts: Sequence[str],
+        memory: Memory,
+        is_full: bool,
+        on_point: Callable[[str, Point], None],
+    ) -> list[Point]:
+        fits = memory.fits(self._device.free_bytes(), embedder.backend.workers)
+        fixed = None if is_full else self._options.max_batch_tokens
+        return sweep(
+            lambda budget: measure_budget(embedder, texts, budget),
+            fixed or _FIRST_BUDGET[self._device.kind] // (4 if is_full else 1),
+            fixed or fits,
+            is_full,
+            lambda point: on_point(name, point),
+        )
+
+    @cached_property
+    def _device(self) -> Device:
+        return resolve_device("cpu" if self._quantized is not None else self._options.device)
+
+    @cached_property
+    def _precision(self) -> str:
+        if self._quantized is not None:
+            return "int8"
+        assert self._space.directory is not None
+        model_type = str(read_json(tokenizer_file(self._space.directory).parent / "config.json").get("model_type"))
+        return choose_precision(self._options.precision, self._device.kind, self._device.capability, model_type)
+
+    @cached_property
+    def _key(self) -> str:
+        return tuning_key(self._space, self._device, self._precision)
+
+    def _load(self) -> Embedder:
+        if self._fake is not None:
+            return self._embedder_over(FakeBackend(self._fake, self._space.truncate_dim))
+        device, precision = self._device, self._precision
+        self._tuned = recall(self._key)
+        if self._quantized is not None:
+            backend: Backend = load_int8_backend(self._space, self._quantized.xml, self._quantized.weights)
+        elif self._tuned is not None and self._tuned.library == "openvino" and has_openvino():
+            backend = load_openvino_backend(self._space, precision)
+        else:
+            backend = load_torch_backend(self._space, device.name, precision, self._options.compiles)
+        self._ceiling_gflops = device.ceiling_gflops(precision)
+        embedder = self._embedder_over(backend)
+        if self._tuned is not None and self._options.max_batch_tokens is None:
+            embedder.max_batch_tokens = self._tuned.max_batch_tokens
+        return embedder
+
+    def _others(self, present: str) -> Iterator[tuple[str, Embedder]]:
+        """The same model in the other library, where it could be faster."""
+        if self._device.kind != "cpu" or self._quantized is not None or self._options.compiles or not has_openvino():
+            return
+        other = "torch" if present == "openvino" else "openvino"
+        try:
+            if other == "openvino":
+                backend: Backend = load_openvino_backend(self._space, self._precision)
+            else:
+                backend = load_torch_backend(self._space, "cpu", self._precision, False)
+            yield other, self._embedder_over(backend)
+        except ModelError as error:
+            _log.warning("%s is left out: %s", other, error)
+
+    def _embedder_over(self, backend: Backend) -> Embedder:
+        budget = self._options.max_batch_tokens or DEFAULT_BATCH_TOKENS[backend.device.partition(":")[0]]
+        return Embedder(
+            backend,
+            self._space.tokenizer,
+            self._space.max_seq_length,
+            budget,
+            on_smaller_budget=self._on_smaller_budget,
+        )
+
+    def _on_smaller_budget(self, max_batch_tokens: int) -> None:
+        """Memory ran out: the next process starts with the budget that fitted."""
+        if self._fake is None and self._options.max_batch_tokens is None and self._embedder is not None:
+            tuned = self._tuned or Tuned(_library(self._embedder), max_batch_tokens, 0.0)
+            self._tuned = replace(tuned, max_batch_tokens=max_batch_tokens)
+            remember(self._key, self._tuned)
+
+
+def _library(embedder: Embedder) -> str:
+    return embedder.backend.name.partition("-")[0]

@@ -1,0 +1,187 @@
+"""The sweet spot of a model on this machine: which library, and how many tokens per forward pass. Remembered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from embed_assets.engine.hardware import Device
+from embed_assets.engine.model import EmbeddingSpace
+from embed_assets.engine.model_files import cache_directory
+from embed_assets.engine.runner import Embedder
+from embed_assets.records import hash_parts
+
+LEAST_GAIN = 0.03
+"""A larger budget must bring that much more throughput, or the search ends."""
+MEMORY_SHARE = 0.8
+"""Of the free memory, what a batch may take."""
+LARGEST_BUDGET = 1 << 20
+_MEMORY_BUDGETS = (512, 4096)
+_MEMORY_TEXTS = 64
+_REPEATS = 3
+_PROBE_SECONDS = 0.5
+_VERSION = "1"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was found once and holds until model, device, precision or a library changes."""
+
+    library: str
+    """"torch" or "openvino"."""
+    max_batch_tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A straight line through two probes: what a batch of so many tokens needs at most."""
+
+    base_bytes: float
+    """Weights, libraries and all that does not grow with the batch."""
+    bytes_per_token: float
+
+    @classmethod
+    def from_probes(cls, few: int, few_bytes: int, many: int, many_bytes: int) -> Memory:
+        """From the peaks of two batches of `few` and `many` tokens."""
+        slope = max(0.0, (many_bytes - few_bytes) / (many - few))
+        return cls(max(0.0, few_bytes - slope * few), slope)
+
+    def fits(self, free_bytes: int | None, workers: int = 1) -> int:
+        """Most tokens of a batch when `workers` batches at a time share the free memory."""
+        if free_bytes is None or self.bytes_per_token <= 0:
+            return LARGEST_BUDGET
+        return max(1, min(LARGEST_BUDGET, int(MEMORY_SHARE * free_bytes / self.bytes_per_token / workers)))
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One budget of a sweep."""
+
+    max_batch_tokens: int
+    tokens_per_second: float
+    padding_percent: float
+
+
+def sweet_spot(points: Sequence[Point]) -> Point:
+    """The smallest budget after which no larger one gained `LEAST_GAIN`. Raises ``ValueError`` without points."""
+    best = points[0]
+    for point in points[1:]:
+        if point.tokens_per_second > best.tokens_per_second * (1 + LEAST_GAIN):
+            best = point
+    return best
+
+
+def sweep(
+    measure: Callable[[int], Point], first: int, largest: int, is_full: bool, on_point: Callable[[Point], None]
+) -> list[Point]:
+    """Double the budget from `first` on, up to `largest`, until throughput gains less than `LEAST_GAIN`.
+
+    A full sweep goes two steps beyond that, to show the fall.
+    """
+    points: list[Point] = []
+    budget, steps_without_gain = first, 0
+    while budget <= largest or not points:
+        points.append(measure(min(budget, largest)))
+        on_point(points[-1])
+        steps_without_gain = 0 if sweet_spot(points) is points[-1] else steps_without_gain + 1
+        if steps_without_gain > (2 if is_full else 0):
+            break
+        budget *= 2
+    return points
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """All that a search found."""
+
+    library: str
+    """The fastest."""
+    spot: Point
+    points: dict[str, list[Point]]
+    """The sweep of each library."""
+    memory: dict[str, Memory]
+    free_bytes: int | None
+    """Free on the device afterwards."""
+    workers: dict[str, int]
+    """Batches at the same time."""
+
+
+def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int, repeats: int = _REPEATS) -> Point:
+    """Throughput of `texts` with a budget: the median of a few passes."""
+    before, embedder.max_batch_tokens = embedder.max_batch_tokens, budget
+    speeds: list[float] = []
+    padding = 0.0
+    try:
+        started = time.perf_counter()
+        while len(speeds) < repeats and (not speeds or time.perf_counter() - started < repeats * _PROBE_SECONDS):
+            stats = embedder.embed(texts).stats
+            speeds.append(stats.tokens_per_second)
+            padding = stats.padding_percent
+    finally:
+        embedder.max_batch_tokens = before
+    return Point(budget, statistics.median(speeds), padding)
+
+
+def measure_memory(embedder: Embedder, texts: Sequence[str], device: Device) -> Memory:
+    """What batches need, from the peaks of two budgets over the longest texts."""
+    longest = sorted(texts, key=len, reverse=True)[:_MEMORY_TEXTS]
+    peaks: dict[int, int] = {}
+    before = embedder.max_batch_tokens
+    try:
+        for budget in _MEMORY_BUDGETS:
+            embedder.max_batch_tokens = budget
+            device.reset_peak()
+            embedder.embed(longest)
+            peaks[budget] = device.peak_bytes()
+    finally:
+        embedder.max_batch_tokens = before
+    (few, few_bytes), (many, many_bytes) = peaks.items()
+    workers = embedder.backend.workers
+    return Memory.from_probes(few * workers, few_bytes, many * workers, many_bytes)
+
+
+def tuning_key(space: EmbeddingSpace, device: Device, precision: str) -> str:
+    """Equal exactly when what was found can be used again."""
+    libraries = [f"{name} {_version(name)}" for name in ("torch", "transformers", "openvino", "embed-assets")]
+    return hash_parts((_VERSION, space.fingerprint, device.kind, device.description, precision, *libraries))
+
+
+def recall(key: str) -> Tuned | None:
+    """What was found before, if it was on this machine."""
+    try:
+        values = json.loads(_file(key).read_text("utf-8"))
+        return Tuned(str(values["library"]), int(values["max_batch_tokens"]), float(values["tokens_per_second"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(key: str, tuned: Tuned) -> None:
+    """Keep it for the next process. A read-only home only costs tuning again."""
+    file = _file(key)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(tuned)), "utf-8")
+        partial.replace(file)
+    except OSError as error:
+        _log.info("the tuning could not be kept in %s: %s", file.parent, error)
+
+
+def _file(key: str) -> Path:
+    return cache_directory() / "tuning" / f"{key}.json"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,191 @@
+"""Each way to run a model gives SentenceTransformer's vectors, and one that does not is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embed_assets.engine.batching import Batch, Layout
+from embed_assets.engine.engine import Engine, EngineOptions
+from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
+from embed_assets.engine.openvino_backend import load_int8_backend, load_openvino_backend
+from embed_assets.engine.openvino_library import import_openvino
+from embed_assets.engine.parity import CHECK_TEXTS, LEAST_COSINE, least_cosine, reference_vectors
+from embed_assets.engine.quantization import QuantizedModel, quantize
+from embed_assets.engine.runner import Embedder
+from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.engine.torch_backend import TorchBackend, load_torch_backend
+from embed_assets.errors import ModelError
+from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+from embed_assets_tests.engine.models import small_model
+from embed_assets_tests.engine.test_engine import HARD_TEXTS, cosines
+
+
+def over(backend: Any, space: EmbeddingSpace, budget: int = 1024) -> Embedder:
+    return Embedder(backend, space.tokenizer, space.max_seq_length, budget)
+
+
+@pytest.fixture(scope="module")
+def quantized(sample_space: EmbeddingSpace) -> QuantizedModel:
+    texts = [part for name in ("try", "lambda", "types", "with") for part in topic(name).split("\n\n")][:48]
+    return quantize(sample_space, texts, ["0" * 32] * len(texts))
+
+
+@pytest.fixture(scope="module")
+def backends(sample_space: EmbeddingSpace, quantized: QuantizedModel) -> dict[str, Any]:
+    return {
+        "torch": load_torch_backend(sample_space, "cpu", "float32", False),
+        "bfloat16": load_torch_backend(sample_space, "cpu", "bfloat16", False),
+        "openvino": load_openvino_backend(sample_space, "float32"),
+        "openvino bfloat16": load_openvino_backend(sample_space, "bfloat16"),
+        "int8": load_int8_backend(sample_space, quantized.xml, quantized.weights),
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(sample_space: EmbeddingSpace) -> np.ndarray:
+    model = load_sentence_transformer(sample_space, "cpu")
+    return np.asarray(model.encode(HARD_TEXTS, batch_size=1, normalize_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "mean"),
+    [
+        ("torch", 0.99999, 0.999999),
+        ("openvino", 0.99999, 0.999999),
+        ("bfloat16", 0.999, 0.9995),
+        ("openvino bfloat16", 0.999, 0.9995),
+        ("int8", 0.95, 0.98),
+    ],
+)
+def test_vectors_of_hard_texts(
+    backends: dict[str, Any], sample_space: EmbeddingSpace, reference: np.ndarray, name: str, least: float, mean: float
+) -> None:
+    found = cosines(over(backends[name], sample_space).embed(HARD_TEXTS).vectors, reference)
+    assert found.min() > least and found.mean() > mean
+
+
+@pytest.mark.parametrize(("name", "least"), [("torch", 1 - 1e-5), ("openvino", 1 - 1e-5), ("int8", 0.999)])
+def test_batches_windows_budgets_and_order_change_no_vector(
+    backends: dict[str, Any], sample_space: EmbeddingSpace, name: str, least: float
+) -> None:
+    """In int8 a difference of the last bit can fall on the other side of a rounding: rarely, and by little."""
+    texts = [*HARD_TEXTS, *(part for part in topic("types").split("\n\n") if part.strip())][:60]
+    expected = over(backends[name], sample_space, 100_000).embed(texts).vectors
+    alone = over(backends[name], sample_space, 1).embed(texts).vectors
+    small = over(backends[name], sample_space, 300)
+    windows = [embedded.vectors for embedded in small.embed_windows(texts[i : i + 7] for i in range(0, 60, 7))]
+    order = np.random.default_rng(3).permutation(len(texts))
+    shuffled = small.embed([texts[i] for i in order]).vectors
+    assert cosines(expected, alone).min() > least
+    assert cosines(expected, np.concatenate(windows)).min() > least
+    assert cosines(expected[order], shuffled).min() > least
+
+
+def test_the_fast_paths_are_the_ones_taken(backends: dict[str, Any]) -> None:
+    assert {name: backend.name for name, backend in backends.items()} == {
+        "torch": "torch-packed", "bfloat16": "torch-packed", "openvino": "openvino",
+        "openvino bfloat16": "openvino", "int8": "openvino",
+    }  # fmt: skip
+    assert backends["torch"].cost.linear_weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert backends["torch"].cost.attention_width == backends["openvino"].cost.attention_width == 6 * 384
+
+
+class Wrong:
+    """A backend with a mistake of the kind that the self-check is there for."""
+
+    def __init__(self, right: TorchBackend, mistake: str) -> None:
+        self._right, self._mistake, self.layout = right, mistake, right.layout
+
+    def new_buffer(self, rows: int) -> Any:
+        return self._right.new_buffer(rows)
+
+    def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any) -> None:
+        if self._mistake == "wrong row" and len(batch.rows) > 1:
+            batch = Batch(np.roll(batch.rows, 1), batch.width, batch.tokens)
+            tokens = TokenizedTexts(tokens.ids, tokens.offsets, tokens.is_truncated)
+            inner = self._right.new_buffer(len(texts))
+            self._right.forward(texts, tokens, batch, inner)
+            buffer[np.roll(batch.rows, 1)] = inner[batch.rows]
+        elif self._mistake == "neighbours" and len(batch.rows) > 1:
+            self._right.forward(texts, tokens, batch, buffer)
+            buffer += 0.05 * buffer.mean(0)
+        else:
+            self._right.forward(texts, tokens, batch, buffer)
+
+    def fetch(self, buffer: Any) -> np.ndarray:
+        vectors = self._right.fetch(buffer)
+        if self._mistake == "not finite":
+            vectors[2] = np.nan
+        return vectors
+
+
+@pytest.mark.parametrize("mistake", ["wrong row", "neighbours", "not finite"])
+def test_the_self_check_sees(backends: dict[str, Any], sample_space: EmbeddingSpace, mistake: str) -> None:
+    reference = reference_vectors(sample_space, load_sentence_transformer(sample_space, "cpu"))
+    assert least_cosine(backends["torch"], sample_space, reference) > 0.99999
+    assert least_cosine(Wrong(backends["torch"], mistake), sample_space, reference) < LEAST_COSINE["float32"]
+
+
+def test_packed_texts_without_boundaries_between_them_would_be_seen(
+    sample_space: EmbeddingSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packing with transformers' ordinary attention lets texts see each other: the self-check must refuse it."""
+    model = load_sentence_transformer(sample_space, "cpu")
+    reference = reference_vectors(sample_space, model)
+    packed: Any = load_torch_backend(sample_space, "cpu", "float32", False)
+    packed._model[0].model.set_attn_implementation("sdpa")
+    assert least_cosine(packed, sample_space, reference) < 0.99
+    assert not caplog.text
+
+
+def test_a_path_that_does_not_fit_the_model_is_refused_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    space = resolve_space(str(small_model(tmp_path, "mpnet")))
+    backend = load_torch_backend(space, "cpu", "float32", False)
+    assert backend.name == "torch-padded"
+    assert "the path torch-packed is not taken" in caplog.text and "an attention of its own" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlmr", "qwen3", "modernbert", "mpnet"])
+def test_openvino_runs_other_architectures_or_says_why_not(tmp_path: Path, kind: str) -> None:
+    space = resolve_space(str(small_model(tmp_path, kind)), prompt="document")
+    model = load_sentence_transformer(space, "cpu")
+    expected = model.encode(HARD_TEXTS, prompt="passage: ", batch_size=1, normalize_embeddings=True)
+    try:
+        backend = load_openvino_backend(space, "float32")
+    except ModelError as error:
+        assert "OpenVINO" in str(error)
+        return
+    vectors = over(backend, space, 200).embed([space.prompt + text for text in HARD_TEXTS]).vectors
+    assert cosines(vectors, np.asarray(expected)).min() > 0.99999
+
+
+def test_compiled_models_give_the_same_vectors(tmp_path: Path) -> None:
+    space = resolve_space(str(small_model(tmp_path, "bert")))
+    plain = Engine(space, EngineOptions("cpu")).embedder.embed(HARD_TEXTS).vectors
+    compiled = Engine(space, EngineOptions("cpu", compiles=True)).embedder
+    assert compiled.backend.name == "torch-padded"
+    assert cosines(plain, compiled.embed(HARD_TEXTS).vectors).min() > 0.99999
+
+
+def test_check_texts_are_hard() -> None:
+    assert "" in CHECK_TEXTS and len(set(CHECK_TEXTS)) < len(CHECK_TEXTS)
+    assert max(len(text.split()) for text in CHECK_TEXTS) > 512
+
+
+def test_openvino_reports_to_nobody() -> None:
+    import_openvino()
+    load_openvino_backend(resolve_space(SAMPLE_MODEL), "float32")
+    import openvino_telemetry
+
+    assert openvino_telemetry.Telemetry().consent is False
+
+
+def test_the_layout_of_openvino_rounds_widths_only_a_little() -> None:
+    layout = Layout(width_multiple=16)
+    assert [layout.width_of(n) for n in (16, 31, 46, 47, 250, 256)] == [16, 32, 48, 48, 256, 256]
+    assert [layout.width_of(n) for n in (1, 17, 33, 45)] == [1, 17, 33, 45]
