@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from embed_assets.console import (
+    WarningLines,
     escape,
     print_benchmark,
     print_names,
@@ -56,6 +57,7 @@ def command(function: Callable[..., Answer]) -> click.Command:
         # What the engine refuses, retries or shrinks is nobody's error, and everybody's business.
         engine_log = logging.getLogger("embed_assets.engine")
         engine_log.setLevel(logging.DEBUG if debug else logging.WARNING)
+        engine_log.handlers = [WarningLines()]
         try:
             answer = function(as_json=as_json, **arguments)
         except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,13 @@ def _console(is_stderr: bool = False) -> Console:
 
 stderr = _console(is_stderr=True)
 stdout = _console()
+
+
+class WarningLines(logging.Handler):
+    """Prints what the engine refuses, retries or shrinks, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stderr.print(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow", markup=False, soft_wrap=True)
 
 
 def print_plan(rows: Sequence[dict[str, Any]], count: bool, seconds: float | None) -> None:

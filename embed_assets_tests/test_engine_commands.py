@@ -1,0 +1,206 @@
+"""The engine as users meet it: int8 spaces, texts a model can't take, tuning and benchmark, run metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pytest
+
+from embed_assets.engine.engine import TUNE_FROM_TEXTS, Engine, EngineOptions
+from embed_assets.engine.model import resolve_space
+from embed_assets.engine.quantization import QuantizedModel
+from embed_assets.errors import ModelError
+from embed_assets.lake.models import keep_model, read_model
+from embed_assets_tests.conftest import Project, topic
+from embed_assets_tests.engine.models import small_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("small"), "bert")
+
+
+@pytest.fixture
+def tiny(project: Project, model: Path, tmp_path: Path) -> Project:
+    """A project with a tiny real model and two partitions of real documents."""
+    project.set(MODEL=str(model))
+    project.monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    project.write("a/try.rst", topic("try"))
+    project.write("b/with.rst", topic("with"))
+    return project
+
+
+def test_int8_is_a_space_of_its_own_and_made_once(tiny: Project) -> None:
+    plain = tiny.sync()
+    tiny.set(PRECISION="int8")
+    before = tiny.json("plan")
+    assert "fresh" not in {partition["assets"]["embeddings"]["state"] for partition in before["partitions"]}
+    made = tiny.sync()
+    assert made["space"] != plain["space"] and made["embedded"] == plain["embedded"]
+    assert tiny.sync()["embedded"] == 0
+    tiny.write("a/new.rst", topic("lambda"))
+    later = tiny.sync()
+    assert later["space"] == made["space"] and 0 < later["embedded"] < made["embedded"]
+    assert tiny.json("verify")["ok"]
+    assert tiny.json("search", "exceptions", "-k", "2")["results"]
+    kept = QuantizedModel.from_files(read_model(tiny.pipeline().lake, tiny.pipeline().model_space.name) or {})
+    assert kept.artifact_hash in tiny.pipeline().space.number_format and len(kept.sample) > 8
+    assert "nncf" in kept.made_with
+    tiny.set(PRECISION="auto")
+    assert tiny.sync()["space"] == plain["space"]
+
+
+def test_the_first_quantized_model_wins(tiny: Project) -> None:
+    lake = tiny.pipeline().lake
+    first = keep_model(lake, "some-space", {"model.xml": b"1" * 40_000_000, "about.json": b"{}"})
+    second = keep_model(lake, "some-space", {"model.xml": b"2", "about.json": b"{}"})
+    assert first == second == read_model(lake, "some-space")
+    assert read_model(lake, "another-space") is None
+
+
+def test_a_changed_quantized_model_is_refused() -> None:
+    files = QuantizedModel(b"<xml/>", b"weights", ("0" * 32,), "nncf").files
+    assert QuantizedModel.from_files(files).sample == ("0" * 32,)
+    with pytest.raises(ModelError, match="must have the hash"):
+        QuantizedModel.from_files(files | {"model.bin": b"weightz"})
+    with pytest.raises(ModelError, match="is incomplete"):
+        QuantizedModel.from_files({"model.xml": b""})
+
+
+def test_int8_without_documents_needs_no_model(tiny: Project) -> None:
+    tiny.set(PRECISION="int8", SOURCE="empty")
+    (tiny.root / "empty").mkdir()
+    assert tiny.sync()["partitions"] == {}
+    tiny.set(MODEL="fake:8")
+    assert "int8 needs a real model" in tiny.json("plan", exit_code=1)["error"]
+
+
+def poisoned(model: Path, folder: Path) -> Path:
+    """The model, with a token whose embedding is not a number: the first token of "poison"."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(model, folder / "poisoned"))
+    weights = load_file(copy / "model.safetensors")
+    ids = resolve_space(str(model)).tokenizer.tokenize(["☠"], 48).ids[1:-1]
+    weights["embeddings.word_embeddings.weight"][int(ids[0])] = torch.nan
+    save_file(weights, copy / "model.safetensors")
+    return copy
+
+
+def test_a_chunk_the_model_cannot_take_is_rejected_and_the_rest_embedded(
+    tiny: Project, model: Path, tmp_path: Path
+) -> None:
+    tiny.set(MODEL=str(poisoned(model, tmp_path)))
+    tiny.write("a/bad.md", "This text holds a ☠ in it.")
+    first = tiny.sync()
+    assert first["partitions"]["a"]["state"] == "materialized"
+    assert first["partitions"]["a"]["rejected_chunks"] == 1
+    assert (
+        first["partitions"]["a"]["embedded"] + first["partitions"]["a"]["reused"] == first["partitions"]["a"]["chunks"]
+    )
+    rejected = tiny.rows("document_id", "reason", "detail", table="rejected_documents")
+    assert [(row["document_id"], row["reason"]) for row in rejected] == [("bad.md", "not_embeddable")]
+    assert "not finite" in rejected[0]["detail"]
+    assert {row["document_id"] for row in tiny.rows("document_id")} == {"try.rst", "with.rst"}
+    assert tiny.json("verify")["ok"]
+    assert tiny.sync()["embedded"] == 0
+    tiny.write("a/unreadable.md", b"")  # raw_documents runs again: the rejected chunk must stay known
+    tiny.sync()
+    assert tiny.json("verify")["ok"]
+    assert "could not be embedded" in tiny.json("search", "☠", exit_code=1)["error"]
+    tiny.write("a/bad.md", "This text holds none any more.")
+    assert tiny.sync()["partitions"]["a"]["rejected_chunks"] == 0
+    assert "not_embeddable" not in {row["reason"] for row in tiny.rows("reason", table="rejected_documents")}
+    assert tiny.json("verify")["ok"]
+
+
+def test_tune_remembers_what_it_found_and_draws_it(tiny: Project) -> None:
+    found = tiny.json("tune", str(tiny.landing), "--png", "pictures/sweep.png")
+    assert found["library"] in ("torch", "openvino") and set(found["points"]) == {"torch", "openvino"}
+    assert found["spot"] in found["points"][found["library"]]
+    assert all(memory["bytes_per_token"] >= 0 for memory in found["memory"].values())
+    assert (tiny.root / "pictures/sweep.png").read_bytes()[:4] == b"\x89PNG"
+    engine = tiny.pipeline().engine
+    assert engine.embedder.max_batch_tokens == found["spot"]["max_batch_tokens"]
+    assert engine.facts.backend.startswith(found["library"])
+    tiny.set(MAX_BATCH_TOKENS="77")
+    assert tiny.pipeline().engine.embedder.max_batch_tokens == 77
+    table = tiny.run("tune", str(tiny.landing)).stdout
+    assert "sweet spot" in table and "per token" in table
+    tiny.set(MODEL="fake:8")
+    assert "tuning needs a real model" in tiny.json("tune", exit_code=1)["error"]
+
+
+def test_many_texts_are_tuned_for_first_and_few_are_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts = topic("types").split("\n\n")[:40]
+    engine = Engine(resolve_space(str(model)), EngineOptions("cpu"))
+    engine.embedder_for(texts, TUNE_FROM_TEXTS - 1)
+    assert not list(tmp_path.glob("embed_assets/tuning/*"))
+    tuned = engine.embedder_for(texts, TUNE_FROM_TEXTS)
+    assert len(list(tmp_path.glob("embed_assets/tuning/*"))) == 1
+    again = Engine(resolve_space(str(model)), EngineOptions("cpu")).embedder
+    assert (again.backend.name, again.max_batch_tokens) == (tuned.backend.name, tuned.max_batch_tokens)
+    assert np.abs(again.embed(texts).vectors - tuned.embed(texts).vectors).max() < 1e-5
+
+
+def test_benchmark_compares_with_encode(tiny: Project) -> None:
+    report = tiny.json("benchmark", str(tiny.landing), "--chunks", "8", "--rounds", "1")
+    assert set(report["sets"]) == {"long", "short", "mixed"} and report["ceiling_gflops"] > 0
+    for found in report["sets"].values():
+        rows = {row["name"].partition(",")[0]: row for row in found["rows"]}
+        assert {"encode", "torch float32", "openvino float32", "openvino int8"} <= set(rows)
+        assert rows["torch float32"]["cosine_min"] > 0.99999 and rows["openvino float32"]["cosine_min"] > 0.99999
+    assert any("GPU" in reason for reason in report["left_out"])
+    assert "x encode" in tiny.run("benchmark", str(tiny.landing), "--chunks", "8", "--rounds", "1").stdout
+
+
+def metadata_of(project: Project, asset: str, key: str) -> dict[str, Any]:
+    from embed_assets.defs.instance import open_instance
+
+    with open_instance() as instance:
+        found = instance.fetch_materializations(
+            dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[key]), limit=1
+        )
+    materialization = found.records[0].asset_materialization
+    assert materialization is not None
+    return {name: value.value for name, value in materialization.metadata.items()}
+
+
+def test_run_metadata_tells_what_the_engine_did(tiny: Project) -> None:
+    tiny.sync()
+    found = metadata_of(tiny, "embeddings", "a")
+    assert found["backend"] == "torch-packed" and found["precision"] == "float32" and found["device"] == "cpu"
+    assert found["tokens"] > 0 and found["tokens_per_second"] > 0 and found["padding_percent"] == 0
+    assert found["gflops"] > 0 and 0 < found["roofline_percent"] < 110
+    assert 0 <= found["tokenizer_wait_percent"] <= 100 and 0 <= found["device_wait_percent"] <= 100
+    assert found["advice"] and found["startup_seconds"] > 0 and found["engine_seconds"] > 0
+    assert found["gpu_memory_bytes"] == 0
+
+
+def test_progress_estimates_the_time_that_remains() -> None:
+    from embed_assets.defs.results import RemainingTime, describe_progress
+    from embed_assets.stages.embeddings import Progress
+
+    now = [0.0]
+    remaining = RemainingTime(lambda: now[0])
+    remaining.start({"a": 100, "b": 300})
+    assert remaining.seconds("a", 0.0) is None
+    now[0] = 10.0
+    assert remaining.seconds("a", 0.5) == pytest.approx(70)
+    remaining.finish("a")
+    assert remaining.seconds("b", 0.0) == pytest.approx(30)
+    remaining.finish("b")
+    assert remaining.seconds("b", 1.0) == 0.0
+    line = describe_progress("a", Progress(1234, 5000, 99_000, 10.0), 70.0)
+    assert line == "a: 1,234 of at most 5,000 texts embedded, 9,900 tokens/s, about 70 s left"
+    assert describe_progress("a", Progress(0, 0, 0, 0.0), None).endswith("0 tokens/s")
+    assert "h left" in describe_progress("a", Progress(1, 2, 3, 4.0), 20_000.0)
