@@ -238,9 +238,10 @@ def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
     """
     from embed_assets.plots import can_plot, plot_tuning
 
-    with stderr.status("reading documents") as status, _pipeline_over(folder) as uncalibrated:
-        pipeline = uncalibrated.calibrated()
-        texts = pipeline.sample_chunks(_TUNING_CHUNKS)
+    pipeline = _pipeline()
+    with stderr.status("reading documents") as status:
+        with _pipeline_over(folder, precision="auto") as measured:
+            texts = measured.sample_chunks(_TUNING_CHUNKS)
         status.update("loading the model")
         found = pipeline.engine.tune(
             texts, True, lambda library, point: status.update(f"{library}: {point.max_batch_tokens:,} tokens measured")

@@ -14,7 +14,8 @@ from embed_assets.stages.pipeline import Pipeline
 def build_definitions(settings: Settings, observer: RunObserver | None = None) -> dg.Definitions:
     """The definitions over `settings`; progress goes to `observer`, or else to the runs' logs.
 
-    Resolves the model's files, loads no model, and touches neither source nor lake.
+    Resolves the model's files, loads no model, and touches neither source nor lake (but for an int8 model, which is
+    kept there).
     Raises ``SettingsError`` or ``ModelError``.
     """
     return definitions_over(Pipeline.from_settings(settings), observer)

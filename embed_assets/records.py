@@ -157,9 +157,28 @@ class Rejection:
     document_id: str
     uri: str
     reason: str
-    """Short code, one of `corpus.parsing.REASONS`."""
+    """Short code, one of `corpus.parsing.REASONS` or `NOT_EMBEDDABLE`."""
     detail: str
     """What was found and what to do, on one line."""
+
+
+NOT_EMBEDDABLE = "not_embeddable"
+"""Reason code of a document of which the model can't embed a chunk."""
+
+
+def chunk_detail(space: str, chunk_id: str, reason: str) -> str:
+    """The detail of a `NOT_EMBEDDABLE` rejection; `is_chunk_of` and `chunk_of` read it."""
+    return f"{space}: chunk {chunk_id}: {reason}"
+
+
+def is_chunk_of(space: str, detail: str) -> bool:
+    """Whether a `NOT_EMBEDDABLE` rejection is of that space: another model may embed the chunk."""
+    return detail.startswith(f"{space}: chunk ")
+
+
+def chunk_of(detail: str) -> str:
+    """The id of the chunk that a `NOT_EMBEDDABLE` rejection is about."""
+    return detail.partition(": chunk ")[2].partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)

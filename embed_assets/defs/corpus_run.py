@@ -203,7 +203,7 @@ class CorpusRun:
         work: Work | None = None,
     ) -> None:
         """Log a materialization. All assets carry the same keys; what is not theirs (no `work`) is 0."""
-        engine, work = self.pipeline.engine.facts, work or Work()
+        engine, work = self.pipeline.engine_facts, work or Work()
         metadata: dict[str, MetadataValue] = {
             "documents": result.documents,
             "rejected": result.rejected,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from embed_assets.engine.fake_backend import FakeBackend
@@ -81,8 +81,7 @@ class Engine:
     def facts(self) -> EngineFacts:
         """Where and how the model runs."""
         if self._embedder is None:
-            budget = self._options.max_batch_tokens or DEFAULT_BATCH_TOKENS["cpu"]
-            return EngineFacts(self._options.device, self._options.precision, budget)
+            return configured(self._options)
         backend = self._embedder.backend
         return EngineFacts(
             backend.device, backend.precision, self._embedder.max_batch_tokens, backend.name, self._ceiling_gflops
@@ -112,8 +111,10 @@ class Engine:
     ) -> Tuning:
         """Find the fastest library and budget for texts like `texts`, use them from now on, and remember them.
 
-        Raises ``SettingsError`` for a fake model.
+        A budget that is set is kept, and nothing remembered. Raises ``SettingsError`` for a fake model or no texts.
         """
+        if not texts:
+            raise SettingsError("tuning needs texts to measure with, got none; name a folder with documents")
         if self._fake is not None:
             raise SettingsError(f"tuning needs a real model, got EMBED_MODEL={self._space.model!r}; set another")
         current = self.embedder
@@ -128,7 +129,8 @@ class Engine:
         self._tuned = Tuned(library, budget, round(spot.tokens_per_second, 1))
         self._embedder = candidates[library]
         self._embedder.max_batch_tokens = budget
-        remember(self._key, self._tuned)
+        if self._options.max_batch_tokens is None:
+            remember(self._key, self._tuned)
         free = self._device.free_bytes()
         return Tuning(library, spot, points, memory, free, {n: e.backend.workers for n, e in candidates.items()})
 
@@ -145,7 +147,7 @@ class Engine:
         fixed = None if is_full else self._options.max_batch_tokens
         return sweep(
             lambda budget: measure_budget(embedder, texts, budget),
-            fixed or _FIRST_BUDGET[self._device.kind] // (4 if is_full else 1),
+            fixed or _for_kind(_FIRST_BUDGET, self._device.kind) // (4 if is_full else 1),
             fixed or fits,
             is_full,
             lambda point: on_point(name, point),
@@ -165,7 +167,7 @@ class Engine:
 
     @cached_property
     def _key(self) -> str:
-        return tuning_key(self._space, self._device, self._precision)
+        return tuning_key(self._space, self._device, self._precision, self._options.compiles)
 
     def _load(self) -> Embedder:
         if self._fake is not None:
@@ -174,15 +176,25 @@ class Engine:
         self._tuned = recall(self._key)
         if self._quantized is not None:
             backend: Backend = load_int8_backend(self._space, self._quantized.xml, self._quantized.weights)
-        elif self._tuned is not None and self._tuned.library == "openvino" and has_openvino():
-            backend = load_openvino_backend(self._space, precision)
         else:
-            backend = load_torch_backend(self._space, device.name, precision, self._options.compiles)
+            backend = self._load_openvino() or load_torch_backend(
+                self._space, device.name, precision, self._options.compiles
+            )
         self._ceiling_gflops = device.ceiling_gflops(precision)
         embedder = self._embedder_over(backend)
         if self._tuned is not None and self._options.max_batch_tokens is None:
             embedder.max_batch_tokens = self._tuned.max_batch_tokens
         return embedder
+
+    def _load_openvino(self) -> Backend | None:
+        """The model in OpenVINO, if that was found to be faster."""
+        if self._tuned is None or self._tuned.library != "openvino" or not has_openvino():
+            return None
+        try:
+            return load_openvino_backend(self._space, self._precision)
+        except ModelError as error:
+            _log.warning("torch is used instead of OpenVINO: %s", error)
+            return None
 
     def _others(self, present: str) -> Iterator[tuple[str, Embedder]]:
         """The same model in the other library, where it could be faster."""
@@ -199,21 +211,18 @@ class Engine:
             _log.warning("%s is left out: %s", other, error)
 
     def _embedder_over(self, backend: Backend) -> Embedder:
-        budget = self._options.max_batch_tokens or DEFAULT_BATCH_TOKENS[backend.device.partition(":")[0]]
-        return Embedder(
-            backend,
-            self._space.tokenizer,
-            self._space.max_seq_length,
-            budget,
-            on_smaller_budget=self._on_smaller_budget,
-        )
+        budget = self._options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, backend.device.partition(":")[0])
+        return Embedder(backend, self._space.tokenizer, self._space.max_seq_length, budget)
 
-    def _on_smaller_budget(self, max_batch_tokens: int) -> None:
-        """Memory ran out: the next process starts with the budget that fitted."""
-        if self._fake is None and self._options.max_batch_tokens is None and self._embedder is not None:
-            tuned = self._tuned or Tuned(_library(self._embedder), max_batch_tokens, 0.0)
-            self._tuned = replace(tuned, max_batch_tokens=max_batch_tokens)
-            remember(self._key, self._tuned)
+
+def configured(options: EngineOptions) -> EngineFacts:
+    """What is known before the model is loaded."""
+    budget = options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, options.device.partition(":")[0])
+    return EngineFacts(options.device, options.precision, budget)
+
+
+def _for_kind(values: Mapping[str, int], kind: str) -> int:
+    return values.get(kind, values["cpu"])
 
 
 def _library(embedder: Embedder) -> str:

@@ -10,6 +10,8 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
     "bad allocation",
     "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
 )
 _CERTAIN = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError, ArithmeticError)
 """Errors of the program or its input: the same call fails again."""

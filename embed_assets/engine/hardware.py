@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import time
@@ -19,6 +20,7 @@ from embed_assets.records import hash_parts
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -124,7 +126,11 @@ class Device:
             pass
         # int8 has no plain product in torch to measure: with VNNI it does four times float32's operations per cycle.
         factor = 1 if precision != "int8" else 4 if "vnni" in self.description else 2
-        ceiling = factor * measure_gemm_gflops(self.kind, "float32" if precision == "int8" else precision)
+        try:
+            ceiling = factor * measure_gemm_gflops(self.name, "float32" if precision == "int8" else precision)
+        except RuntimeError as error:  # no memory for it, most likely
+            _log.warning("the ceiling of %s was not measured: %s", self.name, error)
+            return 0.0
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(str(round(ceiling, 1)), "ascii")

@@ -13,6 +13,7 @@ import numpy as np
 
 from embed_assets.engine import features as make
 from embed_assets.engine.batching import Batch, Layout
+from embed_assets.engine.faults import reason_of
 from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
 from embed_assets.engine.openvino_library import import_openvino, without_telemetry
@@ -126,8 +127,14 @@ def load_int8_backend(space: EmbeddingSpace, xml: bytes, weights: bytes) -> Open
 def checked(space: EmbeddingSpace, model: SentenceTransformer, graph: Any, precision: str) -> OpenVinoBackend:
     """The backend, if it agrees with SentenceTransformer. Raises ``ModelError``."""
     check_tokenizer(space, model.tokenizer)
-    backend = OpenVinoBackend(space, model, graph, precision)
-    cosine = least_cosine(backend, space, reference_vectors(space, model))
+    reference = reference_vectors(space, model)
+    try:
+        backend = OpenVinoBackend(space, model, graph, precision)
+        cosine = least_cosine(backend, space, reference)
+    except Exception as error:  # what was traced wrongly shows in many ways when it runs
+        raise ModelError(
+            f"OpenVINO can't run the model {space.model!r}: {reason_of(error)}; it runs in torch"
+        ) from error
     if cosine < LEAST_COSINE[precision]:
         raise ModelError(
             f"OpenVINO's vectors of {space.model!r} in {precision} differ from SentenceTransformer's "

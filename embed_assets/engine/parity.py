@@ -15,17 +15,19 @@ from embed_assets.errors import ModelError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+_WORDS = tuple("the model reads a long text whose words differ so that each position and every window matters".split())
 CHECK_TEXTS = (
     "The quick brown fox, naïve café 東京 🙂",
     "",
     "a",
     "x " * 600,
+    " ".join(f"{_WORDS[(n * n + 3 * n) % len(_WORDS)]} {n % 97}" for n in range(600)),
     "Delta tables hold the vectors.",
     "مرحبا بالعالم\n\n  two  spaces",
     "a",
     "def add(a: int, b: int) -> int:\n    return a + b  # " + "sum " * 30,
 )
-"""Empty, one word, longer than the model reads, other scripts, duplicates, and lengths that differ."""
+"""Empty, one word, longer than most models read, other scripts, duplicates, and lengths that differ."""
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.999, "float16": 0.999, "int8": 0.9}
 """How near each precision must come to SentenceTransformer in float32."""

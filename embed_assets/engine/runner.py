@@ -7,6 +7,7 @@ Two windows are under way at a time, so that reading, tokenizing and writing are
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -115,13 +116,11 @@ class Embedder:
         max_seq_length: int,
         max_batch_tokens: int = 1024,
         backoff_seconds: float = 0.5,
-        on_smaller_budget: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.backend, self._max_seq_length = backend, max_seq_length
         self._tokenizer = tokenizer.copy()  # other threads may use the original meanwhile
         self.max_batch_tokens = max_batch_tokens
         self._survivor = Survivor(backend, self._tokenizer.tokenize(["a"], max_seq_length), backoff_seconds)
-        self._on_smaller_budget = on_smaller_budget
         self._stop = threading.Event()
         self._idle_since: float | None = None
         self._done_texts = self._done_tokens = 0
@@ -246,7 +245,6 @@ class Embedder:
             if outcome.max_batch_tokens < self.max_batch_tokens:
                 self.max_batch_tokens = outcome.max_batch_tokens
                 job.batches = self._replanned(job)
-                self._on_smaller_budget(self.max_batch_tokens)
             self._done_texts += len(batch.rows)
             self._done_tokens += int(job.tokens.lengths[batch.rows].sum())
 
@@ -267,7 +265,8 @@ class Embedder:
         """
         for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
             if row not in job.rejected:
-                vectors[row] = self._survivor.alone(job.texts, job.tokens, row)
+                with contextlib.suppress(Exception):  # then its vector stays what it is, and it is rejected below
+                    vectors[row] = self._survivor.alone(job.texts, job.tokens, row)
                 if not np.isfinite(vectors[row]).all():
                     reason = f"the model's vector is not finite in {self.precision}"
                     self._survivor.check_health(

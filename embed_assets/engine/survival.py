@@ -4,6 +4,7 @@ and a text that the model can't take is found and left out."""
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class Survivor:
         """
         outcome = Outcome(max_batch_tokens)
         waiting = [batch]
+        is_last_try = False
         while waiting:
             part = waiting.pop()
             error = self._attempt(texts, tokens, part, buffer, is_patient=part is batch or len(part.rows) == 1)
@@ -74,7 +76,16 @@ class Survivor:
                 outcome.padded_tokens += part.tokens
             elif is_out_of_memory(error):
                 self._backend.release_memory()
-                waiting += self._smaller(tokens, part, outcome, error)
+                if len(part.rows) > 1:
+                    waiting += self._smaller(tokens, part, outcome)
+                elif is_last_try:
+                    raise EmbeddingError(
+                        f"there is not enough memory on {self._backend.device} for one text of {part.tokens} tokens "
+                        f"({reason_of(error)}); free memory there, or choose a smaller EMBED_MODEL"
+                    ) from error
+                else:
+                    is_last_try = True
+                    waiting.append(part)
             elif len(part.rows) == 1:
                 self.check_health(error)
                 outcome.rejected[int(part.rows[0])] = reason_of(error)
@@ -86,10 +97,12 @@ class Survivor:
 
     def alone(self, texts: Sequence[str], tokens: TokenizedTexts, row: int) -> np.ndarray:
         """The vector of one text in a batch of its own, shape (dimension,)."""
-        buffer = self._backend.new_buffer(len(texts))
-        for part in self._parts(tokens, np.array([row])):
-            self._backend.forward(texts, tokens, part, buffer)
-        return np.asarray(self._backend.fetch(buffer)[row])
+        ids = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
+        alone = TokenizedTexts(ids, np.array([0, len(ids)]), tokens.is_truncated[row : row + 1])
+        buffer = self._backend.new_buffer(1)
+        for part in self._parts(alone, np.array([0])):
+            self._backend.forward([texts[row]], alone, part, buffer)
+        return np.asarray(self._backend.fetch(buffer)[0])
 
     def check_health(self, error: Exception) -> None:
         """Raise `error` if the model can't embed a harmless text either: then no text is to blame."""
@@ -109,15 +122,12 @@ class Survivor:
             else:
                 self._backend.forward(texts, tokens, part, buffer)
         except Exception as error:
+            # The frames of the failed pass would hold its activations while a smaller one is tried.
+            traceback.clear_frames(error.__traceback__)
             return error
         return None
 
-    def _smaller(self, tokens: TokenizedTexts, part: Batch, outcome: Outcome, error: Exception) -> list[Batch]:
-        if len(part.rows) == 1:
-            raise EmbeddingError(
-                f"there is not enough memory on {self._backend.device} for one text of {part.tokens} tokens "
-                f"({reason_of(error)}); free memory there, or choose a smaller EMBED_MODEL"
-            ) from error
+    def _smaller(self, tokens: TokenizedTexts, part: Batch, outcome: Outcome) -> list[Batch]:
         outcome.max_batch_tokens = max(1, min(outcome.max_batch_tokens, part.tokens // 2))
         _log.warning(
             "out of memory with %d tokens; EMBED_MAX_BATCH_TOKENS is %d from now on",

@@ -12,6 +12,7 @@ import numpy as np
 from embed_assets.engine import features as make
 from embed_assets.engine.attention import ATTENTION, register_attention
 from embed_assets.engine.batching import Batch, Layout
+from embed_assets.engine.faults import reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
 from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.metrics import ModelCost
@@ -146,7 +147,9 @@ def load_torch_backend(space: EmbeddingSpace, device: str, precision: str, compi
 
     Raises ``ModelError`` when it can't be loaded, or when not even SentenceTransformer's own loop gives its vectors.
     """
-    backend = _load(space, device, precision, compiles, True) or _load(space, device, precision, compiles, False)
+    backend = _load(space, device, precision, compiles, True)
+    if backend is None and device == "cpu" and not compiles:
+        backend = _load(space, device, precision, compiles, False)
     if backend is None:
         raise ModelError(
             f"the model {space.model!r} does not give SentenceTransformer's vectors with "
@@ -167,8 +170,14 @@ def _load(space: EmbeddingSpace, device: str, precision: str, compiles: bool, wi
         )
     check_tokenizer(space, model.tokenizer)
     kind = model.device.type
-    reference, cost = reference_vectors(space, model), cost_of(transformer.model)
-    transformer.model.to(getattr(torch, precision))
+    try:
+        reference, cost = reference_vectors(space, model), cost_of(transformer.model)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model {space.model!r} could not be run on {device!r} in float32 for the self-check: "
+            f"{reason_of(error)}; free memory there, or choose a smaller EMBED_MODEL"
+        ) from error
+    _convert(transformer.model, getattr(torch, precision))
     if compiles:
         if has_openvino():
             import_openvino()  # torch's compiler would, and then it reported that to its makers
@@ -205,6 +214,17 @@ def _first_equal(
             why = f"{type(error).__name__}: {error}"
         _log.warning("the path torch-%s is not taken for %s in %s: %s", path, space.model, precision, why)
     return None
+
+
+def _convert(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Run the model in `dtype`, as if it had been loaded so: buffers that are computed, such as rotary frequencies,
+    stay in float32, for rounding them turns far positions."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def _use_attention(model: Any, name: str) -> None:

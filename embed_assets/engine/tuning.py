@@ -25,6 +25,8 @@ MEMORY_SHARE = 0.8
 LARGEST_BUDGET = 1 << 20
 _MEMORY_BUDGETS = (512, 4096)
 _MEMORY_TEXTS = 64
+_MEMORY_COPIES = 64
+"""So many texts per worker at least, to fill its batches."""
 _REPEATS = 3
 _PROBE_SECONDS = 0.5
 _VERSION = "1"
@@ -134,6 +136,7 @@ def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int, repeat
 def measure_memory(embedder: Embedder, texts: Sequence[str], device: Device) -> Memory:
     """What batches need, from the peaks of two budgets over the longest texts."""
     longest = sorted(texts, key=len, reverse=True)[:_MEMORY_TEXTS]
+    longest *= 1 + _MEMORY_COPIES * embedder.backend.workers // len(longest)
     peaks: dict[int, int] = {}
     before = embedder.max_batch_tokens
     try:
@@ -149,10 +152,12 @@ def measure_memory(embedder: Embedder, texts: Sequence[str], device: Device) -> 
     return Memory.from_probes(few * workers, few_bytes, many * workers, many_bytes)
 
 
-def tuning_key(space: EmbeddingSpace, device: Device, precision: str) -> str:
+def tuning_key(space: EmbeddingSpace, device: Device, precision: str, compiles: bool = False) -> str:
     """Equal exactly when what was found can be used again."""
     libraries = [f"{name} {_version(name)}" for name in ("torch", "transformers", "openvino", "embed-assets")]
-    return hash_parts((_VERSION, space.fingerprint, device.kind, device.description, precision, *libraries))
+    return hash_parts(
+        (_VERSION, space.fingerprint, device.kind, device.description, precision, str(compiles), *libraries)
+    )
 
 
 def recall(key: str) -> Tuned | None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import partition_keys, read_partition
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
-from embed_assets.records import hash_text
+from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class Gaps:
     """What is wrong with a partition: rows of each kind."""
 
     missing: int = 0
-    """Chunks without a vector, but for those of documents in rejected_documents."""
+    """Chunks without a vector, but for those that are in rejected_documents as not embeddable."""
     extra: int = 0
     """Vectors whose chunk is gone."""
     duplicated: int = 0
@@ -61,23 +61,16 @@ def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gap
 def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
     gaps = Gaps()
     expected: dict[str, str] = {}
-    excused: set[str] = set()
-    rejected = {
-        document_id
-        for batch in read_partition(lake, REJECTED, key, ["document_id"])
-        for document_id in batch.column("document_id").to_pylist()
-    }
+    excused = _rejected_chunks(lake, table.space, key)
     try:
         for _ in read_partition(lake, RAW, key, RAW.schema.names):
             pass
     except LakeError:
         gaps.unreadable_documents = 1
     try:
-        for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "document_id", "text"]):
-            for chunk_id, document_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
+            for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 expected[chunk_id] = hash_text(prompt + text)
-                if document_id in rejected:
-                    excused.add(chunk_id)
     except LakeError:
         gaps.unreadable_chunks = 1
     if gaps.total:
@@ -87,6 +80,19 @@ def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimen
     except LakeError:
         return Gaps(unreadable_vectors=1)
     return gaps
+
+
+def _rejected_chunks(lake: Lake, space: str, key: str) -> set[str]:
+    """Ids of the chunks that the space's model can't embed."""
+    try:
+        return {
+            chunk_of(detail)
+            for batch in read_partition(lake, REJECTED, key, ["reason", "detail"])
+            for reason, detail in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            if reason == NOT_EMBEDDABLE and is_chunk_of(space, detail)
+        }
+    except LakeError:
+        return set()  # then they count as missing, and making them anew mends the table
 
 
 def _verify_rows(

@@ -17,8 +17,8 @@ from embed_assets.lake.reader import read_partition, read_rows, row_count, scan
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, Staging, VectorStore, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
-from embed_assets.records import EMBEDDINGS, TIMESTAMP, Rejection, hash_text, utc_now
-from embed_assets.stages.rejections import NOT_EMBEDDABLE, replace_rejections
+from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text, utc_now
+from embed_assets.stages.rejections import replace_rejections
 
 WINDOW_SECONDS = 15.0
 """About the work of a window. Two are under way at a time, so that a kill costs at most thirty seconds of work."""
@@ -168,11 +168,11 @@ def materialize_embeddings(
                 inputs.under_way.difference_update(finished.column("input_hash").to_pylist())
                 on_window(finished.num_rows, work.engine.tokens)
         rejections: list[Rejection] = []
-        rows = _rows(lake, key, prompt, inputs, previous, work, rejections)
+        rows = _rows(lake, table, key, prompt, inputs, previous, work, rejections)
         # A vector that had to be made again must be committed, even if its row looks the same but for that.
         rewrite = rewrite or work.embedded > 0
         replaced = replace_partition(lake, table, key, rows, provenance, store.dimension, rewrite)
-        replace_rejections(lake, key, rejections, provenance, of_chunks=True)
+        replace_rejections(lake, key, rejections, provenance, table.space)
         work.dropped, work.rejected_chunks = len(previous), len(rejections)
     staging.clear()
     return Embeddings(replaced, work)
@@ -271,6 +271,7 @@ def _checked(embedder: Embedder, lake: Lake, table: TableSpec) -> Embedder:
 
 def _rows(
     lake: Lake,
+    table: TableSpec,
     key: str,
     prompt: str,
     inputs: _Inputs,
@@ -290,7 +291,7 @@ def _rows(
     for batch in read_partition(lake, CHUNK_TABLE, key, _CHUNK_COLUMNS):
         hashes = [hash_text(prompt + text) for text in batch.column("text").to_pylist()]
         if inputs.rejected:
-            rejections += _rejections(batch, hashes, inputs.rejected, documents)
+            rejections += _rejections(table.space, batch, hashes, inputs.rejected, documents)
             kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
             batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
         chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
@@ -318,13 +319,17 @@ def _rows(
 
 
 def _rejections(
-    batch: pa.RecordBatch, hashes: Sequence[str], rejected: Mapping[str, str], documents: Mapping[str, tuple[str, str]]
+    space: str,
+    batch: pa.RecordBatch,
+    hashes: Sequence[str],
+    rejected: Mapping[str, str],
+    documents: Mapping[str, tuple[str, str]],
 ) -> Iterator[Rejection]:
     ids, owners = batch.column("chunk_id").to_pylist(), batch.column("document_id").to_pylist()
     for chunk_id, document_id, input_hash in zip(ids, owners, hashes, strict=True):
         if input_hash in rejected:
             uri = documents[document_id][0] if document_id in documents else ""
-            yield Rejection(document_id, uri, NOT_EMBEDDABLE, f"chunk {chunk_id}: {rejected[input_hash]}")
+            yield Rejection(document_id, uri, NOT_EMBEDDABLE, chunk_detail(space, chunk_id, rejected[input_hash]))
 
 
 def known_inputs(

@@ -10,8 +10,9 @@ from embed_assets.corpus.chunking import ChunkOptions
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
-from embed_assets.engine.engine import Engine, EngineOptions
+from embed_assets.engine.engine import Engine, EngineFacts, EngineOptions, configured
 from embed_assets.engine.model import EmbeddingSpace, resolve_space
+from embed_assets.engine.openvino_backend import load_int8_backend
 from embed_assets.engine.quantization import CALIBRATION_TEXTS, QuantizedModel, quantize
 from embed_assets.errors import LakeError, ModelError, SettingsError
 from embed_assets.lake.models import keep_model, read_model
@@ -103,6 +104,7 @@ class Pipeline:
                 return self
             texts = [self.model_space.prompt + text for text in sample]
             made = quantize(self.model_space, texts, [hash_text(text) for text in texts])
+            load_int8_backend(self.model_space.quantized(made.artifact_hash), made.xml, made.weights)  # checks it
             found = QuantizedModel.from_files(keep_model(self.lake, self.model_space.name, made.files))
         return replace(self, quantized=found)
 
@@ -118,9 +120,17 @@ class Pipeline:
             raise ModelError(
                 f"the int8 model of {self.model_space.model!r} was not made yet; run 'embed-assets sync' with documents"
             )
+        return Engine(self.space, self._engine_options, self.quantized)
+
+    @property
+    def engine_facts(self) -> EngineFacts:
+        """Where and how the model runs; as configured, while it is not loaded."""
+        return self.engine.facts if self.is_calibrated else configured(self._engine_options)
+
+    @property
+    def _engine_options(self) -> EngineOptions:
         settings = self.settings
-        options = EngineOptions(settings.device, settings.precision, settings.max_batch_tokens, settings.compile)
-        return Engine(self.space, options, self.quantized)
+        return EngineOptions(settings.device, settings.precision, settings.max_batch_tokens, settings.compile)
 
     @property
     def embeddings_table(self) -> TableSpec:
@@ -162,7 +172,7 @@ class Pipeline:
             self.embeddings_table,
             key,
             self.space.prompt,
-            self.engine.embedder_for,
+            lambda texts, expected: self.engine.embedder_for(texts, expected),
             provenance,
             self._reuse_versions(),
             on_window,

@@ -39,7 +39,7 @@ def materialize_raw_documents(
                 yield item
 
     replaced = replace_partition(lake, RAW, partition.key, document_batches(documents(), partition.key), provenance)
-    replace_rejections(lake, partition.key, rejections, provenance, of_chunks=False)
+    replace_rejections(lake, partition.key, rejections, provenance)
     return RawDocuments(replaced, replaced.rows, len(rejections))
 
 

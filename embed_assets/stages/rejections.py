@@ -7,26 +7,41 @@ from typing import Any
 
 import pyarrow as pa
 
+from embed_assets.errors import LakeError
 from embed_assets.lake.reader import read_partition
 from embed_assets.lake.tables import REJECTED, Lake
 from embed_assets.lake.writer import Provenance, replace_partition
-from embed_assets.records import REJECTED_DOCUMENTS, Rejection, batched_bytes, utc_now
-
-NOT_EMBEDDABLE = "not_embeddable"
-"""Reason code of a chunk that the model has no vector for; the detail names the chunk."""
+from embed_assets.records import (
+    NOT_EMBEDDABLE,
+    REJECTED_DOCUMENTS,
+    Rejection,
+    batched_bytes,
+    is_chunk_of,
+    utc_now,
+)
 
 
 def replace_rejections(
-    lake: Lake, key: str, rejections: Sequence[Rejection], provenance: Provenance, of_chunks: bool
+    lake: Lake, key: str, rejections: Sequence[Rejection], provenance: Provenance, space: str | None = None
 ) -> None:
-    """Make `rejections` the partition's rejected documents or (`of_chunks`) chunks; the other kind's rows stay."""
-    present = [
-        row for batch in read_partition(lake, REJECTED, key, REJECTED_DOCUMENTS.names) for row in batch.to_pylist()
-    ]
-    others = [row for row in present if (row["reason"] == NOT_EMBEDDABLE) != of_chunks]
-    if of_chunks and not rejections and len(others) == len(present):
+    """Make `rejections` the partition's rejected documents, or (with `space`) the chunks that this space's model
+    can't embed. All other rows stay."""
+    try:
+        present = [
+            row for batch in read_partition(lake, REJECTED, key, REJECTED_DOCUMENTS.names) for row in batch.to_pylist()
+        ]
+    except LakeError:
+        present = []  # damaged: what is written now mends it
+    others = [row for row in present if not _is_replaced(row, space)]
+    if space is not None and not rejections and len(others) == len(present):
         return
     replace_partition(lake, REJECTED, key, _batches(key, rejections, others), provenance)
+
+
+def _is_replaced(row: dict[str, Any], space: str | None) -> bool:
+    if space is None:
+        return bool(row["reason"] != NOT_EMBEDDABLE)
+    return row["reason"] == NOT_EMBEDDABLE and is_chunk_of(space, row["detail"])
 
 
 def _batches(key: str, rejections: Sequence[Rejection], others: Sequence[dict[str, Any]]) -> Iterator[pa.RecordBatch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from embed_assets_tests.benchmarks import bench_chunking, bench_embedding, bench_memory
+from embed_assets_tests.benchmarks import bench_chunking, bench_embedding, bench_memory, bench_quality
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     # First, while this process is small: a child's peak counts what its parent held when it was started.
     bench_memory.run()
     bench_chunking.run(folder)
+    bench_quality.run(folder)
     bench_embedding.run(folder)
 
 

@@ -112,18 +112,39 @@ def memory_of(tokens: int) -> Callable[[list[str], Batch], None]:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(is_packed=True)])
 def test_out_of_memory_halves_the_budget_and_runs_only_that_batch_again(layout: Layout) -> None:
-    remembered: list[int] = []
     backend = Scripted(memory_of(40), layout=layout)
-    embedder = embedder_over(backend, 200, on_smaller_budget=remembered.append)
+    embedder = embedder_over(backend, 200)
     embedded = embedder.embed(TEXTS)
     assert np.array_equal(embedded.vectors, expected(TEXTS))
     assert not embedded.rejected
-    assert embedder.max_batch_tokens <= 40 and remembered[-1] == embedder.max_batch_tokens
+    assert embedder.max_batch_tokens <= 40
     assert sorted(text for batch in backend.batches for text in batch) == sorted(TEXTS)  # each was computed once
-    assert backend.released >= 1
-    before = len(remembered)
+    released = backend.released
+    assert released >= 1
     embedder.embed(TEXTS)
-    assert len(remembered) == before  # the smaller budget fits, and stays
+    assert backend.released == released  # the smaller budget fits, and stays
+
+
+def test_a_failed_pass_holds_no_memory_while_a_smaller_one_is_tried() -> None:
+    """A device with room for 60 tokens, whose passes hold what they have while their frames live."""
+    import gc
+    import weakref
+
+    class Activations:
+        """What a pass holds on its device."""
+
+    alive: weakref.WeakSet[Activations] = weakref.WeakSet()
+
+    def forward_pass(texts: list[str], batch: Batch) -> None:
+        held = [Activations() for _ in range(batch.tokens)]
+        alive.update(held)
+        if len(alive) > 60:
+            raise RuntimeError("CUDA out of memory")
+
+    backend = Scripted(forward_pass)
+    embedded = embedder_over(backend, 200).embed(["word " * 48] * 4)
+    assert not embedded.rejected and len(backend.batches) == 4
+    gc.collect()
 
 
 def test_no_memory_for_one_text_is_an_error_that_says_so() -> None:
