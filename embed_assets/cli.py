@@ -68,7 +68,7 @@ def command(function: Callable[..., Answer]) -> click.Command:
                 click.echo(json.dumps({"error": str(error)}))
             sys.exit(1)
         except KeyboardInterrupt:
-            stderr.print("stopped; what was embedded so far is kept and will be reused")
+            stderr.print("stopped; windows that were finished are kept and will be reused")
             sys.exit(130)
         if as_json:
             click.echo(json.dumps(answer.json, ensure_ascii=False, indent=2))
@@ -157,8 +157,10 @@ def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
     from embed_assets.defs.sync import run_sync
     from embed_assets.progress import ConsoleObserver
 
-    with stderr.status("preparing"):
-        pipeline = _pipeline().calibrated()
+    pipeline = _pipeline()
+    if not pipeline.is_calibrated:
+        with stderr.status("quantizing the model to int8 on a sample of the documents, once"):
+            pipeline = pipeline.calibrated()
     with open_instance() as instance, ConsoleObserver(stderr) as observer:
         result = run_sync(instance, pipeline, lambda inner: definitions_over(pipeline, inner), observer, partitions)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
@@ -236,9 +238,11 @@ def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
 
     Measures on chunks of the documents in FOLDER, by default the sample corpus.
     """
-    from embed_assets.plots import can_plot, plot_tuning
+    from embed_assets.plots import can_plot, check_writable, plot_tuning
 
     pipeline = _pipeline()
+    if can_plot():
+        check_writable(png)
     with stderr.status("reading documents") as status:
         with _pipeline_over(folder, precision="auto") as measured:
             texts = measured.sample_chunks(_TUNING_CHUNKS)

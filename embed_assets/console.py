@@ -64,6 +64,9 @@ def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds:
     for key, row in rows.items():
         if row["error"]:
             stderr.print(f"{key}: {row['error']}", style="red", markup=False, soft_wrap=True)
+        if row["rejected_chunks"]:
+            chunks = "1 chunk" if row["rejected_chunks"] == 1 else f"{row['rejected_chunks']:,} chunks"
+            stderr.print(f"{key}: {chunks} the model can't embed, see rejected_documents", style="yellow", markup=False)
     stdout.print(
         f"{totals['embedded']:,} chunks embedded ({totals['tokens']:,} tokens), {totals['reused']:,} reused, "
         f"{totals['dropped']:,} dropped in {seconds:,.1f} s"

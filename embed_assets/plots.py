@@ -6,11 +6,22 @@ import importlib.util
 from pathlib import Path
 
 from embed_assets.engine.tuning import Tuning
+from embed_assets.errors import SettingsError
 
 
 def can_plot() -> bool:
     """Whether the extra `plots` is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_writable(file: Path) -> None:
+    """Raise ``SettingsError`` now rather than after the measurement when a picture can't be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab"):
+            pass
+    except OSError as error:
+        raise SettingsError(f"the picture {str(file)!r} can't be written: {error.strerror}; name another") from error
 
 
 def plot_tuning(tuning: Tuning, title: str, file: Path) -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     "defs": {"stages", "corpus", "engine", "lake", "records", "settings", "errors"},
     "definitions": {"defs", "stages", "settings"},
     "console": {"engine"},
-    "plots": {"engine"},
+    "plots": {"engine", "errors"},
     "progress": {"defs", "stages"},
     "cli": {
         "definitions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,23 @@ def test_int8_without_documents_needs_no_model(tiny: Project) -> None:
     tiny.set(PRECISION="int8", SOURCE="empty")
     (tiny.root / "empty").mkdir()
     assert tiny.sync()["partitions"] == {}
-    tiny.set(MODEL="fake:8")
+    tiny.set(DEVICE="cuda")
+    assert "int8 runs on CPUs, got EMBED_DEVICE='cuda'" in tiny.json("plan", exit_code=1)["error"]
+    tiny.set(MODEL="fake:8", DEVICE="auto")
     assert "int8 needs a real model" in tiny.json("plan", exit_code=1)["error"]
+
+
+def test_int8_with_nothing_to_calibrate_on(tiny: Project) -> None:
+    tiny.set(PRECISION="int8", SOURCE="blank")
+    tiny.landing.rename(tiny.root / "blank")
+    for file in (tiny.root / "blank").rglob("*.rst"):
+        file.write_text("  \n")
+    assert {p["state"] for p in tiny.sync()["partitions"].values()} == {"materialized"}
+    assert tiny.json("verify")["ok"]
 
 
 def poisoned(model: Path, folder: Path) -> Path:
     """The model, with a token whose embedding is not a number: the first token of "poison"."""
-    import shutil
-
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -98,23 +108,32 @@ def test_a_chunk_the_model_cannot_take_is_rejected_and_the_rest_embedded(
 ) -> None:
     tiny.set(MODEL=str(poisoned(model, tmp_path)))
     tiny.write("a/bad.md", "This text holds a ☠ in it.")
+    tiny.write("c/alone.md", "Only a ☠ here.")
+    result = tiny.run("sync")
+    assert result.exit_code == 0 and "a: 1 chunk the model can't embed" in result.stderr
+    shutil.rmtree(tiny.root / "lake")
     first = tiny.sync()
+    assert (first["partitions"]["c"]["rejected_chunks"], first["partitions"]["c"]["chunks"]) == (1, 0)
     assert first["partitions"]["a"]["state"] == "materialized"
     assert first["partitions"]["a"]["rejected_chunks"] == 1
     assert (
         first["partitions"]["a"]["embedded"] + first["partitions"]["a"]["reused"] == first["partitions"]["a"]["chunks"]
     )
     rejected = tiny.rows("document_id", "reason", "detail", table="rejected_documents")
-    assert [(row["document_id"], row["reason"]) for row in rejected] == [("bad.md", "not_embeddable")]
+    assert {(row["document_id"], row["reason"]) for row in rejected} == {
+        ("bad.md", "not_embeddable"), ("alone.md", "not_embeddable")
+    }  # fmt: skip
     assert "not finite" in rejected[0]["detail"]
     assert {row["document_id"] for row in tiny.rows("document_id")} == {"try.rst", "with.rst"}
     assert tiny.json("verify")["ok"]
     assert tiny.sync()["embedded"] == 0
+    assert tiny.json("plan", "--count")["chunks_to_embed"] == 0
     tiny.write("a/unreadable.md", b"")  # raw_documents runs again: the rejected chunk must stay known
     tiny.sync()
     assert tiny.json("verify")["ok"]
     assert "could not be embedded" in tiny.json("search", "☠", exit_code=1)["error"]
     tiny.write("a/bad.md", "This text holds none any more.")
+    tiny.write("c/alone.md", "Nor this.")
     assert tiny.sync()["partitions"]["a"]["rejected_chunks"] == 0
     assert "not_embeddable" not in {row["reason"] for row in tiny.rows("reason", table="rejected_documents")}
     assert tiny.json("verify")["ok"]
@@ -133,6 +152,9 @@ def test_tune_remembers_what_it_found_and_draws_it(tiny: Project) -> None:
     assert tiny.pipeline().engine.embedder.max_batch_tokens == 77
     table = tiny.run("tune", str(tiny.landing)).stdout
     assert "sweet spot" in table and "per token" in table
+    assert "can't be written" in tiny.json("tune", str(tiny.landing), "--png", "/dev/null/x.png", exit_code=1)["error"]
+    (tiny.root / "nothing").mkdir()
+    assert "needs texts" in tiny.json("tune", "nothing", exit_code=1)["error"]
     tiny.set(MODEL="fake:8")
     assert "tuning needs a real model" in tiny.json("tune", exit_code=1)["error"]
 
@@ -160,6 +182,8 @@ def test_benchmark_compares_with_encode(tiny: Project) -> None:
         assert {"encode", "torch float32", "openvino float32", "openvino int8"} <= set(rows)
         assert rows["torch float32"]["cosine_min"] > 0.99999 and rows["openvino float32"]["cosine_min"] > 0.99999
     assert any("GPU" in reason for reason in report["left_out"])
+    (tiny.root / "nothing").mkdir()
+    assert "needs texts" in tiny.json("benchmark", "nothing", exit_code=1)["error"]
     assert "x encode" in tiny.run("benchmark", str(tiny.landing), "--chunks", "8", "--rounds", "1").stdout
 
 
@@ -183,7 +207,7 @@ def test_run_metadata_tells_what_the_engine_did(tiny: Project) -> None:
     assert found["gflops"] > 0 and 0 < found["roofline_percent"] < 110
     assert 0 <= found["tokenizer_wait_percent"] <= 100 and 0 <= found["device_wait_percent"] <= 100
     assert found["advice"] and found["startup_seconds"] > 0 and found["engine_seconds"] > 0
-    assert found["gpu_memory_bytes"] == 0
+    assert "gpu_memory_bytes" not in found and "advice" not in metadata_of(tiny, "chunks", "a")
 
 
 def test_progress_estimates_the_time_that_remains() -> None:

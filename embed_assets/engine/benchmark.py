@@ -19,7 +19,7 @@ from embed_assets.engine.quantization import CALIBRATION_TEXTS, quantize
 from embed_assets.engine.runner import Backend, Embedder
 from embed_assets.engine.torch_backend import load_torch_backend
 from embed_assets.engine.tuning import measure_budget, sweet_spot
-from embed_assets.errors import ModelError
+from embed_assets.errors import ModelError, SettingsError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -79,8 +79,12 @@ def run_benchmark(
 ) -> Report:
     """Measure every way on every set, on the CPU. The int8 model is calibrated on the first set, and forgotten after.
 
-    Raises ``ModelError`` when the model can't be loaded.
+    Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` for a fake one or a set without texts.
     """
+    if space.directory is None:
+        raise SettingsError(f"a benchmark needs a real model, got EMBED_MODEL={space.model!r}; set another")
+    if not all(sets.values()):
+        raise SettingsError("a benchmark needs texts, got a folder without any; name one with documents")
     device = resolve_device("cpu")
     left_out = ["GPU: the engine is measured on the CPU here; 'embed-assets tune' measures a GPU where there is one"]
     on_step("loading the model in each library")

@@ -26,6 +26,10 @@ from embed_assets.errors import ModelError
 CALIBRATION_TEXTS = 128
 """Enough for the ranges of activations to settle; more changed nothing measurable."""
 
+_SMOOTHING = 0.8
+"""How much of the activations' spread SmoothQuant moves into the weights. Less than NNCF's 0.95: on retrieval over
+Rust's RFCs nDCG@10 stays with float32's, and the worst vectors are better, at the same mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
@@ -106,6 +110,9 @@ def quantize(space: EmbeddingSpace, texts: Sequence[str], hashes: Sequence[str])
                 model_type=nncf.ModelType.TRANSFORMER,
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(calibrated_on),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=_SMOOTHING)
+                ),
             )
     except Exception as error:  # converter and quantizer raise many types
         raise ModelError(

@@ -138,7 +138,7 @@ def vector_batch(
 def vector_array(vectors: np.ndarray) -> pa.ListArray:
     """An Arrow list<float32> array over the rows of a float32 array of shape (n, dimension), without a copy per row."""
     rows, dimension = vectors.shape
-    offsets = pa.array(np.arange(0, (rows + 1) * dimension, dimension or 1, dtype=np.int32)[: rows + 1])
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * dimension)
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(vectors).reshape(-1)), type=VECTOR)
 
 

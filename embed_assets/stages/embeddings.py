@@ -294,6 +294,8 @@ def _rows(
             rejections += _rejections(table.space, batch, hashes, inputs.rejected, documents)
             kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
             batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
+            if not hashes:
+                continue
         chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
         stored = inputs.store.get(hashes)
         origins = [documents.get(document_id) for document_id in chunk["document_id"].to_pylist()]

@@ -67,6 +67,10 @@ class Pipeline:
             settings.trust_remote_code,
         )
         lake = Lake.from_settings(settings)
+        if settings.precision == "int8" and settings.device not in ("auto", "cpu"):
+            raise SettingsError(
+                f"EMBED_PRECISION=int8 runs on CPUs, got EMBED_DEVICE={settings.device!r}; set EMBED_DEVICE=cpu"
+            )
         return cls(
             settings,
             Source.from_settings(settings),
@@ -218,6 +222,8 @@ class Pipeline:
             input_hash = hash_text(self.space.prompt + text)
             if input_hash not in known and not (reuse_table and input_hash in elsewhere):
                 to_embed[input_hash] = token_count + max(0, self.space.prompt_tokens - 1)
+        if not stale:
+            return Estimate(0, len(ids), 0, 0)  # what it lacks the model could not embed
         elsewhere.update(to_embed)
         return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
 

@@ -191,7 +191,9 @@ def test_metadata(project: Project, instance: dg.DagsterInstance) -> None:
     assert values["chunks"] == values["embedded"] == values["dagster/partition_row_count"] > 5
     assert values["peak_memory_bytes"] > 10_000_000
     for asset in ASSETS:
-        assert latest(instance, asset, "a").metadata.keys() == values.keys()
+        assert (
+            set(wanted.split()) | {"max_batch_tokens", "table_version"} <= latest(instance, asset, "a").metadata.keys()
+        )
     raw = {name: value.value for name, value in latest(instance, "raw_documents", "a").metadata.items()}
     assert (raw["documents"], raw["rejected"], raw["table_version"]) == (1, 1, 1)
 
