@@ -35,6 +35,8 @@ from embed_assets.errors import ModelError, SettingsError
 
 TUNE_FROM_TEXTS = 2000
 """Fewer texts are embedded sooner than the sweet spot is found."""
+_SAMPLE_TEXTS = 48
+"""Enough batches to tell budgets apart, few enough to take seconds."""
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
 """Until tuned. On CPUs a small budget is fastest: activations stay in the caches."""
 _FIRST_BUDGET = {"cpu": 512, "cuda": 4096, "mps": 1024}
@@ -100,7 +102,7 @@ class Engine:
         embedder = self.embedder
         if self._fake is None and self._tuned is None and expected >= TUNE_FROM_TEXTS:
             _log.info("finding the fastest library and budget for %s on this machine, once", self._space.name)
-            self.tune(texts)
+            self.tune(texts[:: max(1, len(texts) // _SAMPLE_TEXTS)])
         return self._embedder or embedder
 
     def tune(

@@ -24,9 +24,8 @@ MEMORY_SHARE = 0.8
 """Of the free memory, what a batch may take."""
 LARGEST_BUDGET = 1 << 20
 _MEMORY_BUDGETS = (512, 4096)
-_MEMORY_TEXTS = 64
-_MEMORY_COPIES = 64
-"""So many texts per worker at least, to fill its batches."""
+_MEMORY_TEXTS = 16
+"""Long texts per worker: enough to fill a batch of the larger budget."""
 _REPEATS = 3
 _PROBE_SECONDS = 0.5
 _VERSION = "1"
@@ -135,8 +134,9 @@ def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int, repeat
 
 def measure_memory(embedder: Embedder, texts: Sequence[str], device: Device) -> Memory:
     """What batches need, from the peaks of two budgets over the longest texts."""
-    longest = sorted(texts, key=len, reverse=True)[:_MEMORY_TEXTS]
-    longest *= 1 + _MEMORY_COPIES * embedder.backend.workers // len(longest)
+    wanted = _MEMORY_TEXTS * embedder.backend.workers
+    longest = sorted(texts, key=len, reverse=True)[:wanted]
+    longest *= -(-wanted // len(longest))
     peaks: dict[int, int] = {}
     before = embedder.max_batch_tokens
     try:
