@@ -145,7 +145,7 @@ def _measure_set(
     on_step(f"{name}: looking for the best batch size and budgets")
     best_batch = min(_ENCODE_BATCHES, key=lambda size: _seconds(lambda: _encode(model, trial, size))[0])
     for embedder in embedders.values():
-        points = [measure_budget(embedder, trial, budget, repeats=1) for budget in _BUDGETS]
+        points = [measure_budget(embedder, trial, budget) for budget in _BUDGETS]
         embedder.max_batch_tokens = sweet_spot(points).max_batch_tokens
     best_encode = f"encode, batch {best_batch}"
     runs: dict[str, Callable[[], np.ndarray]] = {BASELINE: lambda: _encode(model, texts, 32)}

@@ -116,14 +116,14 @@ class Tuning:
     """Batches at the same time."""
 
 
-def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int, repeats: int = _REPEATS) -> Point:
+def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int) -> Point:
     """Throughput of `texts` with a budget: the median of a few passes."""
     before, embedder.max_batch_tokens = embedder.max_batch_tokens, budget
     speeds: list[float] = []
     padding = 0.0
     try:
         started = time.perf_counter()
-        while len(speeds) < repeats and (not speeds or time.perf_counter() - started < repeats * _PROBE_SECONDS):
+        while len(speeds) < _REPEATS and (not speeds or time.perf_counter() - started < _REPEATS * _PROBE_SECONDS):
             stats = embedder.embed(texts).stats
             speeds.append(stats.tokens_per_second)
             padding = stats.padding_percent
