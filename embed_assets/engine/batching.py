@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,6 +51,11 @@ def plan_batches(lengths: np.ndarray, max_batch_tokens: int, layout: Layout) -> 
         if layout.is_packed
         else _padded(order, lengths, max_batch_tokens, layout)
     )
+
+
+def plan_part(rows: np.ndarray, lengths: np.ndarray, max_batch_tokens: int, layout: Layout) -> list[Batch]:
+    """The same for some rows of a window, whose numbers the batches keep. `lengths` are those of the whole window."""
+    return [replace(batch, rows=rows[batch.rows]) for batch in plan_batches(lengths[rows], max_batch_tokens, layout)]
 
 
 def _padded(order: np.ndarray, lengths: np.ndarray, budget: int, layout: Layout) -> list[Batch]:

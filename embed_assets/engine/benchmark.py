@@ -92,7 +92,7 @@ def run_benchmark(
     model = load_sentence_transformer(space, "cpu")
     report = Report(space.model, device.description, rounds, 0.0, {}, left_out)
     for name, texts in sets.items():
-        report.sets[name] = _measure_set(name, texts, embedders, model, rounds, report, on_step)
+        report.sets[name] = _measure_set(space, name, texts, embedders, model, rounds, report, on_step)
     for found in report.sets.values():
         found.rows = [
             replace(row, roofline_percent=round(100 * row.gflops / report.ceiling_gflops, 1)) for row in found.rows
@@ -133,6 +133,7 @@ def _embedders(
 
 
 def _measure_set(
+    space: EmbeddingSpace,
     name: str,
     texts: Sequence[str],
     embedders: Mapping[str, Embedder],
@@ -163,20 +164,21 @@ def _measure_set(
             elapsed, vectors[label] = _seconds(run)
             seconds[label].append(elapsed)
     medians = {label: statistics.median(found) for label, found in seconds.items()}
-    any_embedder = next(iter(embedders.values()))
-    stats = any_embedder.embed(texts).stats
-    found = SetReport(len(texts), stats.tokens)
+    lengths = space.tokenizer.tokenize(texts, space.max_seq_length).lengths
+    tokens = int(lengths.sum())
+    operations = next(iter(embedders.values())).backend.cost.operations(lengths)
+    found = SetReport(len(texts), tokens)
     for label, median in medians.items():
         cosines = (vectors[label] * vectors[BASELINE]).sum(axis=1)
         found.rows.append(
             Row(
                 label,
-                round(stats.tokens / median, 1),
+                round(tokens / median, 1),
                 round(medians[BASELINE] / median, 3),
                 round(medians[best_encode] / median, 3),
                 round(float(cosines.min()), 6),
                 round(float(cosines.mean()), 6),
-                round(stats.operations / median / 1e9, 1),
+                round(operations / median / 1e9, 1),
                 0.0,
             )
         )

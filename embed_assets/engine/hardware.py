@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+_MOST_WORKERS = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -31,6 +32,18 @@ def available_cores() -> int:
     if quota.isdigit() and period.strip().isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
     return max(1, cores)
+
+
+def cpu_workers() -> int:
+    """Batches that are computed at the same time on this CPU; each worker has its share of the cores."""
+    return min(_MOST_WORKERS, available_cores())
+
+
+def share_cores(workers: int) -> None:
+    """Let torch use one of so many workers' share of the cores in the thread that calls this."""
+    import torch
+
+    torch.set_num_threads(max(1, available_cores() // workers))
 
 
 def available_memory_bytes() -> int | None:

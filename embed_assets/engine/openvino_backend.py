@@ -14,7 +14,7 @@ import numpy as np
 from embed_assets.engine import features as make
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
-from embed_assets.engine.hardware import available_cores
+from embed_assets.engine.hardware import available_cores, cpu_workers, share_cores
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
 from embed_assets.engine.openvino_library import import_openvino, without_telemetry
 from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
@@ -25,7 +25,6 @@ from embed_assets.errors import ModelError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-_MOST_WORKERS = 4
 _KERNEL_WIDTH = 16
 """Attention's kernels work on so many tokens at a time; other widths are up to a tenth slower per token."""
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
@@ -42,7 +41,7 @@ class OpenVinoBackend:
         self.precision, self.cost = precision, cost_of(transformer.model)
         self.dimension = native_dimension(space, model)
         self.layout = Layout(width_multiple=_KERNEL_WIDTH)
-        self.workers = min(_MOST_WORKERS, available_cores())
+        self.workers = cpu_workers()
         tokenizer: Any = model.tokenizer
         self._pad_id, self._pads_left = int(tokenizer.pad_token_id or 0), tokenizer.padding_side == "left"
         self._features = prompt_features(space, model)
@@ -64,10 +63,8 @@ class OpenVinoBackend:
         return "openvino"
 
     def enter_worker(self) -> None:
-        """Each worker has a stream of OpenVINO's, and one core for what is done in torch."""
-        import torch
-
-        torch.set_num_threads(max(1, available_cores() // self.workers))
+        """Each worker has a stream of OpenVINO's, and the same cores for what is done in torch."""
+        share_cores(self.workers)
 
     def new_buffer(self, rows: int) -> np.ndarray:
         """float32, shape (rows, dimension)."""
@@ -111,7 +108,7 @@ def load_openvino_backend(space: EmbeddingSpace, precision: str) -> OpenVinoBack
         graph = convert(model)
     except Exception as error:  # the converter raises many types for operators it does not know
         raise ModelError(
-            f"OpenVINO can't convert the model {space.model!r}: {type(error).__name__}: {error}; it runs in torch"
+            f"OpenVINO can't convert the model {space.model!r}: {reason_of(error)}; it runs in torch"
         ) from error
     return checked(space, model, graph, precision)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from embed_assets.engine import features as make
 from embed_assets.engine.batching import Layout, plan_batches
+from embed_assets.engine.faults import reason_of
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
 from embed_assets.engine.openvino_backend import convert
 from embed_assets.engine.openvino_library import import_openvino, without_telemetry
@@ -116,7 +117,7 @@ def quantize(space: EmbeddingSpace, texts: Sequence[str], hashes: Sequence[str])
             )
     except Exception as error:  # converter and quantizer raise many types
         raise ModelError(
-            f"the model {space.model!r} can't be quantized: {type(error).__name__}: {error}; set EMBED_PRECISION=auto"
+            f"the model {space.model!r} can't be quantized: {reason_of(error)}; set EMBED_PRECISION=auto"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "model.xml"

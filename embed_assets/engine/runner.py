@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from embed_assets.engine.batching import Batch, Layout, plan_batches
+from embed_assets.engine.batching import Batch, Layout, plan_batches, plan_part
 from embed_assets.engine.gpu import GpuUsage
 from embed_assets.engine.metrics import EngineStats, ModelCost
 from embed_assets.engine.survival import Survivor
@@ -133,16 +133,6 @@ class Embedder:
         """Length of a vector."""
         return self.backend.dimension
 
-    @property
-    def device(self) -> str:
-        """Where the model runs."""
-        return self.backend.device
-
-    @property
-    def precision(self) -> str:
-        """Arithmetic of the model."""
-        return self.backend.precision
-
     def embed(self, texts: Sequence[str]) -> EmbeddedTexts:
         """One unit-norm vector per text, prompt already included in the texts."""
         [embedded] = self.embed_windows([texts])
@@ -253,10 +243,7 @@ class Embedder:
         if not job.batches:
             return job.batches
         rows = np.concatenate([batch.rows for batch in job.batches])
-        return deque(
-            Batch(rows[batch.rows], batch.width, batch.tokens)
-            for batch in plan_batches(job.tokens.lengths[rows], self.max_batch_tokens, self.backend.layout)
-        )
+        return deque(plan_part(rows, job.tokens.lengths, self.max_batch_tokens, self.backend.layout))
 
     def _checked(self, job: _Job, vectors: np.ndarray) -> np.ndarray:
         """The vectors at unit length; a zero vector stays zero, as in sentence-transformers.
@@ -268,7 +255,7 @@ class Embedder:
                 with contextlib.suppress(Exception):  # then its vector stays what it is, and it is rejected below
                     vectors[row] = self._survivor.alone(job.texts, job.tokens, row)
                 if not np.isfinite(vectors[row]).all():
-                    reason = f"the model's vector is not finite in {self.precision}"
+                    reason = f"the model's vector is not finite in {self.backend.precision}"
                     self._survivor.check_health(
                         EmbeddingError(f"{reason} for any text; set another EMBED_PRECISION or EMBED_MODEL")
                     )

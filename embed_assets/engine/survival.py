@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from embed_assets.engine.batching import Batch, plan_batches
+from embed_assets.engine.batching import Batch, plan_part
 from embed_assets.engine.faults import is_out_of_memory, is_transient, reason_of
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import EmbeddingError
@@ -134,12 +134,8 @@ class Survivor:
             part.tokens,
             outcome.max_batch_tokens,
         )
-        return [
-            Batch(part.rows[piece.rows], piece.width, piece.tokens)
-            for piece in plan_batches(tokens.lengths[part.rows], outcome.max_batch_tokens, self._backend.layout)
-        ]
+        return plan_part(part.rows, tokens.lengths, outcome.max_batch_tokens, self._backend.layout)
 
     def _parts(self, tokens: TokenizedTexts, rows: np.ndarray) -> list[Batch]:
         """The rows as one batch."""
-        whole = plan_batches(tokens.lengths[rows], 1 << 62, self._backend.layout)
-        return [Batch(rows[piece.rows], piece.width, piece.tokens) for piece in whole]
+        return plan_part(rows, tokens.lengths, 1 << 62, self._backend.layout)

@@ -14,7 +14,7 @@ from embed_assets.engine.attention import ATTENTION, register_attention
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
-from embed_assets.engine.hardware import available_cores
+from embed_assets.engine.hardware import cpu_workers, share_cores
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, truncated_dimension
 from embed_assets.engine.onednn import use_onednn_linears
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Path = Literal["packed", "padded", "encode"]
-_MOST_WORKERS = 4
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +52,7 @@ class TorchBackend:
         self._device = model.device
         self._monitor = _gpu_monitor(model.device)
         self.layout = Layout(is_packed=path == "packed")
-        self.workers = min(_MOST_WORKERS, available_cores()) if self._device.type == "cpu" and path != "encode" else 1
+        self.workers = cpu_workers() if self._device.type == "cpu" and path != "encode" else 1
 
     @property
     def device(self) -> str:
@@ -67,10 +66,8 @@ class TorchBackend:
 
     def enter_worker(self) -> None:
         """On CPUs each worker has its share of the cores and its own batches, so that none waits for the others."""
-        import torch
-
         if self._device.type == "cpu":
-            torch.set_num_threads(max(1, available_cores() // self.workers))
+            share_cores(self.workers)
 
     def new_buffer(self, rows: int) -> torch.Tensor:
         """Where a window's vectors are collected, on the device: float32, shape (rows, dimension)."""
@@ -211,7 +208,7 @@ def _first_equal(
                 return backend
             why = f"its vectors differ from SentenceTransformer's (cosine {cosine:.5f})"
         except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-            why = f"{type(error).__name__}: {error}"
+            why = reason_of(error)
         _log.warning("the path torch-%s is not taken for %s in %s: %s", path, space.model, precision, why)
     return None
 

@@ -214,6 +214,8 @@ class Pipeline:
         """
         reuse_table = self.settings.reuse == "table"
         known, ids = known_inputs(self.lake, self.embeddings_table, partition.key, reuse_table, is_damaged)
+        if not stale:
+            return Estimate(0, len(ids), 0, 0)  # what it lacks the model could not embed
         to_embed: dict[str, int] = {}
         kept = chunks = 0
         for chunk_id, text, token_count in self._future_chunks(partition, stale):
@@ -222,8 +224,6 @@ class Pipeline:
             input_hash = hash_text(self.space.prompt + text)
             if input_hash not in known and not (reuse_table and input_hash in elsewhere):
                 to_embed[input_hash] = token_count + max(0, self.space.prompt_tokens - 1)
-        if not stale:
-            return Estimate(0, len(ids), 0, 0)  # what it lacks the model could not embed
         elsewhere.update(to_embed)
         return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
 
