@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embed_assets.engine.model_files import cache_directory
+from embed_assets.engine import remembered
 from embed_assets.errors import SettingsError
 from embed_assets.records import hash_parts
 
@@ -132,11 +132,9 @@ class Device:
 
     def ceiling_gflops(self, precision: str) -> float:
         """What it multiplies at most in that precision, in billions of operations per second; measured once."""
-        file = cache_directory() / "ceilings" / hash_parts((self.description, self.kind, precision))
-        try:
-            return float(file.read_text("ascii"))
-        except (OSError, ValueError):
-            pass
+        name = hash_parts((self.description, self.kind, precision))
+        with contextlib.suppress(ValueError):
+            return float(remembered.recall("ceilings", name) or "")
         # int8 has no plain product in torch to measure: with VNNI it does four times float32's operations per cycle.
         factor = 1 if precision != "int8" else 4 if "vnni" in self.description else 2
         try:
@@ -144,9 +142,7 @@ class Device:
         except RuntimeError as error:  # no memory for it, most likely
             _log.warning("the ceiling of %s was not measured: %s", self.name, error)
             return 0.0
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(str(round(ceiling, 1)), "ascii")
+        remembered.keep("ceilings", name, str(round(ceiling, 1)))
         return ceiling
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from embed_assets.engine import remembered
 from embed_assets.errors import ModelError
 from embed_assets.records import hash_parts
 
@@ -24,11 +24,6 @@ _CONFIGS = (
 _IRRELEVANT_CONFIG = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "__version__", "use_cache"}
 )
-
-
-def cache_directory() -> Path:
-    """Where small facts about models and this machine are kept between processes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embed_assets"
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -57,21 +52,11 @@ def file_sha256(path: Path, cached: bool = True) -> str:
     key = hash_parts(
         (str(path.resolve()), *(str(v) for v in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     )
-    memory = cache_directory() / "sha256" / key
-    if cached:
-        try:
-            return memory.read_text("ascii")
-        except OSError:
-            pass
+    if cached and (known := remembered.recall("sha256", key)) is not None:
+        return known
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(digest, "ascii")
-        partial.replace(memory)
-    except OSError:
-        pass  # a read-only home only costs hashing again
+    remembered.keep("sha256", key, digest)
     return digest
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+from embed_assets.engine import remembered
 from embed_assets.engine.hardware import Device
 from embed_assets.engine.model import EmbeddingSpace
-from embed_assets.engine.model_files import cache_directory
 from embed_assets.engine.runner import Embedder
 from embed_assets.records import hash_parts
 
@@ -29,7 +26,6 @@ _MEMORY_TEXTS = 16
 _REPEATS = 3
 _PROBE_SECONDS = 0.5
 _VERSION = "1"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +159,15 @@ def tuning_key(space: EmbeddingSpace, device: Device, precision: str, compiles: 
 def recall(key: str) -> Tuned | None:
     """What was found before, if it was on this machine."""
     try:
-        values = json.loads(_file(key).read_text("utf-8"))
+        values = json.loads(remembered.recall("tuning", f"{key}.json") or "")
         return Tuned(str(values["library"]), int(values["max_batch_tokens"]), float(values["tokens_per_second"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def remember(key: str, tuned: Tuned) -> None:
-    """Keep it for the next process. A read-only home only costs tuning again."""
-    file = _file(key)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(tuned)), "utf-8")
-        partial.replace(file)
-    except OSError as error:
-        _log.info("the tuning could not be kept in %s: %s", file.parent, error)
-
-
-def _file(key: str) -> Path:
-    return cache_directory() / "tuning" / f"{key}.json"
+    """Keep it for the next process."""
+    remembered.keep("tuning", f"{key}.json", json.dumps(asdict(tuned)))
 
 
 def _version(name: str) -> str:
