@@ -109,11 +109,12 @@ def discover(as_json: bool) -> Answer:
     from embed_assets.defs.discovery import discover as discover_partitions
     from embed_assets.defs.discovery import list_partitions
     from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.names import Names
     from embed_assets.defs.staleness import load_history
 
     pipeline = _pipeline()
     with open_instance() as instance:
-        partitions = list_partitions(instance, pipeline.source)
+        partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
         print_names("new", found.added)
@@ -174,6 +175,21 @@ def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
 
 
 @command
+@click.argument("key")
+def forget(as_json: bool, key: str) -> Answer:
+    """Drop the partition KEY, whose files are gone: its rows in every table, and its key in Dagster."""
+    from embed_assets.defs.forget import forget as forget_partition
+    from embed_assets.defs.instance import open_instance
+
+    pipeline = _pipeline()
+    with open_instance() as instance:
+        emptied = forget_partition(instance, pipeline, key)
+    if not as_json:
+        stdout.print(f"{key}: forgotten, its rows removed from {emptied} tables", markup=False)
+    return Answer({"partition_key": key, "tables": emptied})
+
+
+@command
 @click.argument("query")
 @click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many results.")
 def search(as_json: bool, query: str, k: int) -> Answer:
@@ -201,6 +217,7 @@ def search(as_json: bool, query: str, k: int) -> Answer:
 def verify(as_json: bool, repair: bool) -> Answer:
     """Check that every chunk has exactly one good vector, for its current text. Exits 1 if not."""
     from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.names import Names
     from embed_assets.defs.repair import mark_for_repair
     from embed_assets.lake.verify import verify as verify_table
 
@@ -210,7 +227,7 @@ def verify(as_json: bool, repair: bool) -> Answer:
     damaged = {key: gaps for key, gaps in found.items() if gaps.total}
     if repair and damaged:
         with open_instance() as instance:
-            mark_for_repair(instance, damaged)
+            mark_for_repair(instance, Names.of(pipeline), damaged)
     if not as_json:
         for key, gaps in damaged.items():
             stdout.print(

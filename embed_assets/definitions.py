@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dagster as dg
 
+from embed_assets.defs.arrivals import build_arrivals_sensor
 from embed_assets.defs.assets import build_corpus_assets
+from embed_assets.defs.automation import build_automation_sensor
+from embed_assets.defs.names import Names
+from embed_assets.defs.processes import one_process_executor
 from embed_assets.defs.results import RunObserver
 from embed_assets.defs.specs import source_spec
 from embed_assets.settings import Settings, load_settings
@@ -14,9 +18,9 @@ from embed_assets.stages.pipeline import Pipeline
 def build_definitions(settings: Settings, observer: RunObserver | None = None) -> dg.Definitions:
     """The definitions over `settings`; progress goes to `observer`, or else to the runs' logs.
 
+    Several of them, with different ``name_prefix`` and ``lake``, go into one code location by ``Definitions.merge``.
     Resolves the model's files, loads no model, and touches neither source nor lake (but for an int8 model, which is
-    kept there).
-    Raises ``SettingsError`` or ``ModelError``.
+    kept there). Raises ``SettingsError`` or ``ModelError``.
     """
     return definitions_over(Pipeline.from_settings(settings), observer)
 
@@ -24,10 +28,19 @@ def build_definitions(settings: Settings, observer: RunObserver | None = None) -
 def definitions_over(pipeline: Pipeline, observer: RunObserver | None = None) -> dg.Definitions:
     """The definitions over a pipeline that exists already."""
     return dg.Definitions(
-        assets=[source_spec(pipeline), build_corpus_assets(pipeline, observer)],
-        # One process per run: the model is loaded once, whatever the number of partitions.
-        executor=dg.in_process_executor,
+        assets=dg.with_source_code_references([source_spec(pipeline), build_corpus_assets(pipeline, observer)]),
+        sensors=[build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))],
+        executor=one_process_executor,
     )
 
 
-defs = build_definitions(load_settings())
+def __getattr__(name: str) -> dg.Definitions:
+    """`defs`, made when Dagster asks for it: whoever imports `build_definitions` needs no environment."""
+    if name != "defs":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["defs"] = made = build_definitions(load_settings())
+    return made
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "defs"]

@@ -15,6 +15,11 @@ Every message says the rule, the actual value, the item it is about and the next
 class UserError(Exception):
     """Base of all errors whose message is meant for the person at the keyboard."""
 
+    def __init__(self, message: str, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+        """Trying again later may help."""
+
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
 
@@ -41,3 +46,10 @@ class LakeError(UserError):
 
 class PartitionError(UserError):
     """A partition does not exist or could not be materialized."""
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether trying again later may help: a store that hiccups or a device that was lost, not a wrong value."""
+    if isinstance(error, UserError):
+        return error.may_pass
+    return isinstance(error, OSError | RuntimeError | MemoryError)

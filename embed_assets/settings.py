@@ -65,6 +65,15 @@ class Settings(BaseSettings):
     reuse: Literal["partition", "table"] = Field(
         "partition", description="Where a text's vector is looked for before it is embedded."
     )
+    settle_seconds: float = Field(
+        5.0, ge=0, le=3600, description="Sensors leave files alone that changed less long ago (seconds)."
+    )
+    max_rejected_percent: float = Field(20.0, ge=0, le=100, description="Limit of the check rejected_share (%).")
+    max_duplicate_percent: float = Field(50.0, ge=0, le=100, description="Limit of the check duplicate_share (%).")
+    max_truncated_percent: float = Field(5.0, ge=0, le=100, description="Limit of the check truncated_share (%).")
+    name_prefix: str = Field(
+        "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Put before the assets' names: one corpus of several."
+    )
     compute: Literal["local"] = Field("local", description="Where the model runs.")
 
     @model_validator(mode="after")

@@ -64,8 +64,9 @@ class SourcePartition:
 
     @property
     def version(self) -> str:
-        """Data version of what the listing shows: paths, sizes and ETags or times."""
-        return hash_parts(part for f in self.files for part in (f.path, str(f.size), f.version, f.rejected))
+        """Data version of what the listing shows: a hash over paths and sizes, '-', and one over ETags or times."""
+        shape = hash_parts(part for f in self.files for part in (f.path, str(f.size), f.rejected))
+        return f"{shape}-{hash_parts(f.version for f in self.files)}"
 
     def document_id(self, file: SourceFile) -> str:
         """Identity of a file's text: its path inside the partition."""
@@ -153,12 +154,18 @@ class Source:
         except Exception as error:
             raise SourceError(
                 f"the source {self.root!r} can't be listed: {type(error).__name__}: {error}; "
-                "check EMBED_SOURCE, EMBED_SOURCE_OPTIONS and the credentials in the environment"
+                "check EMBED_SOURCE, EMBED_SOURCE_OPTIONS and the credentials in the environment",
+                may_pass=True,
             ) from error
         for name, info in listing.items():
             relative = name.removeprefix(base).lstrip("/")
             if info.get("type") != "directory" and not _is_hidden(relative):
                 yield _from_listing(relative, info)
+
+
+def is_only_touched(before: str, now: str) -> bool:
+    """Between two versions of a partition no path and no size changed: perhaps no content did either."""
+    return before.partition("-")[0] == now.partition("-")[0]
 
 
 def partition_key(name: str) -> str:

@@ -1,78 +1,117 @@
-"""The one step that makes the three assets."""
+"""The one step that makes the three assets and asks their checks."""
 # No postponed annotations here: Dagster looks at the step's as they are.
 
-import time
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
-from embed_assets.defs.corpus_run import CorpusRun
-from embed_assets.defs.results import PartitionResult, RemainingTime, RunObserver, describe_progress
+from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.arrivals import wait_until_settled
+from embed_assets.defs.checks import Checker, check_specs
+from embed_assets.defs.corpus_run import CorpusRun, describe
+from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, POOL, SOURCE, Names, code_tag
+from embed_assets.defs.recording import Recorder
+from embed_assets.defs.report import Reporter
+from embed_assets.defs.results import RunObserver
+from embed_assets.defs.run_log import LogObserver
 from embed_assets.defs.specs import asset_specs
-from embed_assets.errors import UserError
-from embed_assets.stages.embeddings import Progress
+from embed_assets.defs.staleness import load_history, partition_statuses
+from embed_assets.errors import UserError, may_pass
 from embed_assets.stages.pipeline import Pipeline
 
-_SECONDS_BETWEEN_LINES = 10.0
+RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""For what may pass: a store that hiccups, a device that was lost. What was embedded before is not done again.
+
+Asked for by the step itself: given to Dagster, a policy would also start an interrupted step anew.
+"""
 
 
 def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None) -> dg.AssetsDefinition:
     """The multi-asset over `pipeline`. What happens is told to `observer`, or else to the run's log."""
+    names = Names.of(pipeline)
 
     @dg.multi_asset(
-        name="embed_corpus",
+        name=names.prefixed("embed_corpus"),
         specs=asset_specs(pipeline),
+        check_specs=check_specs(names),
         can_subset=True,
+        pool=POOL,
         backfill_policy=dg.BackfillPolicy.single_run(),
     )
     def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
         """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
         try:
-            run = CorpusRun.begin(context, pipeline, observer or LogObserver(context))
-            failures = run.materialize()
+            run = _begin(context, pipeline, observer or LogObserver(context.log))
+            with contextlib.closing(run.recorder):
+                if not run.selected:
+                    _only_check(run)
+                    return
+                failures = run.materialize()
         except UserError as error:
-            raise dg.Failure(description=str(error), allow_retries=False) from error
+            _retry_if_it_helps(context, [error])
+            raise dg.Failure(description=str(error)) from error
         if failures:
+            _retry_if_it_helps(context, list(failures.values()))
+            run.confirm(key for key in run.keys if key not in failures)
             raise dg.Failure(
                 description=f"{len(failures)} of {len(run.keys)} partitions failed, the others are materialized: "
-                + "; ".join(f"{key!r}: {message}" for key, message in failures.items()),
-                allow_retries=False,
+                + "; ".join(f"{key!r}: {describe(error)}" for key, error in failures.items())
             )
         yield from run.outputs_for_downstream(context.job_def.asset_layer.selected_asset_keys)
 
     return embed_corpus
 
 
-class LogObserver:
-    """Writes progress to the run's log."""
+def _retry_if_it_helps(context: dg.AssetExecutionContext, errors: Sequence[Exception]) -> None:
+    """Have Dagster start the step again in a while, if any of the errors may pass and there is an attempt left."""
+    passing = [error for error in errors if may_pass(error)]
+    if passing and context.retry_number < RETRIES.max_retries:
+        seconds = RETRIES.calculate_delay(context.retry_number + 1)
+        context.log.warning(f"{describe(passing[0])}; trying again in {seconds:.0f} s")
+        raise dg.RetryRequested(RETRIES.max_retries, seconds) from passing[0]
 
-    def __init__(self, context: dg.AssetExecutionContext) -> None:
-        self._log = context.log
-        self._remaining = RemainingTime()
-        self._last_line = time.monotonic()
 
-    def on_start(self, sizes: Mapping[str, int]) -> None:
-        """Remembered for the time that remains."""
-        self._remaining.start(sizes)
+def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> CorpusRun:
+    """List the source, read what is recorded, and note what the source has that was not observed yet."""
+    names = Names.of(pipeline)
+    selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
+    pipeline.lake.check_usable()
+    context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
+    if selected:
+        pipeline = pipeline.calibrated()
+    _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
+    listed = wait_until_settled(pipeline, context.partition_keys) if _is_automated(context) else None
+    listed = pipeline.source.partitions() if listed is None else listed
+    partitions = {key: listed.get(key, SourcePartition(key)) for key in _partition_keys(context, names)}
+    # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
+    keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
+    history = load_history(context.instance, pipeline, keys)
+    recorder = Recorder(context.instance, context.log_event, history)
+    for key in keys if selected else ():
+        if history.version(SOURCE, key) != partitions[key].version:
+            recorder.observed(partitions[key])
+    checker = Checker(pipeline, names, recorder.checked, context.selected_asset_check_keys)
+    reporter = Reporter(pipeline, history)
+    return CorpusRun(pipeline, observer, context.run.run_id, recorder, reporter, checker, partitions, keys, selected)
 
-    def on_progress(self, partition_key: str, progress: Progress) -> None:
-        """A line every few seconds."""
-        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            remaining = self._remaining.seconds(partition_key, progress.share)
-            self._log.info(describe_progress(partition_key, progress, remaining))
 
-    def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
-        """A line per window."""
-        self._log.info(f"{partition_key}: embedded {texts} texts, {tokens} tokens in this partition so far")
+def _only_check(run: CorpusRun) -> None:
+    """Ask the checks about the tables as they are."""
+    for key in run.keys:
+        statuses = partition_statuses(run.history, key, run.partitions[key].version, run.pipeline.code_versions)
+        stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
+        for asset in ASSETS:
+            run.checker.outcomes(asset, key, stale)
+    run.recorder.drain()
 
-    def on_partition(self, partition_key: str, result: PartitionResult) -> None:
-        """A line per partition."""
-        self._remaining.finish(partition_key)
-        if result.error is not None:
-            self._log.error(f"{partition_key}: failed: {result.error}")
-        else:
-            self._log.info(
-                f"{partition_key}: {result.state}; {result.chunks} chunks: {result.embedded} embedded, "
-                f"{result.reused} reused, {result.dropped} dropped; {result.rejected} documents rejected"
-            )
+
+def _partition_keys(context: dg.AssetExecutionContext, names: Names) -> Sequence[str]:
+    """The run's partitions; all of them where it names none, as runs of checks alone do."""
+    if context.has_partition_key or context.has_partition_key_range:
+        return list(context.partition_keys)
+    return list(context.instance.get_dynamic_partitions(names.partitions_name))
+
+
+def _is_automated(context: dg.AssetExecutionContext) -> bool:
+    return AUTOMATED_TAG in context.run.tags

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Self
 
 import dagster as dg
 
 from embed_assets.corpus.source import SourcePartition
-from embed_assets.defs.engine_report import engine_metadata
-from embed_assets.defs.recording import MetadataValue, Recorder, observation, peak_memory_bytes
+from embed_assets.defs.checks import Checker
+from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE
+from embed_assets.defs.recording import Recorder
+from embed_assets.defs.report import Made, Reporter
 from embed_assets.defs.results import PartitionResult, RunObserver
-from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
-from embed_assets.defs.staleness import History, load_history
+from embed_assets.defs.staleness import History, Status
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.embeddings import Work
@@ -31,22 +31,12 @@ class _Prepared:
 
     versions: dict[str, str | None]
     """Data version of the source and each asset, after what ran so far."""
+    reasons: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Per asset that ran, why."""
     raw: RawDocuments | None = None
     chunks: Replaced | None = None
     error: Exception | None = None
     """Why it went no further."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """One materialization: the arguments of `Recorder.materialized`."""
-
-    asset: str
-    key: str
-    data_version: str
-    code_version: str
-    input_versions: dict[str, str]
-    metadata: dict[str, MetadataValue]
 
 
 @dataclass(slots=True)
@@ -57,40 +47,29 @@ class CorpusRun:
     observer: RunObserver
     run_id: str
     recorder: Recorder
-    history: History
+    reporter: Reporter
+    checker: Checker
     partitions: Mapping[str, SourcePartition]
     keys: Sequence[str]
     selected: Sequence[str]
-    made: list[_Made] = field(default_factory=list)
 
-    @classmethod
-    def begin(cls, context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> Self:
-        """List the source, read what is recorded, and note what the source has that was not observed yet."""
-        pipeline.lake.check_writable()
-        pipeline = pipeline.calibrated()
-        _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
-        listed = pipeline.source.partitions()
-        partitions = {key: listed.get(key, SourcePartition(key)) for key in context.partition_keys}
-        # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
-        keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
-        history = load_history(context.instance, pipeline, keys)
-        for key, partition in partitions.items():
-            if history.version(SOURCE, key) != partition.version:
-                context.log_event(observation(partition))
-        selected = [asset for asset in ASSETS if dg.AssetKey(asset) in context.selected_asset_keys]
-        observer.on_start({key: sum(file.size for file in partitions[key].files) for key in keys})
-        recorder = Recorder(context.instance, context.log_event)
-        return cls(pipeline, observer, context.run_id, recorder, history, partitions, keys, selected)
+    @property
+    def history(self) -> History:
+        """What was recorded before this run."""
+        return self.recorder.history
 
-    def materialize(self) -> dict[str, str]:
-        """Bring every partition up to date; returns the messages of those that failed, by key.
+    def materialize(self) -> dict[str, Exception]:
+        """Bring every partition up to date; returns the errors of those that failed, by key.
 
         While one partition embeds, the next one is read and chunked by another thread.
         """
-        failures: dict[str, str] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead:
-            upcoming = ahead.submit(self._prepare, self.keys[0])
+        failures: dict[str, Exception] = {}
+        sizes = {key: sum(file.size for file in self.partitions[key].files) for key in self.keys}
+        self.observer.on_start(sizes)
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead, self.pipeline.lake.session():
+            upcoming = ahead.submit(self._prepare, self.keys[0]) if self.keys else None
             for following, key in zip([*self.keys[1:], None], self.keys, strict=True):
+                assert upcoming is not None
                 current = upcoming
                 wait([current])
                 if following is not None:
@@ -100,25 +79,33 @@ class CorpusRun:
                 except (ModelError, SettingsError):
                     raise  # a model that can't be loaded is no partition's fault
                 except Exception as error:
-                    failures[key] = _message(error)
-                    result = PartitionResult("failed", error=failures[key])
+                    failures[key] = error
+                    result = PartitionResult("failed", error=describe(error))
                     if not isinstance(error, UserError):
                         _log.error("partition %r failed unexpectedly", key, exc_info=error)
                 self.observer.on_partition(key, result)
-        if failures:
-            self._confirm(key for key in self.keys if key not in failures)
+        self.recorder.drain()
         return failures
+
+    def confirm(self, keys: Iterable[str]) -> None:
+        """Record the present state of partitions again, whether they were made in this run or before.
+
+        After a run that failed, Dagster counts every partition it had planned and not seen as failed.
+        """
+        for key in keys:
+            for asset in self.selected:
+                self.recorder.confirm(asset, key)
 
     def outputs_for_downstream(self, in_run: Collection[dg.AssetKey]) -> Iterator[dg.MaterializeResult[None]]:
         """Outputs, needed only when the same run also makes assets downstream of ours: else those are skipped.
 
-        The events that they cause carry one version for all partitions, so ours are logged again after them.
+        The events that they cause carry one version for all partitions, so ours are recorded again after them.
         """
-        if all(key.to_user_string() in (*ASSETS, SOURCE) for key in in_run):
-            return
-        for asset in self.selected:
-            yield dg.MaterializeResult(asset_key=asset)
-        self._confirm(self.keys)
+        ours = {self.recorder.names.key(asset) for asset in (SOURCE, *ASSETS)}
+        if not set(in_run) <= ours:
+            for asset in self.selected:
+                yield dg.MaterializeResult(asset_key=self.recorder.names.key(asset))
+            self.confirm(self.keys)
 
     def _prepare(self, key: str) -> _Prepared:
         """Read and chunk a partition, as far as that is selected and due."""
@@ -134,17 +121,16 @@ class CorpusRun:
 
     def _read_and_chunk(self, partition: SourcePartition, prepared: _Prepared) -> None:
         key = partition.key
-        if self._is_due("raw_documents", key, prepared.versions):
-            prepared.raw = self.pipeline.materialize_raw_documents(
-                partition, self._provenance("raw_documents", prepared)
-            )
+        if self._is_due("raw_documents", key, prepared):
+            provenance = self._provenance("raw_documents", prepared)
+            prepared.raw = self.pipeline.materialize_raw_documents(partition, provenance)
             prepared.versions["raw_documents"] = prepared.raw.replaced.data_version
-        if self._is_due("chunks", key, prepared.versions):
+        if self._is_due("chunks", key, prepared):
             prepared.chunks = self.pipeline.materialize_chunks(key, self._provenance("chunks", prepared))
             prepared.versions["chunks"] = prepared.chunks.data_version
 
     def _finish(self, key: str, prepared: _Prepared) -> PartitionResult:
-        """Record what was prepared, embed if that is selected and due, and record that."""
+        """Record and check what was prepared, embed if that is selected and due, and record and check that."""
         result = self.history.known_result(key)
         if prepared.raw is not None:
             result.documents, result.rejected = prepared.raw.documents, prepared.raw.rejected
@@ -154,38 +140,47 @@ class CorpusRun:
             self._record("chunks", key, prepared, prepared.chunks, result)
         if prepared.error is not None:
             raise prepared.error
-        if self._is_due("embeddings", key, prepared.versions):
-            embedded = self.pipeline.materialize_embeddings(
-                key,
-                self._provenance("embeddings", prepared),
-                lambda texts, tokens: self.observer.on_window(key, texts, tokens),
-                lambda progress: self.observer.on_progress(key, progress),
-                rewrite=self.history.is_marked_for_repair("embeddings", key),
-            )
-            prepared.versions["embeddings"] = embedded.replaced.data_version
-            work = embedded.work
-            result.chunks, result.embedded, result.reused = work.chunks, work.embedded, work.reused
-            result.dropped, result.tokens = work.dropped, work.engine.tokens
-            result.rejected_chunks = work.rejected_chunks
-            self._record("embeddings", key, prepared, embedded.replaced, result, work)
-            result.state = "materialized"
-        elif prepared.raw is not None or prepared.chunks is not None:
+        if self._is_due("embeddings", key, prepared):
+            self._embed(key, prepared, result)
+        if prepared.reasons:
             result.state = "materialized"
         return result
 
-    def _is_due(self, asset: str, key: str, versions: Mapping[str, str | None]) -> bool:
+    def _embed(self, key: str, prepared: _Prepared, result: PartitionResult) -> None:
+        if "chunks" not in prepared.reasons:  # made by another run: asked again whether they are worth embedding
+            self.checker.check("chunks", key, {})
+        embedded = self.pipeline.materialize_embeddings(
+            key,
+            self._provenance("embeddings", prepared),
+            lambda texts, tokens: self.observer.on_window(key, texts, tokens),
+            lambda progress: self.observer.on_progress(key, progress),
+            rewrite=self.history.is_marked_for_repair("embeddings", key),
+        )
+        prepared.versions["embeddings"] = embedded.replaced.data_version
+        work = embedded.work
+        result.chunks, result.embedded, result.reused = work.chunks, work.embedded, work.reused
+        result.dropped, result.tokens = work.dropped, work.engine.tokens
+        result.rejected_chunks = work.rejected_chunks
+        self._record("embeddings", key, prepared, embedded.replaced, result, work)
+
+    def _is_due(self, asset: str, key: str, prepared: _Prepared) -> bool:
         """The asset is selected, and missing or stale. Raises ``PartitionError`` when its inputs were never made."""
-        inputs = {dependency: versions[dependency] for dependency in DEPENDENCIES[asset]}
         if asset not in self.selected:
             return False
-        if self.history.status(asset, key, self.pipeline.code_versions[asset], inputs).state == "fresh":
+        status = self._status(asset, key, prepared)
+        if status.state == "fresh":
             return False
-        for dependency, version in inputs.items():
-            if version is None:
+        prepared.reasons[asset] = status.reasons
+        for dependency in DEPENDENCIES[asset]:
+            if prepared.versions[dependency] is None:
                 raise PartitionError(
                     f"{asset} of partition {key!r} needs {dependency}, which was never materialized; select it as well"
                 )
         return True
+
+    def _status(self, asset: str, key: str, prepared: _Prepared) -> Status:
+        inputs = {dependency: prepared.versions[dependency] for dependency in DEPENDENCIES[asset]}
+        return self.history.status(asset, key, self.pipeline.code_versions[asset], inputs)
 
     def _provenance(self, asset: str, prepared: _Prepared) -> Provenance:
         return Provenance(self.run_id, self._inputs(asset, prepared))
@@ -202,59 +197,24 @@ class CorpusRun:
         result: PartitionResult,
         work: Work | None = None,
     ) -> None:
-        """Log a materialization. All assets carry the same keys; what is not theirs (no `work`) is 0."""
-        engine, work = self.pipeline.engine_facts, work or Work()
-        metadata: dict[str, MetadataValue] = {
-            "documents": result.documents,
-            "rejected": result.rejected,
-            "chunks": 0 if asset == "raw_documents" else result.chunks,
-            "embedded": work.embedded,
-            "reused": work.reused,
-            "dropped": work.dropped,
-            "truncated": work.truncated,
-            "rejected_chunks": work.rejected_chunks,
-            **engine_metadata(work, engine),
-            "space": self.pipeline.space.name,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "is_committed": int(replaced.is_committed),
-            "dagster/partition_row_count": replaced.rows,
-        }
-        if replaced.table_version is not None:
-            metadata |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
-        made = _Made(
+        """Record a materialization, then ask the asset's checks about it.
+
+        Raises ``PartitionError`` when a blocking one says no.
+        """
+        made = Made(asset, key, prepared.reasons[asset], replaced, result, work or Work())
+        self.recorder.materialized(
             asset,
             key,
             replaced.data_version,
             self.pipeline.code_versions[asset],
             self._inputs(asset, prepared),
-            metadata,
+            self.reporter.metadata(made),
         )
-        self.recorder.materialized(*_arguments(made))
-        self.made.append(made)
-
-    def _confirm(self, keys: Iterable[str]) -> None:
-        """Log the present state of partitions again, whether they were made in this run or before.
-
-        After a run that failed, Dagster counts every partition it had planned and not seen as failed.
-        """
-        made = {(m.asset, m.key): m for m in self.made}
-        for key in keys:
-            for asset in self.selected:
-                record = self.history.record(asset, key)
-                if (asset, key) in made:
-                    self.recorder.materialized(*_arguments(made[asset, key]))
-                elif record is not None:
-                    counts: dict[str, MetadataValue] = {**record.counts}
-                    if record.table_id:
-                        counts["table_id"] = record.table_id
-                    self.recorder.materialized(
-                        asset, key, record.data_version, record.code_version, record.input_versions, counts
-                    )
+        others = [a for a in ASSETS if a not in prepared.reasons]
+        stale = {a: s for a in others if (s := self._status(a, key, prepared)).state != "fresh"}
+        self.checker.check(asset, key, stale if asset == "embeddings" else {})
 
 
-def _arguments(made: _Made) -> tuple[str, str, str, str, dict[str, str], dict[str, MetadataValue]]:
-    return made.asset, made.key, made.data_version, made.code_version, made.input_versions, made.metadata
-
-
-def _message(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """What a person is told of a partition's error."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

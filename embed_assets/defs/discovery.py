@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
-from embed_assets.defs.specs import SOURCE, corpus_partitions
 from embed_assets.defs.staleness import History
 
-_KEYS_PER_ADD = 10_000
+KEYS_PER_ADD = 10_000
 """Dagster's SQLite storage fails on more variables in one statement."""
 
 
@@ -26,23 +26,22 @@ class Discovery:
     emptied: list[str]
 
 
-def list_partitions(instance: DagsterInstance, source: Source) -> dict[str, SourcePartition]:
+def list_partitions(instance: DagsterInstance, source: Source, names: Names) -> dict[str, SourcePartition]:
     """All partitions, of the source and registered ones whose files are gone, by key; nothing is recorded."""
-    assert corpus_partitions.name is not None
     listed = source.partitions()
-    gone = (key for key in instance.get_dynamic_partitions(corpus_partitions.name) if key not in listed)
+    gone = (key for key in instance.get_dynamic_partitions(names.partitions_name) if key not in listed)
     return listed | {key: SourcePartition(key) for key in gone}
 
 
 def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], history: History) -> Discovery:
     """Register new partitions and record an observation of each one whose files changed since the last one."""
-    assert corpus_partitions.name is not None
-    registered = set(instance.get_dynamic_partitions(corpus_partitions.name))
+    names = history.names
+    registered = set(instance.get_dynamic_partitions(names.partitions_name))
     added = [key for key in partitions if key not in registered]
-    for start in range(0, len(added), _KEYS_PER_ADD):
-        instance.add_dynamic_partitions(corpus_partitions.name, added[start : start + _KEYS_PER_ADD])
+    for start in range(0, len(added), KEYS_PER_ADD):
+        instance.add_dynamic_partitions(names.partitions_name, added[start : start + KEYS_PER_ADD])
     moved = [p for key, p in partitions.items() if history.version(SOURCE, key) != p.version]
     for partition in moved:
-        instance.report_runless_asset_event(observation(partition))
+        instance.report_runless_asset_event(observation(names, partition))
     changed = [p.key for p in moved if p.files and p.key in registered]
     return Discovery(partitions, added, changed, [p.key for p in moved if not p.files])

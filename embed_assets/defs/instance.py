@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from dagster import DagsterInstance
-from dagster._core.instance.ref import InstanceRef
 
+from embed_assets.defs.dagster_internals import InstanceRef
 from embed_assets.errors import SettingsError
 
 _NO_COMPUTE_LOGS = {

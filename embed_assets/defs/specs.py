@@ -1,4 +1,4 @@
-"""The assets as Dagster shows them: keys, dependencies, descriptions, columns."""
+"""The assets as Dagster shows them: keys, dependencies, descriptions, columns and where those come from."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from embed_assets.defs.automation import build_condition
+from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.records import COLUMN_DESCRIPTIONS
 from embed_assets.stages.pipeline import Pipeline
 
-SOURCE = "source_files"
-ASSETS = ("raw_documents", "chunks", "embeddings")
-"""In the order in which they are made."""
-DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
-    "raw_documents": (SOURCE,),
-    "chunks": ("raw_documents",),
-    # Embeddings show each chunk's title and uri, so they follow the documents as well.
-    "embeddings": ("chunks", "raw_documents"),
-}
-GROUP = "corpus"
-
-corpus_partitions = dg.DynamicPartitionsDefinition(name="corpus")
-
 _DESCRIPTIONS = {
-    SOURCE: "The files of the corpus as their listing shows them. `embed-assets discover` observes them: "
-    "a partition's data version is a hash over its paths, sizes and ETags or times.",
+    SOURCE: "The files of the corpus as their listing shows them. The sensor `arrivals`, `embed-assets discover` and "
+    "every run observe them: a partition's data version is a hash over its paths, sizes and ETags or times.",
     "raw_documents": "One row per document: its text, where it was read, and a hash of its content. "
     "What could not be read is in the table `rejected_documents`, with the reason.",
     "chunks": "One row per chunk: a span of one document that fits the model, split at headings, blocks and sentences.",
@@ -38,41 +27,65 @@ _KINDS = {
     "chunks": {"python", "deltalake"},
     "embeddings": {"pytorch", "deltalake"},
 }
+_SPAN = ("heading_path", "char_start", "char_end", "token_count")
+_LINEAGE: Mapping[str, Mapping[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
+    "raw_documents": {},
+    "chunks": {
+        ("chunk_id",): (("raw_documents", "document_id"), ("raw_documents", "text")),
+        ("text", "text_hash", "chunk_index", *_SPAN): (("raw_documents", "text"),),
+    },
+    "embeddings": {("is_truncated", "input_hash", "embedding"): (("chunks", "text"),)},
+}
+"""Per asset, groups of columns and the (asset, column) pairs that they are made from."""
+_COPIED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "raw_documents": (),
+    "chunks": tuple(("raw_documents", column) for column in ("partition_key", "document_id")),
+    "embeddings": (
+        *(("chunks", c) for c in ("partition_key", "chunk_id", "document_id", "chunk_index", "text", *_SPAN)),
+        ("raw_documents", "uri"),
+        ("raw_documents", "title"),
+    ),
+}
+"""Per asset, the (asset, column) pairs that are taken over as they are."""
 
 
 def asset_specs(pipeline: Pipeline) -> list[dg.AssetSpec]:
     """The three assets of the step."""
+    names, condition = Names.of(pipeline), build_condition(pipeline)
     tables = {"raw_documents": RAW, "chunks": CHUNK_TABLE, "embeddings": pipeline.embeddings_table}
     return [
         dg.AssetSpec(
-            key=name,
-            deps=list(DEPENDENCIES[name]),
-            description=_DESCRIPTIONS[name],
-            group_name=GROUP,
-            kinds=_KINDS[name],
+            key=names.key(asset),
+            deps=[names.key(dependency) for dependency in DEPENDENCIES[asset]],
+            description=_DESCRIPTIONS[asset],
+            group_name=names.group,
+            kinds=_KINDS[asset],
             owners=["team:data"],
-            code_version=pipeline.code_versions[name],
+            code_version=pipeline.code_versions[asset],
             skippable=True,
-            partitions_def=corpus_partitions,
+            automation_condition=condition,
+            partitions_def=names.partitions,
             metadata={
-                "dagster/column_schema": _column_schema(tables[name]),
-                "dagster/table_name": tables[name].path,
-                "dagster/uri": pipeline.lake.uri(tables[name]),
+                "dagster/column_schema": _column_schema(tables[asset]),
+                "dagster/column_lineage": _column_lineage(names, asset),
+                "dagster/table_name": tables[asset].path,
+                "dagster/uri": pipeline.lake.uri(tables[asset]),
             },
         )
-        for name in ASSETS
+        for asset in ASSETS
     ]
 
 
 def source_spec(pipeline: Pipeline) -> dg.AssetSpec:
     """The external asset that stands for the source."""
+    names = Names.of(pipeline)
     return dg.AssetSpec(
-        key=SOURCE,
+        key=names.key(SOURCE),
         description=_DESCRIPTIONS[SOURCE],
-        group_name=GROUP,
+        group_name=names.group,
         kinds=_KINDS[SOURCE],
         owners=["team:data"],
-        partitions_def=corpus_partitions,
+        partitions_def=names.partitions,
         metadata={"dagster/uri": pipeline.source.root},
     )
 
@@ -83,4 +96,15 @@ def _column_schema(table: TableSpec) -> dg.TableSchema:
             dg.TableColumn(field.name, str(field.type), description=COLUMN_DESCRIPTIONS[field.name])
             for field in table.schema
         ]
+    )
+
+
+def _column_lineage(names: Names, asset: str) -> dg.TableColumnLineage:
+    sources = {column: found for columns, found in _LINEAGE[asset].items() for column in columns}
+    sources |= {column: ((dependency, column),) for dependency, column in _COPIED[asset]}
+    return dg.TableColumnLineage(
+        deps_by_column={
+            column: [dg.TableColumnDep(names.key(dependency), name) for dependency, name in found]
+            for column, found in sources.items()
+        }
     )

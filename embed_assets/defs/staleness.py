@@ -10,23 +10,27 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import dagster as dg
-from dagster import AssetKey, DagsterEventType, DagsterInstance
+from dagster import DagsterInstance
 
+from embed_assets.defs.dagster_internals import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    INPUT_VERSION_TAG,
+    StoredEvent,
+    latest_event_ids,
+    read_events,
+)
+from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.defs.results import PartitionResult
-from embed_assets.defs.specs import ASSETS, DEPENDENCIES, SOURCE
 from embed_assets.lake.reader import TableState, table_state
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
 from embed_assets.stages.pipeline import Pipeline
 
 State = Literal["missing", "stale", "fresh"]
 
-DATA_VERSION_TAG = "dagster/data_version"
-CODE_VERSION_TAG = "dagster/code_version"
-INPUT_VERSION_TAG = "dagster/input_data_version/"
 REPAIR_CODE_VERSION = "needs-repair"
 """Code version that `verify --repair` gives to what it found damaged: no code has it, so it is stale."""
-_RECORDS_PER_QUERY = 500
+_KEYS_PER_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,10 @@ class Record:
     """The numbers among its metadata."""
     table_id: str = ""
     """Delta's id of the table that the rows were written to."""
+    run_id: str = ""
+    """The run that made it; none for what was recorded outside of runs."""
+    timestamp: float = 0.0
+    """When it was recorded, seconds since 1970."""
 
     @property
     def rows(self) -> int:
@@ -65,6 +73,7 @@ class History:
     """By asset, then partition."""
     tables: Mapping[str, TableState | None] = field(default_factory=dict)
     """By asset (and "rejected_documents"), what its table holds now."""
+    names: Names = field(default_factory=Names)
 
     def record(self, asset: str, key: str) -> Record | None:
         """The latest record of a partition."""
@@ -102,6 +111,8 @@ class History:
             return Status("missing", (loss,))
         if self.is_marked_for_repair(asset, key):
             return Status("stale", ("verify found its rows damaged",))
+        if not record.code_version:
+            return self._status_of_reported(record, key, inputs)
         reasons: list[str] = []
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
@@ -110,6 +121,17 @@ class History:
             for dependency, version in inputs.items()
             if version is not None and record.input_versions.get(dependency) != version
         ]
+        return Status("stale", tuple(reasons)) if reasons else Status("fresh")
+
+    def _status_of_reported(self, record: Record, key: str, inputs: Mapping[str, str | None]) -> Status:
+        """Somebody reported that it is there (as the UI lets you): believed, as Dagster does, until inputs are made."""
+        reasons: list[str] = []
+        for dependency, version in inputs.items():
+            made = self.record(dependency, key)
+            if dependency != SOURCE and (
+                made is None or made.timestamp > record.timestamp or made.data_version != version
+            ):
+                reasons.append(f"{dependency} was made after somebody reported that this is there")
         return Status("stale", tuple(reasons)) if reasons else Status("fresh")
 
     def _loss(self, asset: str, key: str, record: Record) -> str:
@@ -135,15 +157,31 @@ _CODE_MEANS = {
 }
 
 
-def load_history(instance: DagsterInstance, pipeline: Pipeline, keys: Collection[str] | None = None) -> History:
-    """Everything recorded of the partitions (all of them by default), in a handful of queries."""
-    records = {asset: _load_records(instance, asset, keys) for asset in (SOURCE, *ASSETS)}
+def load_history(
+    instance: DagsterInstance,
+    pipeline: Pipeline,
+    keys: Collection[str] | None = None,
+    earlier: History | None = None,
+) -> History:
+    """Everything recorded of the partitions (all of them by default), in a handful of queries.
+
+    What `earlier` has already is not read again.
+    """
+    names = Names.of(pipeline)
+    known = earlier.records if earlier else {}
+    records = {a: _load_records(instance, names, a, keys, known.get(a, {})) for a in (SOURCE, *ASSETS)}
     specs = (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)
-    return History(records, {spec.kind: table_state(pipeline.lake, spec) for spec in specs})
+    return History(records, {spec.kind: table_state(pipeline.lake, spec) for spec in specs}, names)
+
+
+def observed_versions(instance: DagsterInstance, names: Names) -> dict[str, str]:
+    """The source's data version of each partition as it was observed last."""
+    records = _load_records(instance, names, SOURCE, None, {})
+    return {key: record.data_version for key, record in records.items()}
 
 
 def partition_statuses(
-    history: History, key: str, source_version: str, code_versions: Mapping[str, str]
+    history: History, key: str, source_version: str | None, code_versions: Mapping[str, str]
 ) -> dict[str, Status]:
     """State and reasons of the three assets of a partition, each judged by its direct dependencies, as Dagster does."""
     versions = {asset: history.version(asset, key) for asset in ASSETS} | {SOURCE: source_version}
@@ -153,40 +191,32 @@ def partition_statuses(
     }
 
 
-def _load_records(instance: DagsterInstance, asset: str, keys: Collection[str] | None) -> dict[str, Record]:
-    kind = DagsterEventType.ASSET_OBSERVATION if asset == SOURCE else DagsterEventType.ASSET_MATERIALIZATION
+def _load_records(
+    instance: DagsterInstance,
+    names: Names,
+    asset: str,
+    keys: Collection[str] | None,
+    known: Mapping[str, Record],
+) -> dict[str, Record]:
     # A short list of keys narrows the query; a long one would exceed the database's number of variables.
-    narrow = set(keys) if keys is not None and len(keys) <= _RECORDS_PER_QUERY else None
+    narrow = set(keys) if keys is not None and len(keys) <= _KEYS_PER_QUERY else None
     if narrow is not None and not narrow:
         return {}
-    fetch = instance.fetch_observations if asset == SOURCE else instance.fetch_materializations
-    latest = instance.get_latest_storage_id_by_partition(AssetKey(asset), kind, narrow)
-    ids = sorted(latest.values())
-    records: dict[str, Record] = {}
-    for start in range(0, len(ids), _RECORDS_PER_QUERY):
-        query = dg.AssetRecordsFilter(AssetKey(asset), storage_ids=ids[start : start + _RECORDS_PER_QUERY])
-        for found in fetch(query, _RECORDS_PER_QUERY).records:
-            event = found.asset_event
-            if event is not None and event.partition is not None:
-                records[event.partition] = _record(found.storage_id, event)
-    return records
+    latest = latest_event_ids(instance, names.key(asset), narrow, observations=asset == SOURCE)
+    records = {key: known[key] for key, id in latest.items() if key in known and known[key].storage_id == id}
+    new = sorted(id for key, id in latest.items() if key not in records)
+    return records | {event.partition: _record(event, names) for event in read_events(instance, new)}
 
 
-def _record(storage_id: int, event: dg.AssetMaterialization | dg.AssetObservation) -> Record:
-    tags = event.tags or {}
+def _record(event: StoredEvent, names: Names) -> Record:
+    inputs = {asset: event.tags.get(INPUT_VERSION_TAG + names.user_string(asset)) for asset in (SOURCE, *ASSETS)}
     return Record(
-        storage_id,
-        tags.get(DATA_VERSION_TAG, ""),
-        tags.get(CODE_VERSION_TAG, ""),
-        {
-            name.removeprefix(INPUT_VERSION_TAG): value
-            for name, value in tags.items()
-            if name.startswith(INPUT_VERSION_TAG)
-        },
-        {
-            name: float(value.value)
-            for name, value in event.metadata.items()
-            if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue) and value.value is not None
-        },
-        str(event.metadata["table_id"].value) if "table_id" in event.metadata else "",
+        event.storage_id,
+        event.tags.get(DATA_VERSION_TAG, ""),
+        event.tags.get(CODE_VERSION_TAG, ""),
+        {asset: version for asset, version in inputs.items() if version is not None},
+        event.numbers,
+        event.texts.get("table_id", ""),
+        event.run_id,
+        event.timestamp,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,18 @@ import dagster as dg
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.dagster_internals import RANGE_END_TAG, RANGE_START_TAG
 from embed_assets.defs.discovery import discover, list_partitions
+from embed_assets.defs.names import Names
+from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.results import PartitionResult, RunObserver
-from embed_assets.defs.specs import corpus_partitions
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.vectors import Staging
 from embed_assets.stages.embeddings import Progress
 from embed_assets.stages.pipeline import Estimate, Pipeline
+
+_log = logging.getLogger(__name__)
 
 _PROBE_TEXTS = 32
 _SILENT_CONSOLE = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -71,7 +76,7 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
-    partitions = list_partitions(instance, pipeline.source)
+    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
     history = load_history(instance, pipeline)
     plans = _plans(history, pipeline, partitions.values())
     if not count:
@@ -124,8 +129,8 @@ def run_sync(
     ``UserError`` when something is wrong that is no partition's fault, as a model that can't be loaded.
     """
     started = time.perf_counter()
-    pipeline.lake.check_writable()
-    partitions = list_partitions(instance, pipeline.source)
+    pipeline.lake.check_usable()
+    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
     _check_known(only, partitions)
     history = load_history(instance, pipeline)
     discover(instance, partitions, history)
@@ -135,12 +140,14 @@ def run_sync(
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
     observer.on_start({key: sum(file.size for file in partitions[key].files) for key in due})
     job = build(collector).resolve_implicit_global_asset_job_def()
-    for first, last, keys in _ranges(instance, due):
+    for message in wait_for_pool(instance):
+        _log.warning(message)
+    for first, last, keys in _ranges(instance.get_dynamic_partitions(Names.of(pipeline).partitions_name), due):
         run = job.execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_config=_SILENT_CONSOLE,
-            tags={"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last},
+            tags={RANGE_START_TAG: first, RANGE_END_TAG: last, PROCESS_TAG: this_process()},
         )
         _check_complete(collector, keys, run)
     Staging.sweep(pipeline.lake, pipeline.embeddings_table, fresh)
@@ -165,7 +172,9 @@ class _Collector:
         self._observer.on_window(partition_key, texts, tokens)
 
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
-        self.results[partition_key] = result
+        # After a retry of the step, what the first attempt made is fresh.
+        if result.state != "fresh" or partition_key not in self.results:
+            self.results[partition_key] = result
         self._observer.on_partition(partition_key, result)
 
 
@@ -194,12 +203,11 @@ def _check_known(only: Sequence[str], partitions: Mapping[str, SourcePartition])
         )
 
 
-def _ranges(instance: DagsterInstance, keys: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
+def _ranges(registered: Sequence[str], keys: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
     """The keys as runs over neighbours in Dagster's order of partitions: (first, last, all)."""
-    assert corpus_partitions.name is not None
     due = set(keys)
     neighbours: list[str] = []
-    for key in [*instance.get_dynamic_partitions(corpus_partitions.name), None]:
+    for key in [*registered, None]:
         if key is not None and key in due:
             neighbours.append(key)
         elif neighbours:

@@ -21,7 +21,7 @@ import numpy as np
 from embed_assets.engine.batching import Batch, Layout, plan_batches, plan_part
 from embed_assets.engine.gpu import GpuUsage
 from embed_assets.engine.metrics import EngineStats, ModelCost
-from embed_assets.engine.survival import Survivor
+from embed_assets.engine.survival import Survivor, has_length
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
 from embed_assets.errors import EmbeddingError
 
@@ -246,16 +246,16 @@ class Embedder:
         return deque(plan_part(rows, job.tokens.lengths, self.max_batch_tokens, self.backend.layout))
 
     def _checked(self, job: _Job, vectors: np.ndarray) -> np.ndarray:
-        """The vectors at unit length; a zero vector stays zero, as in sentence-transformers.
+        """The vectors at unit length.
 
-        A text whose vector is not finite is tried alone, then rejected.
+        A text whose vector has no length, or no finite one, is tried alone, then rejected.
         """
-        for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
+        for row in np.flatnonzero(~has_length(vectors)).tolist():
             if row not in job.rejected:
                 with contextlib.suppress(Exception):  # then its vector stays what it is, and it is rejected below
                     vectors[row] = self._survivor.alone(job.texts, job.tokens, row)
-                if not np.isfinite(vectors[row]).all():
-                    reason = f"the model's vector is not finite in {self.backend.precision}"
+                if not has_length(vectors[row]):
+                    reason = f"the model's vector is zero or not finite in {self.backend.precision}"
                     self._survivor.check_health(
                         EmbeddingError(f"{reason} for any text; set another EMBED_PRECISION or EMBED_MODEL")
                     )

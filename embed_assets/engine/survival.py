@@ -110,7 +110,7 @@ class Survivor:
             vector = self.alone(["a"], self._probe, 0)
         except Exception:
             raise error from None
-        if not np.isfinite(vector).all():
+        if not has_length(vector):
             raise error
 
     def _attempt(
@@ -139,3 +139,8 @@ class Survivor:
     def _parts(self, tokens: TokenizedTexts, rows: np.ndarray) -> list[Batch]:
         """The rows as one batch."""
         return plan_part(rows, tokens.lengths, 1 << 62, self._backend.layout)
+
+
+def has_length(vectors: np.ndarray) -> np.ndarray:
+    """Which vectors, along the last axis, are finite and not zero: only those can be brought to unit length."""
+    return np.asarray(np.isfinite(vectors).all(axis=-1) & vectors.any(axis=-1))

@@ -71,6 +71,8 @@ class TableState:
     version: int
     keys: frozenset[str]
     """Partitions that have rows."""
+    rows: int
+    """Of all partitions."""
 
 
 def table_state(lake: Lake, table: TableSpec) -> TableState | None:
@@ -79,8 +81,10 @@ def table_state(lake: Lake, table: TableSpec) -> TableState | None:
     if delta is None:
         return None
     with lake_errors(f"the table {table.path!r} can't be read", lake.root):
-        keys = frozenset(str(partition["partition_key"]) for partition in delta.partitions())
-        return TableState(str(delta.metadata().id), int(delta.version()), keys)
+        files = pa.table(delta.get_add_actions(flatten=True))
+        keys = frozenset(files.column("partition.partition_key").to_pylist()) if files.num_rows else frozenset()
+        rows = sum(files.column("num_records").to_pylist()) if files.num_rows else 0
+        return TableState(str(delta.metadata().id), int(delta.version()), keys, rows)
 
 
 def table_version(lake: Lake, table: TableSpec) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
+_OWNER_PROPERTY = "embed_assets.name_prefix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,13 @@ def quoted(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
+@dataclass(slots=True)
+class _Handles:
+    """Open tables by thread and path; None outside of sessions."""
+
+    tables: dict[tuple[int, str], DeltaTable] | None = None
+
+
 @dataclass(frozen=True)
 class Lake:
     """The root of the tables, on any storage that Delta supports."""
@@ -71,6 +80,18 @@ class Lake:
     root: str
     options: dict[str, str] = field(default_factory=dict)
     """Delta storage options."""
+    owner: str = ""
+    """The corpus whose tables these are: its EMBED_NAME_PREFIX."""
+    _handles: _Handles = field(default_factory=_Handles, compare=False, repr=False)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """For the time of a run, a table that was opened once is brought up to date instead of being read anew."""
+        self._handles.tables = {}
+        try:
+            yield
+        finally:
+            self._handles.tables = None
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Lake:
@@ -82,7 +103,8 @@ class Lake:
             raise SettingsError(f"EMBED_LAKE must be a folder or one of {known}, got {settings.lake!r}; set EMBED_LAKE")
         if path is not None and path.exists() and not path.is_dir():
             raise LakeError(f"the lake {str(path)!r} must be a writable folder, it is a file; set EMBED_LAKE")
-        return cls(str(path.absolute()) if path is not None else settings.lake.rstrip("/"), settings.lake_options)
+        root = str(path.absolute()) if path is not None else settings.lake.rstrip("/")
+        return cls(root, settings.lake_options, settings.name_prefix)
 
     def uri(self, table: TableSpec) -> str:
         """Where the table lies."""
@@ -94,11 +116,19 @@ class Lake:
 
     def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
         """The same for a table that lies at `path` below the root."""
+        place = (threading.get_ident(), path)
+        handles = self._handles.tables if version is None else None
         with lake_errors(f"the table {path!r} can't be opened", self.root):
+            if handles is not None and place in handles:
+                handles[place].update_incremental()
+                return handles[place]
             try:
-                return DeltaTable(f"{self.root}/{path}", version, self.options or None)
+                table = DeltaTable(f"{self.root}/{path}", version, self.options or None)
             except TableNotFoundError:
                 return None
+        if handles is not None:
+            handles[place] = table
+        return table
 
     def create(self, table: TableSpec, dimension: int | None = None) -> DeltaTable:
         """The table, created if need be. Safe when several processes do it at once.
@@ -106,6 +136,8 @@ class Lake:
         The dimension of an embeddings table is a constraint: rows with another length can't be committed.
         """
         configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties}
+        if self.owner:
+            configuration[_OWNER_PROPERTY] = self.owner
         if dimension is not None:
             # Constraints need writer version 3, and only here, at creation, are they set without a race.
             configuration |= {
@@ -125,8 +157,19 @@ class Lake:
                 raise_if_key_not_exists=False,
             )
 
-    def check_writable(self) -> None:
-        """Raise ``LakeError`` now rather than once per partition when nothing can be written to a local lake."""
+    def check_usable(self) -> None:
+        """Raise ``LakeError`` now rather than once per partition when the lake is another corpus's, or (where it is
+        local) nothing can be written to it."""
+        self._check_writable()
+        table = self.open(RAW)
+        owner = "" if table is None else table.metadata().configuration.get(_OWNER_PROPERTY, "")
+        if table is not None and owner != self.owner:
+            raise LakeError(
+                f"a lake holds one corpus, {self.root!r} is that of EMBED_NAME_PREFIX={owner!r}, got {self.owner!r}: "
+                "they would replace each other's partitions; set EMBED_LAKE to a lake of its own"
+            )
+
+    def _check_writable(self) -> None:
         path = local_path(self.root)
         if path is None:
             return
@@ -138,6 +181,14 @@ class Lake:
             raise LakeError(
                 f"the lake {self.root!r} must be a writable folder: {error.strerror}; set EMBED_LAKE or its permissions"
             ) from error
+
+    def spaces(self) -> list[str]:
+        """Names of the embedding spaces that have a table."""
+        filesystem = self.filesystem()
+        folder = f"{self.root}/embeddings"
+        if not filesystem.exists(folder):
+            return []
+        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in filesystem.ls(folder, detail=False))
 
     def filesystem(self) -> Any:
         """fsspec file system of the lake, for what lies beside the tables."""
@@ -158,4 +209,5 @@ def lake_errors(what: str, root: str) -> Iterator[None]:
     except (DeltaError, OSError, pa.ArrowException) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:300] if lines else type(error).__name__
-        raise LakeError(f"{what}: {reason}; check EMBED_LAKE={root!r} and its permissions") from error
+        message = f"{what}: {reason}; check EMBED_LAKE={root!r} and its permissions"
+        raise LakeError(message, may_pass=local_path(root) is None) from error

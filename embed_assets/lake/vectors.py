@@ -25,6 +25,7 @@ _STAGED = pa.schema(
     ]
 )
 VECTOR_COLUMNS: tuple[str, ...] = tuple(_STAGED.names)
+_SQUARED_NORM_TOLERANCE = 2e-3
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -37,6 +38,12 @@ class StoredVectors:
     is_truncated: list[bool]
     embedded_at: list[int]
     """Microseconds since 1970, UTC."""
+
+
+def is_unit(vectors: np.ndarray) -> np.ndarray:
+    """Which rows of a float32 array of shape (n, dimension) are finite and of unit norm."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.abs(np.einsum("ij,ij->i", vectors, vectors) - 1) < _SQUARED_NORM_TOLERANCE)
 
 
 class VectorStore:
@@ -66,12 +73,12 @@ class VectorStore:
     def add(self, batch: pa.RecordBatch) -> None:
         """Take in the rows of a batch with at least `VECTOR_COLUMNS`.
 
-        Vectors that are not finite or of another length are left out, so that they are embedded again.
+        Vectors that are not of unit norm or of another dimension are left out, so that they are embedded again.
         """
         if not batch.num_rows:
             return
         matrix = self._matrix(batch.column("embedding"))
-        is_usable = np.isfinite(matrix).all(axis=1).tolist()
+        is_usable = is_unit(matrix).tolist()
         truncated = batch.column("is_truncated").to_pylist()
         times = batch.column("embedded_at").cast(pa.int64()).to_pylist()
         kept: list[int] = []

@@ -11,6 +11,7 @@ import pyarrow as pa
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import partition_keys, read_partition
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
+from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
 
 
@@ -18,6 +19,10 @@ from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_o
 class Gaps:
     """What is wrong with a partition: rows of each kind."""
 
+    uncovered_documents: int = 0
+    """Documents of whose text something is in no chunk, whitespace aside."""
+    gone_documents: int = 0
+    """Documents that have chunks, and no text any more."""
     missing: int = 0
     """Chunks without a vector, but for those that are in rejected_documents as not embeddable."""
     extra: int = 0
@@ -27,6 +32,7 @@ class Gaps:
     stale_text: int = 0
     """Vectors of another text than the chunk's."""
     not_finite: int = 0
+    not_unit_norm: int = 0
     wrong_dimension: int = 0
     unreadable_documents: int = 0
     """1 when the partition's files of raw_documents can't be read; then nothing else is counted, as below."""
@@ -41,8 +47,9 @@ class Gaps:
     @property
     def assets(self) -> tuple[str, ...]:
         """Names of the assets that must be made anew."""
-        if self.unreadable_documents or self.unreadable_chunks:
-            return ("raw_documents",) * self.unreadable_documents + ("chunks",) * self.unreadable_chunks
+        are_chunks_wrong = self.unreadable_chunks or self.uncovered_documents or self.gone_documents
+        if self.unreadable_documents or are_chunks_wrong:
+            return ("raw_documents",) * self.unreadable_documents + ("chunks",) * bool(are_chunks_wrong)
         return ("embeddings",) if self.total else ()
 
 
@@ -55,31 +62,83 @@ def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gap
     dimension = None if delta is None else dimension_of(delta)
     tables = (RAW, CHUNK_TABLE, table)
     for key in sorted(set().union(*(partition_keys(lake, spec) for spec in tables))):
-        yield key, _verify_partition(lake, table, key, prompt, dimension)
+        yield key, verify_partition(lake, table, key, prompt, dimension)
 
 
-def _verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
+def verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
+    """What is wrong with one partition, whose vectors should have this dimension (that of the first one, if None)."""
     gaps = Gaps()
-    expected: dict[str, str] = {}
-    excused = _rejected_chunks(lake, table.space, key)
     try:
-        for _ in read_partition(lake, RAW, key, RAW.schema.names):
-            pass
-    except LakeError:
-        gaps.unreadable_documents = 1
+        found = measure_coverage(lake, key)
+        gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
+    except LakeError:  # of either table: which one it is shows when each is read alone
+        gaps.unreadable_documents = int(not _is_readable(lake, RAW, key))
+        gaps.unreadable_chunks = int(not _is_readable(lake, CHUNK_TABLE, key))
+    return gaps if gaps.total else verify_vectors(lake, table, key, prompt, dimension)
+
+
+def verify_vectors(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
+    """What is wrong with one partition's vectors, given its chunks."""
+    expected: dict[str, str] = {}
     try:
         for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
             for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 expected[chunk_id] = hash_text(prompt + text)
     except LakeError:
-        gaps.unreadable_chunks = 1
-    if gaps.total:
-        return gaps
+        return Gaps(unreadable_chunks=1)
+    gaps = Gaps()
     try:
-        _verify_rows(lake, table, key, prompt, dimension, expected, excused, gaps)
+        _verify_rows(lake, table, key, prompt, dimension, expected, _rejected_chunks(lake, table.space, key), gaps)
     except LakeError:
         return Gaps(unreadable_vectors=1)
     return gaps
+
+
+@dataclass(slots=True)
+class Coverage:
+    """How much of a partition's documents is in chunks."""
+
+    documents: int = 0
+    uncovered_documents: int = 0
+    uncovered_characters: int = 0
+    gone_documents: int = 0
+
+
+def measure_coverage(lake: Lake, key: str) -> Coverage:
+    """Compare the chunks' spans with the documents' texts; about 100 bytes per chunk are in memory."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for batch in read_partition(lake, CHUNK_TABLE, key, ["document_id", "char_start", "char_end"]):
+        for document_id, start, end in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            spans.setdefault(document_id, []).append((start, end))
+    found = Coverage()
+    for batch in read_partition(lake, RAW, key, ["document_id", "text"]):
+        for i in range(batch.num_rows):
+            document_id, text = (batch.column(column)[i].as_py() for column in range(2))
+            missing = _characters_outside(text, spans.pop(document_id, []))
+            found.documents += 1
+            found.uncovered_documents += bool(missing)
+            found.uncovered_characters += missing
+    found.gone_documents = len(spans)
+    return found
+
+
+def _characters_outside(text: str, spans: list[tuple[int, int]]) -> int:
+    """Characters of the text that are in none of the spans, whitespace aside."""
+    missing = reached = 0
+    for start, end in [*sorted(spans), (len(text), len(text))]:
+        if start > reached:
+            missing += len("".join(text[reached:start].split()))
+        reached = max(reached, end)
+    return missing
+
+
+def _is_readable(lake: Lake, table: TableSpec, key: str) -> bool:
+    try:
+        for _ in read_partition(lake, table, key, table.schema.names):
+            pass
+    except LakeError:
+        return False
+    return True
 
 
 def _rejected_chunks(lake: Lake, space: str, key: str) -> set[str]:
@@ -127,4 +186,10 @@ def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> 
     gaps.wrong_dimension += int(wrong.sum())
     values = column.flatten().to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    gaps.not_finite += len(np.unique(rows[~np.isfinite(values)]))
+    not_finite = np.unique(rows[~np.isfinite(values)])
+    gaps.not_finite += len(not_finite)
+    whole = np.flatnonzero(~wrong)
+    starts = column.offsets.to_numpy()[whole] - column.offsets.to_numpy()[0]
+    length = int(lengths[whole[0]]) if len(whole) else 0
+    vectors = values[starts[:, None] + np.arange(length)] if wrong.any() else values.reshape(-1, length or 1)
+    gaps.not_unit_norm += len(np.setdiff1d(whole[~is_unit(vectors)], not_finite)) if length else 0

@@ -81,7 +81,7 @@ def replace_partition(
         if delta is not None and not rewrite and _holds(lake, table, key, data_version):
             return Replaced(data_version, version.row_count, False, int(delta.version()), str(delta.metadata().id))
         if delta is None:
-            lake.create(table, dimension)
+            delta = lake.create(table, dimension)
 
         def rows() -> pa.RecordBatchReader:
             staged.seek(0)
@@ -101,8 +101,8 @@ def replace_partition(
         )
         mean_row_bytes = max(1, staged.tell() // max(1, version.row_count))
         rows_per_group = max(1, min(_MAX_ROW_GROUP_ROWS, _MAX_ROW_GROUP_BYTES // mean_row_bytes))
-        written = _commit(lake, table, key, rows, properties, _writer_properties(table, rows_per_group))
-        return Replaced(data_version, version.row_count, True, int(written.version()), str(written.metadata().id))
+        _commit(lake, table, delta, key, rows, properties, _writer_properties(table, rows_per_group))
+        return Replaced(data_version, version.row_count, True, int(delta.version()), str(delta.metadata().id))
 
 
 def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
@@ -121,34 +121,33 @@ def _read_staged(staged: object) -> Iterator[pa.RecordBatch]:
 def _commit(
     lake: Lake,
     table: TableSpec,
+    delta: DeltaTable,
     key: str,
     rows: Callable[[], pa.RecordBatchReader],
     properties: CommitProperties,
     writer_properties: WriterProperties,
-) -> DeltaTable:
+) -> None:
+    """Replace the rows, again on top of what others committed meanwhile; `delta` then is at the commit's version."""
     for name, value in _FLAT_MEMORY.items():
         os.environ.setdefault(name, value)
     with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", lake.root):
         for attempt in range(_COMMIT_ATTEMPTS):
             try:
                 write_deltalake(
-                    lake.uri(table),
+                    delta,
                     rows(),
                     mode="overwrite",
                     predicate=partition_predicate(key),
                     target_file_size=_TARGET_FILE_BYTES,
                     writer_properties=writer_properties,
                     commit_properties=properties,
-                    storage_options=lake.options or None,
                 )
                 break
             except CommitFailedError:  # another process replaced the same partition meanwhile
                 if attempt == _COMMIT_ATTEMPTS - 1:
                     raise
                 time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
-    written = lake.open(table)
-    assert written is not None
-    return written
+                delta.update_incremental()
 
 
 def _writer_properties(table: TableSpec, rows_per_group: int) -> WriterProperties:

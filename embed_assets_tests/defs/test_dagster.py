@@ -4,70 +4,23 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
-from dagster._core.definitions.data_version import CachingStaleStatusResolver
 
 from embed_assets.definitions import build_definitions
 from embed_assets.defs.instance import open_instance
-from embed_assets.defs.specs import ASSETS
-from embed_assets.defs.sync import make_plan
+from embed_assets.defs.names import ASSETS, Names
 from embed_assets.settings import load_settings
 from embed_assets_tests.conftest import Project, topic
-
-DAGSTER = Path(sys.executable).parent / "dagster"
+from embed_assets_tests.defs.dagster_runs import DAGSTER, dagster_says, events, latest, materialize, run, we_say
 
 
 @pytest.fixture
 def instance(project: Project) -> Iterator[dg.DagsterInstance]:
     with open_instance() as opened:
         yield opened
-
-
-def materialize(*arguments: str, select: str = "*") -> subprocess.CompletedProcess[str]:
-    """`dagster asset materialize` as a user calls it."""
-    command = [str(DAGSTER), "asset", "materialize", "-m", "embed_assets.definitions", "--select", select, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def run(instance: dg.DagsterInstance, key: str, *assets: str) -> dg.ExecuteInProcessResult:
-    """A run of one partition in this process."""
-    job = build_definitions(load_settings()).resolve_implicit_global_asset_job_def()
-    selection = [dg.AssetKey(asset) for asset in assets] or None
-    return job.execute_in_process(instance=instance, partition_key=key, asset_selection=selection, raise_on_error=False)
-
-
-def latest(instance: dg.DagsterInstance, asset: str, key: str) -> dg.AssetMaterialization:
-    record = instance.get_latest_data_version_record(dg.AssetKey(asset), partition_key=key)
-    assert record is not None and record.asset_materialization is not None
-    return record.asset_materialization
-
-
-def events(instance: dg.DagsterInstance, asset: str) -> int:
-    return len(instance.fetch_materializations(dg.AssetKey(asset), limit=1000).records)
-
-
-def dagster_says(instance: dg.DagsterInstance, key: str) -> dict[str, str]:
-    """State of the assets as Dagster's own resolver sees it."""
-    view = AssetGraphView.for_test(build_definitions(load_settings()), instance)
-    resolver = CachingStaleStatusResolver(instance=instance, asset_graph=view.asset_graph, loading_context=view)
-    return {asset: resolver.get_status(dg.AssetKey(asset), key).value.lower() for asset in ASSETS}
-
-
-def we_say(instance: dg.DagsterInstance, key: str) -> dict[str, str]:
-    plans = {plan.partition.key: plan for plan in make_plan(instance, pipeline_of_settings()).partitions}
-    return {asset: status.state for asset, status in plans[key].statuses.items()}
-
-
-def pipeline_of_settings() -> object:
-    from embed_assets.stages.pipeline import Pipeline
-
-    return Pipeline.from_settings(load_settings())
 
 
 def test_the_graph_is_what_it_was() -> None:
@@ -119,8 +72,8 @@ def test_a_range_run_gives_each_partition_its_own_version_and_names_those_that_f
     assert "1 of 3 partitions failed" in done.stderr + done.stdout
     with open_instance() as instance:
         for key in "ac":
-            assert dagster_says(instance, key) == dict.fromkeys(ASSETS, "fresh")
-        assert dagster_says(instance, "b")["embeddings"] == "stale"
+            assert dagster_says(instance, key)[key] == dict.fromkeys(ASSETS, "fresh")
+        assert dagster_says(instance, "b")["b"]["embeddings"] == "stale"
         statuses = instance.get_status_by_partition(dg.AssetKey("embeddings"), ["a", "b", "c"], _partitions())
         assert statuses is not None
         assert {k: v.value for k, v in statuses.items() if v} == {
@@ -131,9 +84,7 @@ def test_a_range_run_gives_each_partition_its_own_version_and_names_those_that_f
 
 
 def _partitions() -> dg.DynamicPartitionsDefinition:
-    from embed_assets.defs.specs import corpus_partitions
-
-    return corpus_partitions
+    return Names().partitions
 
 
 def test_our_states_are_dagsters(
@@ -143,7 +94,7 @@ def test_our_states_are_dagsters(
         project.json("discover")
         ours = we_say(instance, key)
         assert ours == dagster_says(instance, key)
-        return ours
+        return ours[key]
 
     file = project.write("a/try.rst", topic("try"))
     assert agree() == dict.fromkeys(ASSETS, "missing")
@@ -231,7 +182,7 @@ def test_assets_downstream_in_the_same_run_are_made(project: Project, instance: 
     assert job.execute_in_process(instance=instance, tags=tags).success
     assert instance.get_materialized_partitions(dg.AssetKey("downstream")) == {"a", "b"}
     for key in "ab":
-        assert dagster_says(instance, key) == dict.fromkeys(ASSETS, "fresh")
+        assert dagster_says(instance, key)[key] == dict.fromkeys(ASSETS, "fresh")
 
 
 def test_validate_and_list_as_dagster_does() -> None:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import content_version, partition_keys, read_partition, scan, table_version
 from embed_assets.lake.search import search
-from embed_assets.lake.tables import CHUNK_TABLE, REJECTED, Lake, TableSpec, dimension_of, partition_predicate
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of, partition_predicate
 from embed_assets.lake.vectors import VECTOR_COLUMNS, Staging, VectorStore, vector_batch
 from embed_assets.lake.verify import verify
 from embed_assets.lake.writer import Provenance, replace_partition
-from embed_assets.records import CHUNKS, EMBEDDINGS, REJECTED_DOCUMENTS, chunk_ids, hash_text, utc_now
+from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS, chunk_ids, hash_text, utc_now
 
 SPACE = TableSpec("embeddings", "space", {"embed_assets.model": "test"})
 RUN = Provenance("run-1", {"upstream": "v1"})
@@ -122,6 +122,16 @@ def chunks(key: str, texts: list[str]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, schema=CHUNKS)
 
 
+def write_chunks(lake: Lake, key: str) -> None:
+    """`TEXTS` as chunks, and a document of which they are."""
+    document = {
+        "partition_key": key, "document_id": "doc", "uri": "u", "media_type": "text/plain", "title": "", "text": "t",
+        "content_hash": hash_text("t"), "byte_size": 1, "modified_at": utc_now(), "metadata": "{}",
+    }  # fmt: skip
+    replace_partition(lake, RAW, key, [pa.RecordBatch.from_pylist([document], schema=RAW_DOCUMENTS)], RUN)
+    replace_partition(lake, CHUNK_TABLE, key, [chunks(key, TEXTS)], RUN)
+
+
 def unit(rows: int, dimension: int = 4, seed: int = 0) -> np.ndarray:
     made = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
     return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True))
@@ -164,7 +174,7 @@ def test_tables_can_be_read_with_no_abort_at_exit(lake: Lake) -> None:
 def test_a_lake_that_is_a_file_or_damaged_says_so_in_one_line(lake: Lake, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LakeError, match="must be a writable folder"):
-        Lake(str(tmp_path / "file")).check_writable()
+        Lake(str(tmp_path / "file")).check_usable()
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
     log = next(Path(lake.uri(REJECTED)).glob("_delta_log/*1.json"))
     log.write_text("{broken")
@@ -243,6 +253,8 @@ def damage(lake: Lake, how: str) -> None:
         vectors, texts = unit(7), [*texts, "no chunk"]
     elif how == "not_finite":
         vectors[3, 1] = np.inf
+    elif how == "not_unit_norm":
+        vectors[3] *= 1.01
     batch = embeddings("a", vectors, texts)
     if how == "duplicated":
         batch = pa.Table.from_batches([batch, batch.slice(2, 1)]).combine_chunks().to_batches()[0]
@@ -252,10 +264,10 @@ def damage(lake: Lake, how: str) -> None:
     replace_partition(lake, SPACE, "a", [batch], RUN, dimension=4, rewrite=True)
 
 
-@pytest.mark.parametrize("how", ["missing", "extra", "duplicated", "stale_text", "not_finite"])
+@pytest.mark.parametrize("how", ["missing", "extra", "duplicated", "stale_text", "not_finite", "not_unit_norm"])
 def test_verify_finds_each_kind_of_damage(lake: Lake, how: str) -> None:
-    replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", TEXTS)], RUN)
-    replace_partition(lake, CHUNK_TABLE, "b", [chunks("b", TEXTS)], RUN)
+    write_chunks(lake, "a")
+    write_chunks(lake, "b")
     replace_partition(lake, SPACE, "b", [embeddings("b", unit(6))], RUN, dimension=4)
     damage(lake, "nothing")
     assert {key: gaps.total for key, gaps in verify(lake, SPACE, "")} == {"a": 0, "b": 0}
@@ -266,7 +278,7 @@ def test_verify_finds_each_kind_of_damage(lake: Lake, how: str) -> None:
 
 
 def test_verify_finds_wrong_dimensions(lake: Lake) -> None:
-    replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", TEXTS)], RUN)
+    write_chunks(lake, "a")
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(6))], RUN)  # a table without the constraint
     batch = embeddings("a", unit(6))
     short = pa.array(
@@ -279,7 +291,7 @@ def test_verify_finds_wrong_dimensions(lake: Lake) -> None:
 
 
 def test_versions_follow_content_only(lake: Lake) -> None:
-    replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", TEXTS)], RUN)
+    write_chunks(lake, "a")
     version = content_version(lake, CHUNK_TABLE, "a")
     assert version.row_count == 6
     assert content_version(lake, CHUNK_TABLE, "none").hexdigest() != version.hexdigest()

@@ -1,0 +1,156 @@
+"""Noticing what arrives: a sensor lists the source, registers new partitions and observes changed ones.
+
+It starts no run: what it records makes partitions missing or stale, and the automation condition takes it from there.
+"""
+# No postponed annotations here: Dagster looks at the sensor's as they are.
+
+import json
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+
+import dagster as dg
+from dagster import DagsterInstance
+
+from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.discovery import KEYS_PER_ADD, list_partitions
+from embed_assets.defs.names import Names
+from embed_assets.defs.processes import end_dead_runs
+from embed_assets.defs.recording import observation
+from embed_assets.defs.staleness import observed_versions
+from embed_assets.errors import SourceError
+from embed_assets.records import hash_parts
+from embed_assets.stages.pipeline import Pipeline
+
+_INTERVAL_SECONDS = 10
+_EVENTS_PER_TICK = 1_000
+"""An event takes Dagster's daemon some milliseconds; the next tick goes on."""
+_LISTING_SHARE = 0.1
+"""Of the time is spent on listing at most; a large source is listed less often."""
+_PATIENCE = 10
+"""A partition that is written to without a pause is taken as it is after so many times SETTLE_SECONDS."""
+_EMPTY_SECONDS = 60.0
+"""An empty source is believed after so long: it may be a disk that is not mounted."""
+_WAITS = 3
+
+
+@dataclass(slots=True)
+class Cursor:
+    """What one tick tells the next."""
+
+    listing: str = ""
+    """Hash of all that was listed and is dealt with."""
+    listed_at: float = 0.0
+    """Seconds since 1970."""
+    listing_seconds: float = 0.0
+    empty_since: float | None = None
+    unsettled: dict[str, float] = field(default_factory=dict)
+    """Partitions that are being written to, and since when that is seen."""
+
+    def dumps(self) -> str:
+        """As Dagster keeps it."""
+        return json.dumps(asdict(self))
+
+
+def build_arrivals_sensor(pipeline: Pipeline) -> dg.SensorDefinition:
+    """The sensor over the pipeline's source."""
+
+    @dg.sensor(
+        name=Names.of(pipeline).prefixed("arrivals"),
+        minimum_interval_seconds=_INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Lists the source, registers new partitions and observes new, changed and emptied ones. "
+        "Also ends runs whose process is gone.",
+    )
+    def arrivals(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        for run_id in end_dead_runs(context.instance):
+            context.log.warning(f"the process of the run {run_id} is gone: it is marked as failed")
+        return observe_arrivals(context.instance, pipeline, context.cursor, time.time())
+
+    return arrivals
+
+
+def observe_arrivals(instance: DagsterInstance, pipeline: Pipeline, cursor: str | None, now: float) -> dg.SensorResult:
+    """One tick at the time `now` (seconds since 1970)."""
+    state = Cursor(**json.loads(cursor)) if cursor else Cursor()
+    if now - state.listed_at < state.listing_seconds / _LISTING_SHARE:
+        return _skip(state, f"listing takes {state.listing_seconds:.1f} s: it is done less often")
+    names = Names.of(pipeline)
+    started = time.monotonic()
+    try:
+        partitions = list_partitions(instance, pipeline.source, names)
+    except SourceError as error:
+        return _skip(state, str(error))
+    state.listed_at, state.listing_seconds = now, round(time.monotonic() - started, 3)
+    is_empty = bool(partitions) and not any(p.files for p in partitions.values())
+    state.empty_since = (state.empty_since or now) if is_empty else None
+    if state.empty_since is not None and now - state.empty_since < _EMPTY_SECONDS:
+        return _skip(state, f"the source {pipeline.source.root!r} is empty: believed after {_EMPTY_SECONDS:.0f} s")
+    listing = hash_parts(part for key, p in sorted(partitions.items()) for part in (key, p.version))
+    if listing == state.listing:
+        return _skip(state, f"nothing changed in {len(partitions)} partitions")
+    return _observe(instance, pipeline, partitions, state, listing, now)
+
+
+def _observe(
+    instance: DagsterInstance,
+    pipeline: Pipeline,
+    partitions: Mapping[str, SourcePartition],
+    state: Cursor,
+    listing: str,
+    now: float,
+) -> dg.SensorResult:
+    names = Names.of(pipeline)
+    observed = observed_versions(instance, names)
+    changed = [p for p in partitions.values() if observed.get(p.key) != p.version]
+    settle_seconds = pipeline.settings.settle_seconds
+    state.unsettled = {
+        p.key: state.unsettled.get(p.key, now) for p in changed if seconds_until_settled(p, settle_seconds, now) > 0
+    }
+    waiting = {key for key, since in state.unsettled.items() if now - since < _PATIENCE * settle_seconds}
+    ready = [p for p in changed if p.key not in waiting]
+    batch = ready[:_EVENTS_PER_TICK]
+    if not changed:  # and not already when the events are handed over: they might get lost
+        state.listing = listing
+    registered = set(instance.get_dynamic_partitions(names.partitions_name))
+    added = [p.key for p in batch if p.key not in registered]
+    result = dg.SensorResult(
+        dynamic_partitions_requests=[
+            names.partitions.build_add_request(added[start : start + KEYS_PER_ADD])
+            for start in range(0, len(added), KEYS_PER_ADD)
+        ],
+        asset_events=[observation(names, p) for p in batch],
+        cursor=state.dumps(),
+    )
+    if batch:
+        return result
+    if waiting:
+        return _skip(state, f"{len(waiting)} partitions are being written to: {', '.join(sorted(waiting)[:5])}")
+    return _skip(state, f"nothing changed in {len(partitions)} partitions")
+
+
+def seconds_until_settled(partition: SourcePartition, settle_seconds: float, now: float) -> float:
+    """How long until none of the files was changed in the last `settle_seconds`; 0 when that is so.
+
+    Times in the future are another machine's clock and say nothing.
+    """
+    ages = (now - file.modified_at.timestamp() for file in partition.files)
+    return max((settle_seconds - age for age in ages if 0 <= age < settle_seconds), default=0.0)
+
+
+def wait_until_settled(pipeline: Pipeline, keys: Collection[str]) -> dict[str, SourcePartition]:
+    """All partitions of the source, once those of `keys` are not being written to, or after some seconds."""
+    settle_seconds = pipeline.settings.settle_seconds
+    for _ in range(_WAITS):
+        partitions = pipeline.source.partitions()
+        now = time.time()
+        found = (partitions[key] for key in keys if key in partitions)
+        seconds = max((seconds_until_settled(p, settle_seconds, now) for p in found), default=0.0)
+        if not seconds:
+            return partitions
+        time.sleep(seconds)
+    return pipeline.source.partitions()
+
+
+def _skip(state: Cursor, reason: str) -> dg.SensorResult:
+    return dg.SensorResult(skip_reason=reason, cursor=state.dumps())

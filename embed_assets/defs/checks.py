@@ -1,0 +1,89 @@
+"""Asset checks: the questions of `stages/checks.py` asked per partition, and whether a partition is fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import dagster as dg
+
+from embed_assets.defs.names import Names
+from embed_assets.defs.staleness import Status
+from embed_assets.errors import PartitionError
+from embed_assets.stages.checks import CHECKS, Outcome, Subject, check
+from embed_assets.stages.pipeline import Pipeline
+
+FRESHNESS = "freshness"
+_FRESHNESS_DESCRIPTION = "Source, code and inputs are still those that the partition's three assets were made from."
+_BLOCKING = {(check.asset, check.name) for check in CHECKS if check.is_blocking}
+
+
+def check_specs(names: Names) -> list[dg.AssetCheckSpec]:
+    """All checks, each with an answer per partition."""
+    questions = [(c.asset, c.name, c.description) for c in CHECKS]
+    return [
+        dg.AssetCheckSpec(
+            name,
+            asset=names.key(asset),
+            description=description,
+            blocking=(asset, name) in _BLOCKING,
+            partitions_def=names.partitions,
+        )
+        for asset, name, description in [*questions, ("embeddings", FRESHNESS, _FRESHNESS_DESCRIPTION)]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Checker:
+    """Asks a run's checks and records the answers."""
+
+    pipeline: Pipeline
+    names: Names
+    record: Callable[[dg.AssetCheckEvaluation], None]
+    selected: Collection[dg.AssetCheckKey]
+
+    def check(self, asset: str, key: str, stale: Mapping[str, Status]) -> None:
+        """Ask all selected checks of an asset about a partition, of whose assets `stale` are not fresh.
+
+        Raises ``PartitionError`` when a blocking one says no.
+        """
+        for name, outcome in self.outcomes(asset, key, stale).items():
+            if not outcome.passed and (asset, name) in _BLOCKING:
+                raise PartitionError(f"the check {name!r} of {asset} failed: {outcome.detail}")
+
+    def outcomes(self, asset: str, key: str, stale: Mapping[str, Status]) -> dict[str, Outcome]:
+        """The answers of the selected checks, by their names; they are recorded."""
+        pipeline = self.pipeline
+        subject = Subject(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt, pipeline.settings, key)
+        outcomes = {
+            question.name: check(question, subject)
+            for question in CHECKS
+            if question.asset == asset and self._is_selected(asset, question.name)
+        }
+        if asset == "embeddings" and self._is_selected(asset, FRESHNESS):
+            outcomes[FRESHNESS] = _freshness(stale)
+        for name, outcome in outcomes.items():
+            is_blocking = (asset, name) in _BLOCKING
+            self.record(
+                dg.AssetCheckEvaluation(
+                    asset_key=self.names.key(asset),
+                    check_name=name,
+                    passed=outcome.passed,
+                    severity=dg.AssetCheckSeverity.ERROR if is_blocking else dg.AssetCheckSeverity.WARN,
+                    description=outcome.detail,
+                    metadata={**outcome.numbers},
+                    blocking=is_blocking,
+                    partition=key,
+                )
+            )
+        return outcomes
+
+    def _is_selected(self, asset: str, name: str) -> bool:
+        return dg.AssetCheckKey(self.names.key(asset), name) in self.selected
+
+
+def _freshness(stale: Mapping[str, Status]) -> Outcome:
+    if not stale:
+        return Outcome(True, "all three assets are fresh")
+    found = "; ".join(f"{asset} is {status.state}: {', '.join(status.reasons)}" for asset, status in stale.items())
+    return Outcome(False, f"{found}; materialize it or run 'embed-assets sync'")

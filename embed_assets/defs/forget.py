@@ -1,0 +1,35 @@
+"""Dropping a partition for good: its rows in every table, and its key in Dagster."""
+
+from __future__ import annotations
+
+from dagster import DagsterInstance
+
+from embed_assets.defs.names import Names
+from embed_assets.errors import PartitionError
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
+from embed_assets.lake.writer import Provenance, replace_partition
+from embed_assets.stages.pipeline import Pipeline
+
+
+def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
+    """Remove the partition's rows, of all spaces, and unregister its key; returns the number of tables it was in.
+
+    Old versions of the tables keep the rows until they are vacuumed. Raises ``PartitionError`` when there is no such
+    partition, or the source has files for it, which would bring it back.
+    """
+    names = Names.of(pipeline)
+    files = pipeline.source.partitions().get(key)
+    if files is not None:
+        raise PartitionError(
+            f"a partition to forget must have no files in the source, {key!r} has {len(files.files)}; "
+            f"remove them from {pipeline.source.root!r} first"
+        )
+    tables = [RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in pipeline.lake.spaces())]
+    provenance = Provenance("forget", {})
+    emptied = sum(replace_partition(pipeline.lake, table, key, [], provenance).is_committed for table in tables)
+    registered = key in instance.get_dynamic_partitions(names.partitions_name)
+    if registered:
+        instance.delete_dynamic_partition(names.partitions_name, key)
+    if not registered and not emptied:
+        raise PartitionError(f"there is no partition {key!r} in Dagster or the lake; 'embed-assets plan' lists them")
+    return emptied

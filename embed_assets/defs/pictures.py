@@ -1,0 +1,108 @@
+"""Small pictures for the asset pages, as PNG: how long the chunks are, and where the vectors lie.
+
+Drawn with Pillow, which takes a hundredth of a second; a plotting library takes ten times that, per partition.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+
+import dagster as dg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_WIDTH, _HEIGHT = 460, 190
+_SCALE = 1.5
+"""Pixels per unit of the layout."""
+_INK, _FAINT, _BAR, _LIMIT = "#374151", "#9ca3af", "#6366f1", "#dc2626"
+_COLORS = ("#4f46e5", "#059669", "#d97706", "#db2777", "#0891b2", "#65a30d", "#7c3aed", "#b91c1c")
+_PLOT = (44, 10, 330, 160)
+"""Left, top, right and bottom of the plot; to the right of it is the legend."""
+_LABEL_CHARACTERS = 19
+
+
+def draw_token_lengths(token_counts: Sequence[int], max_tokens: int) -> dg.MetadataValue:
+    """A histogram of the chunks' lengths in tokens, with what fits the model as a line."""
+    canvas = _Canvas()
+    left, top, right, bottom = _PLOT
+    widest = max(max_tokens, *token_counts)
+    counts = np.histogram(token_counts, bins=32, range=(0, widest))[0]
+    step = (right - left) / len(counts)
+    for i, count in enumerate(counts):
+        height = (bottom - top) * count / counts.max()
+        canvas.box(left + i * step + 1, bottom - height, left + (i + 1) * step - 1, bottom, _BAR)
+    canvas.line(left, bottom, right, bottom, _INK)
+    canvas.text(left, bottom + 4, "0")
+    canvas.text(right - 2, bottom + 4, f"{widest:,} tokens", anchor="ra")
+    canvas.text(left - 4, top, f"{counts.max():,}", anchor="ra")
+    canvas.text(left - 4, bottom - 12, "0", anchor="ra")
+    limit = left + (right - left) * max_tokens / widest
+    canvas.line(limit, top, limit, bottom, _LIMIT)
+    known = f"{len(token_counts):,} chunks", f"median {int(np.median(token_counts)):,}", f"line: {max_tokens:,} fit"
+    for i, line in enumerate(known):
+        canvas.text(right + 12, top + 16 * i, line, _LIMIT if i == 2 else _INK)
+    return canvas.as_markdown("token lengths of the chunks")
+
+
+def draw_map(vectors: np.ndarray, documents: Sequence[str]) -> dg.MetadataValue:
+    """Vectors, float32 of shape (n, dimension), on their two principal axes, colored by document."""
+    canvas = _Canvas()
+    left, top, right, bottom = _PLOT
+    flat = _flatten(vectors)
+    low, spread = flat.min(axis=0), np.maximum(np.ptp(flat, axis=0), 1e-9)
+    places = (flat - low) / spread
+    named = [document for document, _ in Counter(documents).most_common(len(_COLORS))]
+    colors = dict(zip(named, _COLORS, strict=False))
+    for (x, y), document in sorted(zip(places.tolist(), documents, strict=True), key=lambda p: p[1] in colors):
+        canvas.dot(left + x * (right - left), bottom - y * (bottom - top), colors.get(document, _FAINT))
+    for i, (document, color) in enumerate(colors.items()):
+        canvas.dot(right + 16, top + 6 + 16 * i, color)
+        canvas.text(right + 24, top + 16 * i, document)
+    if len(set(documents)) > len(named):
+        canvas.text(right + 24, top + 16 * len(named), "others", _FAINT)
+    canvas.text(left, bottom + 6, f"{len(vectors):,} of the partition's vectors, on two principal axes")
+    return canvas.as_markdown("map of the vectors")
+
+
+def _flatten(vectors: np.ndarray) -> np.ndarray:
+    """The two principal coordinates, shape (n, 2)."""
+    centered = vectors - vectors.mean(axis=0)
+    axes = np.linalg.svd(centered, full_matrices=False)[2][:2]
+    flat = np.zeros((len(vectors), 2))
+    flat[:, : len(axes)] = centered @ axes.T
+    return flat
+
+
+class _Canvas:
+    """A white picture."""
+
+    def __init__(self) -> None:
+        self._image = Image.new("RGB", (int(_WIDTH * _SCALE), int(_HEIGHT * _SCALE)), "white")
+        self._draw = ImageDraw.Draw(self._image)
+        self._font = ImageFont.load_default(size=10 * _SCALE)
+
+    def box(self, left: float, top: float, right: float, bottom: float, color: str) -> None:
+        self._draw.rectangle([v * _SCALE for v in (left, top, right, bottom)], fill=color)
+
+    def line(self, x: float, y: float, to_x: float, to_y: float, color: str) -> None:
+        self._draw.line([v * _SCALE for v in (x, y, to_x, to_y)], fill=color, width=2)
+
+    def dot(self, x: float, y: float, color: str) -> None:
+        self._draw.ellipse([(v + d) * _SCALE for d in (-2.5, 2.5) for v in (x, y)], fill=color)
+
+    def text(self, x: float, y: float, text: str, color: str = _INK, anchor: str = "la") -> None:
+        # The built-in font has Latin letters only.
+        shown = text.encode("ascii", "replace").decode()
+        if len(shown) > _LABEL_CHARACTERS and x > _PLOT[2]:
+            shown = "..." + shown[3 - _LABEL_CHARACTERS :]
+        self._draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=self._font, anchor=anchor)
+
+    def as_markdown(self, name: str) -> dg.MetadataValue:
+        """The picture as a data URI in Markdown, which Dagster's pages show."""
+        buffer = io.BytesIO()
+        self._image.convert("P", dither=Image.Dither.NONE, palette=Image.Palette.WEB).save(buffer, "PNG")
+        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{encoded})")

@@ -1,0 +1,128 @@
+"""Is what the tables hold of a partition right? Questions that read it back, each with an answer in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+from embed_assets.errors import LakeError
+from embed_assets.lake.reader import read_partition, row_count
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
+from embed_assets.lake.verify import measure_coverage, verify_vectors
+from embed_assets.records import NOT_EMBEDDABLE
+from embed_assets.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The answer for one partition."""
+
+    passed: bool
+    detail: str
+    """What was found, in one line."""
+    numbers: Mapping[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is asked about."""
+
+    lake: Lake
+    table: TableSpec
+    """The space's."""
+    prompt: str
+    settings: Settings
+    key: str
+
+    def column(self, table: TableSpec, name: str) -> Iterator[object]:
+        """The values of a column in the partition."""
+        for batch in read_partition(self.lake, table, self.key, [name]):
+            yield from batch.column(name).to_pylist()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question about an asset's partition."""
+
+    asset: str
+    name: str
+    description: str
+    ask: Callable[[Subject], Outcome]
+    is_blocking: bool = False
+    """A no stops the partition: what follows from it is not made."""
+
+
+def check(question: Check, subject: Subject) -> Outcome:
+    """The answer; a table that can't be read is a no."""
+    try:
+        return question.ask(subject)
+    except LakeError as error:
+        return Outcome(False, str(error))
+
+
+def _rejected_share(subject: Subject) -> Outcome:
+    reasons = [reason for reason in subject.column(REJECTED, "reason") if reason != NOT_EMBEDDABLE]
+    documents = row_count(subject.lake, RAW, subject.key)
+    limit = subject.settings.max_rejected_percent
+    return _share("documents rejected", len(reasons), documents + len(reasons), limit, "MAX_REJECTED_PERCENT")
+
+
+def _coverage(subject: Subject) -> Outcome:
+    found = measure_coverage(subject.lake, subject.key)
+    if not found.uncovered_documents and not found.gone_documents:
+        return Outcome(True, f"the chunks of {found.documents} documents have all their text", asdict(found))
+    detail = (
+        f"{found.uncovered_characters} characters of {found.uncovered_documents} documents are in no chunk, "
+        f"{found.gone_documents} documents with chunks are gone; "
+        "sync, after 'embed-assets verify --repair' if the chunks seem fresh"
+    )
+    return Outcome(False, detail, asdict(found))
+
+
+def _duplicate_share(subject: Subject) -> Outcome:
+    hashes = list(subject.column(CHUNK_TABLE, "text_hash"))
+    repeated = len(hashes) - len(set(hashes))
+    limit = subject.settings.max_duplicate_percent
+    return _share("chunks repeat another one", repeated, len(hashes), limit, "MAX_DUPLICATE_PERCENT")
+
+
+def _vectors(subject: Subject) -> Outcome:
+    delta = subject.lake.open(subject.table)
+    dimension = None if delta is None else dimension_of(delta)
+    gaps = verify_vectors(subject.lake, subject.table, subject.key, subject.prompt, dimension)
+    found = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in asdict(gaps).items() if count)
+    good = "every chunk has one finite unit-norm vector, for its current text"
+    detail = f"{found}; run 'embed-assets verify --repair'" if found else good
+    return Outcome(not gaps.total, detail, asdict(gaps))
+
+
+def _truncated_share(subject: Subject) -> Outcome:
+    flags = list(subject.column(subject.table, "is_truncated"))
+    limit = subject.settings.max_truncated_percent
+    return _share("chunks were cut to fit the model", sum(map(bool, flags)), len(flags), limit, "MAX_TRUNCATED_PERCENT")
+
+
+def _share(what: str, part: int, whole: int, limit: float, setting: str) -> Outcome:
+    percent = round(100 * part / whole, 2) if whole else 0.0
+    detail = f"{part:,} of {whole:,} {what}: {percent:g} %, limit {limit:g} % (EMBED_{setting})"
+    return Outcome(percent <= limit, detail, {"percent": percent, "count": part, "of": whole})
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "raw_documents",
+        "rejected_share",
+        "Not too many of the files and rows could not be read; the reasons are in `rejected_documents`.",
+        _rejected_share,
+    ),
+    Check("chunks", "coverage", "The chunks have every document's text, whitespace aside.", _coverage, True),
+    Check("chunks", "duplicate_share", "Not too many chunks have the text of another one.", _duplicate_share),
+    Check(
+        "embeddings",
+        "vectors",
+        "One finite, unit-norm vector of the table's dimension per chunk, for its current text.",
+        _vectors,
+        True,
+    ),
+    Check("embeddings", "truncated_share", "Of few chunks the model saw only the beginning.", _truncated_share),
+)

@@ -1,0 +1,177 @@
+"""What the automation condition requests, in every case that Dagster's own conditions were tried on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import dagster as dg
+import pytest
+
+from embed_assets.defs.instance import open_instance
+from embed_assets.defs.names import ASSETS
+from embed_assets_tests.conftest import Project, topic
+from embed_assets_tests.defs.dagster_runs import definitions, run
+
+Requested = dict[str, set[str]]
+
+
+class Ticker:
+    """Evaluates the condition as the sensor does, tick after tick."""
+
+    def __init__(self, project: Project, instance: dg.DagsterInstance) -> None:
+        self.project, self.instance = project, instance
+        self.cursor: object = None
+
+    def __call__(self) -> Requested:
+        """One tick: the partitions requested of each asset, without those of which there are none."""
+        self.project.json("discover")
+        result = dg.evaluate_automation_conditions(definitions(), self.instance, cursor=self.cursor)  # type: ignore[arg-type]
+        self.cursor = result.cursor
+        found = {asset: set(result.get_requested_partitions(dg.AssetKey(asset)) or ()) for asset in ASSETS}
+        return {asset: {str(key) for key in keys} for asset, keys in found.items() if keys}
+
+    def make(self, *keys: str, assets: tuple[str, ...] = ASSETS) -> None:
+        for key in keys:
+            assert run(self.instance, key, *assets).success
+
+    def forget_cursor(self) -> None:
+        self.cursor = None
+
+
+def of(keys: str, *assets: str) -> Requested:
+    return {asset: set(keys) for asset in assets}
+
+
+@pytest.fixture
+def ticker(project: Project) -> Iterator[Ticker]:
+    for key in "abc":
+        project.write(f"{key}/one.md", f"# One of {key}\n\n{topic('try')}")
+    with open_instance() as instance:
+        yield Ticker(project, instance)
+
+
+def test_a_backlog_is_requested_at_the_first_tick_and_again_until_it_is_made(ticker: Ticker) -> None:
+    assert ticker() == of("abc", *ASSETS)
+    assert ticker() == of("abc", *ASSETS)
+    ticker.make("a")
+    assert ticker() == of("bc", *ASSETS)
+
+
+def test_documents_read_before_the_first_tick(ticker: Ticker) -> None:
+    ticker.project.json("discover")
+    ticker.make("a", "b", "c", assets=("raw_documents",))
+    assert ticker() == of("abc", "chunks", "embeddings")
+
+
+def test_documents_read_between_two_ticks_and_a_new_partition(ticker: Ticker) -> None:
+    ticker()
+    ticker.make("a", "b", "c", assets=("raw_documents",))
+    assert ticker() == of("abc", "chunks", "embeddings")
+    assert ticker() == of("abc", "chunks", "embeddings")
+    ticker.make("a", "b", "c")
+    assert ticker() == {}
+    ticker.project.write("d/one.md", "New.")
+    assert ticker() == of("d", *ASSETS)
+    ticker.make("d", assets=("raw_documents",))
+    assert ticker() == of("d", "chunks", "embeddings")
+
+
+def test_touched_files_are_read_again_and_nothing_follows(ticker: Ticker) -> None:
+    ticker.project.sync()
+    assert ticker() == {}
+    os.utime(ticker.project.landing / "a/one.md", (1, 1))
+    assert ticker() == of("a", "raw_documents")
+    ticker.make("a", assets=("raw_documents",))
+    assert ticker() == {}
+
+
+def test_an_edit_is_followed_through_in_one_run(ticker: Ticker) -> None:
+    ticker.project.sync()
+    ticker()
+    ticker.project.write("a/one.md", "Something else.")
+    assert ticker() == of("a", *ASSETS)
+
+
+def test_new_documents_read_by_hand(ticker: Ticker) -> None:
+    ticker.project.sync()
+    ticker()
+    ticker.project.write("a/one.md", "Something else.")
+    ticker.project.json("discover")
+    ticker.make("a", assets=("raw_documents",))
+    assert ticker() == of("a", "chunks", "embeddings")
+    ticker.make("a")
+    assert ticker() == {}
+
+
+def test_changed_code_is_noticed_for_every_partition_also_without_a_cursor(ticker: Ticker) -> None:
+    ticker.project.sync()
+    assert ticker() == {}
+    ticker.project.set(CHUNK_TOKENS="100")
+    assert ticker() == of("abc", "chunks")
+    ticker.forget_cursor()
+    assert ticker() == of("abc", "chunks")
+    assert ticker() == of("abc", "chunks")
+    ticker.make("a", assets=("chunks",))
+    assert ticker() == of("bc", "chunks") | of("a", "embeddings")
+    ticker.project.sync()
+    ticker.project.set(MODEL="fake:16@other")
+    assert ticker() == of("abc", "embeddings")
+
+
+def test_chunks_that_come_out_the_same_are_not_embedded_again(ticker: Ticker) -> None:
+    for key in "abc":
+        ticker.project.write(f"{key}/one.md", "Short.")
+    ticker.project.sync()
+    ticker.project.set(CHUNK_TOKENS="100")
+    ticker.make("a", assets=("chunks",))
+    assert ticker() == of("bc", "chunks")
+
+
+def test_a_failure_is_not_repeated_until_code_or_data_changes(ticker: Ticker) -> None:
+    project, instance = ticker.project, ticker.instance
+    project.sync()
+    damaged = next((project.root / "lake/embeddings").glob("*/partition_key=b/*.parquet"))
+    damaged.write_bytes(b"damaged")
+    project.write("b/one.md", "Edited.")
+    assert ticker() == of("b", *ASSETS)
+    assert not run(instance, "b").success
+    assert ticker() == {}
+    ticker.forget_cursor()
+    assert ticker() == {}
+    project.write("b/one.md", "Edited again.")
+    assert ticker() == of("b", *ASSETS)
+    assert not run(instance, "b").success
+    assert ticker() == {}
+    project.set(CHUNK_TOKENS="100")
+    assert ticker()["chunks"] == set("abc")
+    project.set(CHUNK_TOKENS="auto")
+    project.json("verify", "--repair", exit_code=1)
+    project.sync()
+    assert ticker() == {}
+
+
+def test_a_run_that_crashed_before_it_began_is_not_requested_for_ever(ticker: Ticker) -> None:
+    ticker.project.json("discover")
+    job = definitions().resolve_implicit_global_asset_job_def()
+    crashed = ticker.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
+    ticker.instance.report_run_failed(crashed, "the node died")
+    assert ticker() == of("bc", *ASSETS)
+    ticker.project.write("a/two.md", "A new one.")
+    assert ticker() == of("abc", *ASSETS)
+
+
+def test_what_is_under_way_is_not_requested(ticker: Ticker) -> None:
+    ticker.project.json("discover")
+    job = definitions().resolve_implicit_global_asset_job_def()
+    under_way = ticker.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
+    ticker.instance.report_dagster_event(
+        dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=under_way.job_name), under_way.run_id
+    )
+    assert ticker() == of("bc", *ASSETS)
+
+
+def test_the_sensors_run_from_the_start() -> None:
+    sensors = {sensor.name: sensor for sensor in definitions().sensors or ()}
+    assert sorted(sensors) == ["arrivals", "unsynced"]
+    assert {sensor.default_status for sensor in sensors.values()} == {dg.DefaultSensorStatus.RUNNING}  # type: ignore[union-attr]

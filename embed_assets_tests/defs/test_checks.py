@@ -1,0 +1,164 @@
+"""Each asset check says yes to a good table, no to one that was made wrong on purpose, and counts per partition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pytest
+
+from embed_assets.defs.checks import FRESHNESS
+from embed_assets.defs.instance import open_instance
+from embed_assets.lake.reader import scan
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, partition_predicate
+from embed_assets.stages.checks import CHECKS
+from embed_assets_tests.conftest import Project, topic
+from embed_assets_tests.defs.dagster_runs import definitions, run, run_range
+
+ALL = {(check.asset, check.name) for check in CHECKS} | {("embeddings", FRESHNESS)}
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def instance(project: Project) -> Iterator[dg.DagsterInstance]:
+    for key in "ab":
+        project.write(f"{key}/try.rst", topic("try"))
+        project.write(f"{key}/with.rst", topic("with"))
+    project.sync()
+    with open_instance() as opened:
+        yield opened
+
+
+def answers(instance: dg.DagsterInstance, key: str) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
+    """The latest answer of every check about a partition."""
+    found = {}
+    for asset, name in ALL:
+        check = dg.AssetCheckKey(dg.AssetKey(asset), name)
+        records = instance.event_log_storage.get_asset_check_execution_history(check, limit=50)
+        evaluations = [record.event.dagster_event.event_specific_data for record in records if record.event]  # type: ignore[union-attr]
+        found[asset, name] = next(e for e in evaluations if getattr(e, "partition", None) == key)
+    return found  # type: ignore[return-value]
+
+
+def ask(instance: dg.DagsterInstance, *keys: str) -> None:
+    """Run the checks alone."""
+    selection = dg.AssetSelection.all_asset_checks()
+    job = dg.Definitions.merge(definitions(), dg.Definitions(jobs=[dg.define_asset_job("ask", selection)]))
+    for key in keys:
+        assert job.resolve_job_def("ask").execute_in_process(instance=instance, tags={"dagster/partition": key}).success
+
+
+def failing(instance: dg.DagsterInstance, key: str) -> set[str]:
+    ask(instance, key)
+    return {name for (_, name), evaluation in answers(instance, key).items() if not evaluation.passed}
+
+
+def rewrite(project: Project, table: TableSpec, key: str, change: Callable[[Rows], Rows]) -> None:
+    """Replace a partition's rows behind the pipeline's back."""
+    from deltalake import write_deltalake
+
+    lake = project.pipeline().lake
+    rows = [r for b in scan(lake, table, table.schema.names, partition_predicate(key)) for r in b.to_pylist()]
+    changed = pa.Table.from_pylist(change(rows), schema=table.schema)
+    write_deltalake(lake.uri(table), changed, mode="overwrite", predicate=partition_predicate(key))
+
+
+def test_every_partition_has_every_answer(instance: dg.DagsterInstance, project: Project) -> None:
+    for key in "ab":
+        found = answers(instance, key)
+        assert set(found) == ALL
+        assert all(evaluation.passed for evaluation in found.values())
+    blocking = {name for (_, name), e in answers(instance, "a").items() if e.blocking}
+    assert blocking == {"coverage", "vectors"}
+    project.write("a/three.md", "Three.")
+    assert run_range(instance, "a", "b").success
+    assert answers(instance, "a")["chunks", "coverage"].metadata["documents"].value == 3
+    assert answers(instance, "b")["chunks", "coverage"].metadata["documents"].value == 2
+
+
+def first_vector(value: Callable[[list[float]], list[float]]) -> Callable[[Rows], Rows]:
+    return lambda rows: [rows[0] | {"embedding": value(rows[0]["embedding"])}, *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[1:],
+        lambda rows: [*rows, rows[0]],
+        lambda rows: [*rows, rows[0] | {"chunk_id": "0" * 32}],
+        lambda rows: [rows[0] | {"text": "another"}, *rows[1:]],
+        first_vector(lambda vector: [float("nan"), *vector[1:]]),
+        first_vector(lambda vector: [2 * x for x in vector]),
+        first_vector(lambda vector: [0.0 for _ in vector]),
+    ],
+    ids=["missing", "duplicated", "extra", "other text", "nan", "not unit norm", "zero"],
+)
+def test_vectors_made_wrong(instance: dg.DagsterInstance, project: Project, change: Callable[[Rows], Rows]) -> None:
+    rewrite(project, project.pipeline().embeddings_table, "a", change)
+    assert failing(instance, "a") == {"vectors"}
+    assert failing(instance, "b") == set()
+    project.json("verify", "--repair", exit_code=1)
+    project.sync()
+    assert failing(instance, "a") == set()
+
+
+def test_chunks_that_lack_text(instance: dg.DagsterInstance, project: Project) -> None:
+    rewrite(project, CHUNK_TABLE, "a", lambda rows: sorted(rows, key=lambda r: r["chunk_index"])[1:])
+    assert "coverage" in failing(instance, "a")
+    assert "characters of" in answers(instance, "a")["chunks", "coverage"].description  # type: ignore[operator]
+
+
+def test_chunks_of_documents_that_are_gone(instance: dg.DagsterInstance, project: Project) -> None:
+    rewrite(project, RAW, "a", lambda rows: rows[1:])
+    assert "coverage" in failing(instance, "a")
+    assert "1 documents with chunks are gone" in answers(instance, "a")["chunks", "coverage"].description  # type: ignore[operator]
+
+
+def test_shares_over_their_limits(instance: dg.DagsterInstance, project: Project) -> None:
+    assert failing(instance, "a") == set()
+    rewrite(project, CHUNK_TABLE, "a", lambda rows: [row | {"text_hash": "0" * 32} for row in rows])
+    rewrite(
+        project, project.pipeline().embeddings_table, "a", lambda rows: [row | {"is_truncated": True} for row in rows]
+    )
+    rewrite(project, RAW, "b", lambda rows: [])
+    project.write("b/photo.png", "no text")
+    run(instance, "b", "raw_documents")
+    assert {"duplicate_share", "truncated_share"} <= failing(instance, "a")
+    project.set(MAX_DUPLICATE_PERCENT="100", MAX_TRUNCATED_PERCENT="100")
+    assert not {"duplicate_share", "truncated_share"} & failing(instance, "a")
+    assert "rejected_share" in failing(instance, "b")
+    assert "EMBED_MAX_REJECTED_PERCENT" in answers(instance, "b")["raw_documents", "rejected_share"].description  # type: ignore[operator]
+
+
+def test_freshness_is_asked_of_the_source_as_it_is_now(instance: dg.DagsterInstance, project: Project) -> None:
+    project.write("a/three.md", "Three.")
+    assert failing(instance, "a") == {FRESHNESS}
+    assert "raw_documents is stale: source files changed" in answers(instance, "a")["embeddings", FRESHNESS].description  # type: ignore[operator]
+    project.sync()
+    assert failing(instance, "a") == set()
+    project.set(CHUNK_TOKENS="100")
+    assert failing(instance, "a") == {FRESHNESS}
+
+
+def test_a_blocking_check_stops_its_partition_alone(instance: dg.DagsterInstance, project: Project) -> None:
+    rewrite(project, CHUNK_TABLE, "a", lambda rows: rows[1:])
+    project.set(MODEL="fake:16@other")
+    failed = project.sync(exit_code=1)["partitions"]
+    assert (failed["a"]["state"], failed["b"]["state"]) == ("failed", "materialized")
+    assert "the check 'coverage' of chunks failed" in failed["a"]["error"]
+    assert {row["partition_key"] for row in project.rows("partition_key")} == {"b"}
+    project.json("verify", "--repair", exit_code=1)
+    assert project.sync()["partitions"]["a"]["state"] == "materialized"
+
+
+def test_checks_without_a_partition_are_asked_of_all(instance: dg.DagsterInstance, project: Project) -> None:
+    rewrite(project, project.pipeline().embeddings_table, "b", lambda rows: rows[1:])
+    job = dg.Definitions.merge(
+        definitions(), dg.Definitions(jobs=[dg.define_asset_job("ask", dg.AssetSelection.all_asset_checks())])
+    )
+    project.json("discover")
+    assert job.resolve_job_def("ask").execute_in_process(instance=instance, raise_on_error=False).success
+    assert answers(instance, "a")["embeddings", "vectors"].passed
+    assert not answers(instance, "b")["embeddings", "vectors"].passed
