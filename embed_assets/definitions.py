@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import dagster as dg
 
 from embed_assets.defs.arrivals import build_arrivals_sensor
@@ -27,11 +29,13 @@ def build_definitions(settings: Settings, observer: RunObserver | None = None) -
 
 def definitions_over(pipeline: Pipeline, observer: RunObserver | None = None) -> dg.Definitions:
     """The definitions over a pipeline that exists already."""
-    return dg.Definitions(
-        assets=dg.with_source_code_references([source_spec(pipeline), build_corpus_assets(pipeline, observer)]),
-        sensors=[build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))],
-        executor=one_process_executor,
-    )
+    with warnings.catch_warnings():
+        # That parts of Dagster are new is known, and held by tests: no news for whoever loads this.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        assets = dg.with_source_code_references([source_spec(pipeline), build_corpus_assets(pipeline, observer)])
+        sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
+    return dg.Definitions(assets=assets, sensors=sensors, executor=one_process_executor)
 
 
 def __getattr__(name: str) -> dg.Definitions:

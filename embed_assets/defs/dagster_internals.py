@@ -63,6 +63,7 @@ __all__ = [
     "PlanOrchestrationContext",
     "RetryMode",
     "StoredEvent",
+    "follow_default_limit",
     "free_slots",
     "holders_of_full_pool",
     "latest_attempt",
@@ -138,6 +139,17 @@ def holders_of_full_pool(instance: DagsterInstance, pool: str) -> list[str]:
         return []
     info = instance.event_log_storage.get_concurrency_info(pool)
     return sorted(info.active_run_ids) if 0 < info.slot_count <= info.active_slot_count else []
+
+
+def follow_default_limit(instance: DagsterInstance, pool: str) -> None:
+    """Let a pool that has its limit from dagster.yaml take over a changed one.
+
+    Dagster does so itself, but with PostgreSQL it fails at it, and every run with it.
+    """
+    default = instance.get_concurrency_config().pool_config.default_pool_limit
+    for known in instance.event_log_storage.get_pool_limits():
+        if known.name == pool and known.from_default and known.limit != default:
+            instance.event_log_storage.delete_concurrency_limit(pool)  # it is made anew when it is needed
 
 
 def free_slots(instance: DagsterInstance, run_id: str) -> None:

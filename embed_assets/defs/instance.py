@@ -33,5 +33,7 @@ def open_instance() -> DagsterInstance:
         return DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=_NO_COMPUTE_LOGS))
     except Exception as error:  # from malformed YAML to a database that can't be opened
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        # Of what is wrong with the file, the details come after the heading.
+        reason = next((line for line in lines if line.startswith("Error 1:")), lines[0] if lines else "")
+        reason = reason or type(error).__name__
         raise SettingsError(f"Dagster's instance in {str(home)!r} can't be opened: {reason}; correct it") from error

@@ -18,6 +18,7 @@ from embed_assets.defs.dagster_internals import (
     InProcessExecutor,
     PlanOrchestrationContext,
     RetryMode,
+    follow_default_limit,
     free_slots,
     holders_of_full_pool,
 )
@@ -60,6 +61,7 @@ def wait_for_pool(instance: DagsterInstance) -> Iterator[str]:
 
     Dagster itself keeps a core busy while a step waits for its pool.
     """
+    follow_default_limit(instance, POOL)
     is_told = False
     while holders := _holders(instance):
         if not is_told:
@@ -82,7 +84,7 @@ class _OneProcess(InProcessExecutor):
         instance = plan_context.instance
         instance.add_run_tags(plan_context.run_id, {PROCESS_TAG: this_process()})
         for message in wait_for_pool(instance):
-            yield dg.DagsterEvent.engine_event(plan_context, message)
+            plan_context.log.info(message)
         yield from super().execute(plan_context, execution_plan)
 
 

@@ -226,5 +226,8 @@ def _check_complete(collector: _Collector, keys: Sequence[str], run: dg.ExecuteI
     for failure in failures:
         if failure.user_failure_data is not None and failure.user_failure_data.description:
             raise UserError(failure.user_failure_data.description)
+    for event in run.all_events:
+        if event.is_failure and event.job_failure_data.error is not None:
+            errors.append(event.job_failure_data.error)
     causes = [(error.cause or error).message.strip() for error in errors]
     raise UserError(f"the run {run.run_id} broke: {' '.join(causes) or 'no reason was recorded'}; see it in Dagster")
