@@ -10,6 +10,7 @@ from embed_assets.defs.arrivals import build_arrivals_sensor
 from embed_assets.defs.assets import build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
 from embed_assets.defs.names import Names
+from embed_assets.defs.plan_job import build_plan_job
 from embed_assets.defs.processes import one_process_executor
 from embed_assets.defs.results import RunObserver
 from embed_assets.defs.specs import source_spec
@@ -35,7 +36,9 @@ def definitions_over(pipeline: Pipeline, observer: RunObserver | None = None) ->
         warnings.simplefilter("ignore", dg.PreviewWarning)
         assets = dg.with_source_code_references([source_spec(pipeline), build_corpus_assets(pipeline, observer)])
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
-    return dg.Definitions(assets=assets, sensors=sensors, executor=one_process_executor)
+    return dg.Definitions(
+        assets=assets, sensors=sensors, jobs=[build_plan_job(pipeline)], executor=one_process_executor
+    )
 
 
 def __getattr__(name: str) -> dg.Definitions:

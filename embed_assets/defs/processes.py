@@ -83,8 +83,9 @@ class _OneProcess(InProcessExecutor):
     ) -> Iterator[dg.DagsterEvent]:
         instance = plan_context.instance
         instance.add_run_tags(plan_context.run_id, {PROCESS_TAG: this_process()})
-        for message in wait_for_pool(instance):
-            plan_context.log.info(message)
+        if any(step.pool == POOL for step in execution_plan.get_steps_to_execute_in_topo_order()):
+            for message in wait_for_pool(instance):
+                plan_context.log.info(message)
         yield from super().execute(plan_context, execution_plan)
 
 

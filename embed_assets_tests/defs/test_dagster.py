@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 
 import dagster as dg
 import pytest
+from PIL import Image
 
 from embed_assets.definitions import build_definitions
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS, Names
 from embed_assets.settings import load_settings
 from embed_assets_tests.conftest import Project, topic
-from embed_assets_tests.defs.dagster_runs import DAGSTER, dagster_says, events, latest, materialize, run, we_say
+from embed_assets_tests.defs.dagster_runs import (
+    DAGSTER,
+    dagster_says,
+    definitions,
+    events,
+    latest,
+    materialize,
+    run,
+    we_say,
+)
 
 
 @pytest.fixture
@@ -190,3 +203,50 @@ def test_validate_and_list_as_dagster_does() -> None:
         arguments = [str(DAGSTER), *command.split(), "-m", "embed_assets.definitions"]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_is_a_job_of_the_ui(project: Project, instance: dg.DagsterInstance) -> None:
+    for key in "abc":
+        project.write(f"{key}/one.md", f"One of {key}.")
+    project.sync("--partition", "a")
+    project.write("b|x/one.md", "Odd.")
+    job = definitions().resolve_job_def("plan")
+    result = job.execute_in_process(instance=instance)
+    (output,) = [event for event in result.all_events if event.is_successful_output]
+    metadata = {name: value.value for name, value in output.step_output_data.metadata.items()}
+    assert (metadata["partitions_to_make"], metadata["chunks_to_embed"]) == (3, 3)
+    assert "3 of 4 partitions are missing or stale." in metadata["plan"]
+    assert "| b\\|x | never materialized | 1 | 0 | 0 |" in metadata["plan"]
+    project.sync()
+    result = job.execute_in_process(instance=instance)
+    (output,) = [event for event in result.all_events if event.is_successful_output]
+    assert output.step_output_data.metadata["plan"].value == "All 4 partitions are fresh."
+
+
+def test_the_pages_show_a_summary_pictures_and_lineage(project: Project, instance: dg.DagsterInstance) -> None:
+    project.write("a/try.rst", topic("try"))
+    project.write("b/with.rst", topic("with"))
+    project.sync()
+    project.write("a/try.rst", topic("try") + "\n\nA new end.")
+    project.sync()
+    found = {asset: latest(instance, asset, "a").metadata for asset in ASSETS}
+    summary = str(found["embeddings"]["summary"].value)
+    assert summary.startswith("**Why:** chunks changed; raw_documents changed.")
+    assert "texts embedded" in summary and "vectors reused" in summary and "one commit" in summary
+    assert "source files changed" in str(found["raw_documents"]["summary"].value)
+    for name in ("token_lengths", "map"):
+        encoded = re.fullmatch(r"!\[[\w ]+\]\(data:image/png;base64,([\w+/=]+)\)", str(found["embeddings"][name].value))
+        assert encoded
+        picture = Image.open(io.BytesIO(base64.b64decode(encoded.group(1))))
+        assert picture.size == (690, 285)
+        assert len(set(picture.convert("L").tobytes())) > 2
+    rows = {key: latest(instance, "embeddings", key).metadata["dagster/partition_row_count"].value for key in "ab"}
+    assert found["embeddings"]["dagster/row_count"].value == sum(rows.values()) == len(project.rows("chunk_id"))  # type: ignore[arg-type]
+    graph = definitions().resolve_asset_graph()
+    lineage = graph.get(dg.AssetKey("embeddings")).metadata["dagster/column_lineage"]
+    assert lineage.deps_by_column["embedding"] == [dg.TableColumnDep(dg.AssetKey("chunks"), "text")]
+    for asset in ASSETS:
+        metadata = graph.get(dg.AssetKey(asset)).metadata
+        columns = {column.name for column in metadata["dagster/column_schema"].columns}
+        assert set(metadata["dagster/column_lineage"].deps_by_column) <= columns
+        assert {"dagster/table_name", "dagster/uri", "dagster/code_references"} <= metadata.keys()
