@@ -7,7 +7,7 @@ import warnings
 import dagster as dg
 
 from embed_assets.defs.arrivals import build_arrivals_sensor
-from embed_assets.defs.assets import build_corpus_assets
+from embed_assets.defs.assets import RETRIES, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
 from embed_assets.defs.names import Names
 from embed_assets.defs.plan_job import build_plan_job
@@ -28,13 +28,17 @@ def build_definitions(settings: Settings, observer: RunObserver | None = None) -
     return definitions_over(Pipeline.from_settings(settings), observer)
 
 
-def definitions_over(pipeline: Pipeline, observer: RunObserver | None = None) -> dg.Definitions:
-    """The definitions over a pipeline that exists already."""
+def definitions_over(
+    pipeline: Pipeline, observer: RunObserver | None = None, retries: dg.RetryPolicy = RETRIES
+) -> dg.Definitions:
+    """The definitions over a pipeline that exists already; `retries` is for what may pass."""
     with warnings.catch_warnings():
         # That parts of Dagster are new is known, and held by tests: no news for whoever loads this.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        assets = dg.with_source_code_references([source_spec(pipeline), build_corpus_assets(pipeline, observer)])
+        assets = dg.with_source_code_references(
+            [source_spec(pipeline), build_corpus_assets(pipeline, observer, retries)]
+        )
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
     return dg.Definitions(
         assets=assets, sensors=sensors, jobs=[build_plan_job(pipeline)], executor=one_process_executor

@@ -14,12 +14,11 @@ from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.discovery import KEYS_PER_ADD, list_partitions
-from embed_assets.defs.names import Names
+from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.processes import end_dead_runs
 from embed_assets.defs.recording import observation
-from embed_assets.defs.staleness import observed_versions
+from embed_assets.defs.staleness import Record, load_records
 from embed_assets.errors import SourceError
-from embed_assets.records import hash_parts
 from embed_assets.stages.pipeline import Pipeline
 
 _INTERVAL_SECONDS = 10
@@ -38,8 +37,6 @@ _WAITS = 3
 class Cursor:
     """What one tick tells the next."""
 
-    listing: str = ""
-    """Hash of all that was listed and is dealt with."""
     listed_at: float = 0.0
     """Seconds since 1970."""
     listing_seconds: float = 0.0
@@ -54,6 +51,7 @@ class Cursor:
 
 def build_arrivals_sensor(pipeline: Pipeline) -> dg.SensorDefinition:
     """The sensor over the pipeline's source."""
+    known: dict[str, Record] = {}
 
     @dg.sensor(
         name=Names.of(pipeline).prefixed("arrivals"),
@@ -65,13 +63,18 @@ def build_arrivals_sensor(pipeline: Pipeline) -> dg.SensorDefinition:
     def arrivals(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         for run_id in end_dead_runs(context.instance):
             context.log.warning(f"the process of the run {run_id} is gone: it is marked as failed")
-        return observe_arrivals(context.instance, pipeline, context.cursor, time.time())
+        return observe_arrivals(context.instance, pipeline, context.cursor, time.time(), known)
 
     return arrivals
 
 
-def observe_arrivals(instance: DagsterInstance, pipeline: Pipeline, cursor: str | None, now: float) -> dg.SensorResult:
-    """One tick at the time `now` (seconds since 1970)."""
+def observe_arrivals(
+    instance: DagsterInstance, pipeline: Pipeline, cursor: str | None, now: float, known: dict[str, Record]
+) -> dg.SensorResult:
+    """One tick at the time `now` (seconds since 1970).
+
+    `known` has the observations that were read by earlier ticks, and gets those read by this one.
+    """
     state = Cursor(**json.loads(cursor)) if cursor else Cursor()
     if now - state.listed_at < state.listing_seconds / _LISTING_SHARE:
         return _skip(state, f"listing takes {state.listing_seconds:.1f} s: it is done less often")
@@ -86,10 +89,7 @@ def observe_arrivals(instance: DagsterInstance, pipeline: Pipeline, cursor: str 
     state.empty_since = (state.empty_since or now) if is_empty else None
     if state.empty_since is not None and now - state.empty_since < _EMPTY_SECONDS:
         return _skip(state, f"the source {pipeline.source.root!r} is empty: believed after {_EMPTY_SECONDS:.0f} s")
-    listing = hash_parts(part for key, p in sorted(partitions.items()) for part in (key, p.version))
-    if listing == state.listing:
-        return _skip(state, f"nothing changed in {len(partitions)} partitions")
-    return _observe(instance, pipeline, partitions, state, listing, now)
+    return _observe(instance, pipeline, partitions, state, now, known)
 
 
 def _observe(
@@ -97,12 +97,19 @@ def _observe(
     pipeline: Pipeline,
     partitions: Mapping[str, SourcePartition],
     state: Cursor,
-    listing: str,
     now: float,
+    known: dict[str, Record],
 ) -> dg.SensorResult:
     names = Names.of(pipeline)
-    observed = observed_versions(instance, names)
-    changed = [p for p in partitions.values() if observed.get(p.key) != p.version]
+    observed = load_records(instance, names, SOURCE, None, known)
+    known.clear()
+    known.update(observed)
+    registered = set(instance.get_dynamic_partitions(names.partitions_name))
+    changed = [
+        p
+        for key, p in partitions.items()
+        if key not in registered or key not in observed or observed[key].data_version != p.version
+    ]
     settle_seconds = pipeline.settings.settle_seconds
     state.unsettled = {
         p.key: state.unsettled.get(p.key, now) for p in changed if seconds_until_settled(p, settle_seconds, now) > 0
@@ -110,9 +117,8 @@ def _observe(
     waiting = {key for key, since in state.unsettled.items() if now - since < _PATIENCE * settle_seconds}
     ready = [p for p in changed if p.key not in waiting]
     batch = ready[:_EVENTS_PER_TICK]
-    if not changed:  # and not already when the events are handed over: they might get lost
-        state.listing = listing
-    registered = set(instance.get_dynamic_partitions(names.partitions_name))
+    for partition in batch:
+        state.unsettled.pop(partition.key, None)
     added = [p.key for p in batch if p.key not in registered]
     result = dg.SensorResult(
         dynamic_partitions_requests=[

@@ -10,14 +10,14 @@ from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import wait_until_settled
 from embed_assets.defs.checks import Checker, check_specs
 from embed_assets.defs.corpus_run import CorpusRun, describe
-from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, POOL, SOURCE, Names, code_tag
+from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, LASTING_TAG, POOL, SOURCE, Names, code_tag
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.report import Reporter
 from embed_assets.defs.results import RunObserver
 from embed_assets.defs.run_log import LogObserver
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
-from embed_assets.errors import UserError, may_pass
+from embed_assets.errors import SourceError, UserError, may_pass
 from embed_assets.stages.pipeline import Pipeline
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
@@ -27,7 +27,9 @@ Asked for by the step itself: given to Dagster, a policy would also start an int
 """
 
 
-def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None) -> dg.AssetsDefinition:
+def build_corpus_assets(
+    pipeline: Pipeline, observer: RunObserver | None = None, retries: dg.RetryPolicy = RETRIES
+) -> dg.AssetsDefinition:
     """The multi-asset over `pipeline`. What happens is told to `observer`, or else to the run's log."""
     names = Names.of(pipeline)
 
@@ -49,10 +51,10 @@ def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None)
                     return
                 failures = run.materialize()
         except UserError as error:
-            _retry_if_it_helps(context, [error])
+            _retry_if_it_helps(context, retries, [error])
             raise dg.Failure(description=str(error)) from error
         if failures:
-            _retry_if_it_helps(context, list(failures.values()))
+            _retry_if_it_helps(context, retries, list(failures.values()))
             run.confirm(key for key in run.keys if key not in failures)
             raise dg.Failure(
                 description=f"{len(failures)} of {len(run.keys)} partitions failed, the others are materialized: "
@@ -63,13 +65,15 @@ def build_corpus_assets(pipeline: Pipeline, observer: RunObserver | None = None)
     return embed_corpus
 
 
-def _retry_if_it_helps(context: dg.AssetExecutionContext, errors: Sequence[Exception]) -> None:
+def _retry_if_it_helps(context: dg.AssetExecutionContext, retries: dg.RetryPolicy, errors: Sequence[Exception]) -> None:
     """Have Dagster start the step again in a while, if any of the errors may pass and there is an attempt left."""
     passing = [error for error in errors if may_pass(error)]
-    if passing and context.retry_number < RETRIES.max_retries:
-        seconds = RETRIES.calculate_delay(context.retry_number + 1)
+    if not passing:
+        context.instance.add_run_tags(context.run.run_id, {LASTING_TAG: "true"})
+    if passing and context.retry_number < retries.max_retries:
+        seconds = retries.calculate_delay(context.retry_number + 1)
         context.log.warning(f"{describe(passing[0])}; trying again in {seconds:.0f} s")
-        raise dg.RetryRequested(RETRIES.max_retries, seconds) from passing[0]
+        raise dg.RetryRequested(retries.max_retries, seconds) from passing[0]
 
 
 def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> CorpusRun:
@@ -77,9 +81,8 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     names = Names.of(pipeline)
     selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
     pipeline.lake.check_usable()
+    pipeline = pipeline.calibrated() if selected else pipeline.refreshed()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
-    if selected:
-        pipeline = pipeline.calibrated()
     _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
     listed = wait_until_settled(pipeline, context.partition_keys) if _is_automated(context) else None
     listed = pipeline.source.partitions() if listed is None else listed
@@ -87,6 +90,12 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
     keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
     history = load_history(context.instance, pipeline, keys)
+    if _is_automated(context) and not listed and any(r.counts.get("files") for r in history.records[SOURCE].values()):
+        raise SourceError(
+            f"the source {pipeline.source.root!r} is empty, which a run that nobody asked for does not believe; "
+            "mount or fill it, or run 'embed-assets sync' if it is to be empty",
+            may_pass=True,
+        )
     recorder = Recorder(context.instance, context.log_event, history)
     for key in keys if selected else ():
         if history.version(SOURCE, key) != partitions[key].version:

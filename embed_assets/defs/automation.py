@@ -6,37 +6,86 @@ was down, a run that failed. This one looks at the state of every partition at e
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import dagster as dg
 from dagster import AssetKey, DagsterInstance
 
 from embed_assets.corpus.source import is_only_touched
-from embed_assets.defs.dagster_internals import latest_attempt
-from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, DEPENDENCIES, SOURCE, Names, code_tag
+from embed_assets.defs.dagster_internals import latest_attempts
+from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, DEPENDENCIES, LASTING_TAG, SOURCE, Names, code_tag
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.stages.pipeline import Pipeline
 
 _INTERVAL_SECONDS = 15
+_SECONDS_BETWEEN_ATTEMPTS = 3600.0
+"""At what may pass: a store that is down, a machine that died."""
+_RUNS_PER_QUERY = 500
 
 
 class StateReader:
-    """The history as it is at a tick, read once for the three assets; what did not change is kept between ticks."""
+    """What is recorded at a tick, read once for the three assets; what did not change is kept for the next."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
-        self._history: History | None = None
         self._tick: object = None
+        self._history: History | None = None
+        self._attempts: dict[str, dict[str, Attempt]] = {}
 
     def history(self, instance: DagsterInstance, tick: object) -> History:
-        """What is recorded."""
+        """The partitions' records."""
         if self._history is None or self._tick is not tick:
+            self.pipeline = self.pipeline.refreshed()
             self._history = load_history(instance, self.pipeline, earlier=self._history)
-            self._tick = tick
+            self._tick, self._attempts = tick, {}
         return self._history
+
+    def attempts(self, instance: DagsterInstance, asset: str) -> dict[str, Attempt]:
+        """The latest attempt to make each partition of an asset; call `history` first."""
+        if asset not in self._attempts:
+            names = Names.of(self.pipeline)
+            found = latest_attempts(instance, names.key(asset))
+            run_ids = sorted({run_id for _, run_id in found.values()})
+            records = {
+                record.dagster_run.run_id: record
+                for start in range(0, len(run_ids), _RUNS_PER_QUERY)
+                for record in instance.get_run_records(dg.RunsFilter(run_ids=run_ids[start : start + _RUNS_PER_QUERY]))
+            }
+            self._attempts[asset] = {
+                key: Attempt(storage_id, run_id, records.get(run_id)) for key, (storage_id, run_id) in found.items()
+            }
+        return self._attempts[asset]
 
     def statuses(self, history: History, key: str) -> dict[str, Status]:
         """The three assets' states, by what was observed last of the source."""
         version = history.version(SOURCE, key)
         return partition_statuses(history, key, version, self.pipeline.code_versions)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The latest run that was to make a partition."""
+
+    storage_id: int
+    """Of the event that says so."""
+    run_id: str
+    run: dg.RunRecord | None
+
+    def is_worth_another(self, status: Status, code: str, now: float) -> bool:
+        """Whether to try again although nothing changed since.
+
+        Not what a run gave up for good, or a person stopped, and for an hour not what failed otherwise. Nor what a run
+        looked at and left alone: it knew better. But what such a run made and was lost since.
+        """
+        run = None if self.run is None else self.run.dagster_run
+        if self.run is None or run is None or run.tags.get(CODE_TAG, code) != code:
+            return True
+        if run.status == dg.DagsterRunStatus.SUCCESS:
+            return status.state == "missing"
+        if run.status == dg.DagsterRunStatus.CANCELED or LASTING_TAG in run.tags:
+            return False
+        return now - (self.run.end_time or self.run.update_timestamp.timestamp()) > _SECONDS_BETWEEN_ATTEMPTS
 
 
 class Unsynced(dg.AutomationCondition[AssetKey]):
@@ -65,7 +114,10 @@ class Unsynced(dg.AutomationCondition[AssetKey]):
 
     def _is_unsynced(self, history: History, asset: str, key: str) -> bool:
         statuses = self._reader.statuses(history, key)
-        return statuses[asset].state != "fresh" or (asset != "raw_documents" and _has_new_documents(history, key))
+        if statuses[asset].state != "fresh":
+            return True
+        is_reading_due = asset != "raw_documents" and statuses["raw_documents"].state != "fresh"
+        return is_reading_due and _has_new_documents(history, key)
 
 
 def _has_new_documents(history: History, key: str) -> bool:
@@ -79,8 +131,8 @@ def _has_new_documents(history: History, key: str) -> bool:
     return not is_only_touched(record.input_versions.get(SOURCE, ""), version)
 
 
-class ChangedSinceFailure(dg.AutomationCondition[AssetKey]):
-    """True for partitions whose code or inputs are not those of the latest attempt to make them."""
+class WorthAnAttempt(dg.AutomationCondition[AssetKey]):
+    """True for partitions that were not tried yet with this code and this data, or may be tried again."""
 
     def __init__(self, reader: StateReader) -> None:
         self._reader = reader
@@ -88,37 +140,37 @@ class ChangedSinceFailure(dg.AutomationCondition[AssetKey]):
     @property
     def name(self) -> str:
         """What the UI calls it."""
-        return "changed_since_failure"
+        return "worth_an_attempt"
 
     @property
     def description(self) -> str:
         """What the UI says of it."""
-        return "code or data changed since the attempt that failed"
+        return "code or data changed since the latest attempt, or it failed an hour ago for a reason that may pass"
 
     def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:
         """Among the candidates, those worth another attempt."""
         instance = context.asset_graph_view.instance
         history = self._reader.history(instance, context.asset_graph_view)
+        asset = context.key.path[-1]
+        attempts = self._reader.attempts(instance, asset)
+        now = time.time()
         candidates = context.candidate_subset.expensively_compute_partition_keys()
-        keys = {key for key in candidates if self._is_changed(instance, history, context.key, key)}
+        keys = {key for key in candidates if self._is_worth(history, attempts.get(key), asset, key, now)}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 
-    def _is_changed(self, instance: DagsterInstance, history: History, asset: AssetKey, key: str) -> bool:
-        attempt = latest_attempt(instance, asset, key)
+    def _is_worth(self, history: History, attempt: Attempt | None, asset: str, key: str, now: float) -> bool:
         if attempt is None:
             return True
-        storage_id, run_id = attempt
-        run, code = instance.get_run_by_id(run_id), code_tag(self._reader.pipeline)
-        if run is not None and run.tags.get(CODE_TAG, code) != code:
-            return True
-        upstream = {SOURCE, *DEPENDENCIES[asset.path[-1]]}
-        records = (history.record(dependency, key) for dependency in upstream)
+        records = (history.record(a, key) for a in (SOURCE, asset, *DEPENDENCIES[asset]))
         # What the attempt itself recorded is no news.
-        return any(r is not None and r.storage_id > storage_id and r.run_id != run_id for r in records)
+        if any(r is not None and r.storage_id > attempt.storage_id and r.run_id != attempt.run_id for r in records):
+            return True
+        status = self._reader.statuses(history, key)[asset]
+        return attempt.is_worth_another(status, code_tag(self._reader.pipeline), now)
 
 
 def build_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:
-    """The condition of the three assets: unsynced, not under way, and not failed on the same code and data."""
+    """The condition of the three assets: unsynced, not under way, and not tried in vain on the same code and data."""
     condition, names, reader = dg.AutomationCondition, Names.of(pipeline), StateReader(pipeline)
     ours = dg.AssetSelection.assets(*(names.key(asset) for asset in ASSETS))
     return (
@@ -126,8 +178,8 @@ def build_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:
         & ~condition.in_progress()
         & ~condition.any_deps_in_progress().allow(ours)
         & ~condition.any_deps_missing().allow(ours)
-        & (~condition.execution_failed() | ChangedSinceFailure(reader))
-    ).with_label("unsynced: missing or stale, not under way, not failed on the same code and data")
+        & WorthAnAttempt(reader)
+    ).with_label("unsynced: missing or stale, not under way, not tried in vain on the same code and data")
 
 
 def build_automation_sensor(names: Names) -> dg.AutomationConditionSensorDefinition:

@@ -85,6 +85,10 @@ class CorpusRun:
                         _log.error("partition %r failed unexpectedly", key, exc_info=error)
                 self.observer.on_partition(key, result)
         self.recorder.drain()
+        for key, unwritten in self.recorder.errors.items():
+            if key not in failures:
+                failures[key] = unwritten
+                self.observer.on_partition(key, PartitionResult("failed", error=describe(unwritten)))
         return failures
 
     def confirm(self, keys: Iterable[str]) -> None:
@@ -212,7 +216,11 @@ class CorpusRun:
         )
         others = [a for a in ASSETS if a not in prepared.reasons]
         stale = {a: s for a in others if (s := self._status(a, key, prepared)).state != "fresh"}
-        self.checker.check(asset, key, stale if asset == "embeddings" else {})
+        try:
+            self.checker.check(asset, key, stale if asset == "embeddings" else {})
+        except PartitionError:
+            self.recorder.damaged(asset, key)
+            raise
 
 
 def describe(error: Exception) -> str:

@@ -26,6 +26,7 @@ def check_version(version: str) -> None:
 
 check_version(dg.__version__)
 
+from dagster._core.errors import raise_execution_interrupts  # noqa: E402
 from dagster._core.execution.context.system import PlanOrchestrationContext  # noqa: E402
 from dagster._core.execution.plan.plan import ExecutionPlan  # noqa: E402
 from dagster._core.execution.retries import RetryMode  # noqa: E402
@@ -66,8 +67,9 @@ __all__ = [
     "follow_default_limit",
     "free_slots",
     "holders_of_full_pool",
-    "latest_attempt",
+    "latest_attempts",
     "latest_event_ids",
+    "raise_execution_interrupts",
     "read_events",
 ]
 
@@ -101,19 +103,23 @@ def read_events(instance: DagsterInstance, storage_ids: Sequence[int]) -> Iterat
 
     Five times faster than Dagster's own reading, which makes an object of every entry of the metadata.
     """
+    table = SqlEventLogStorageTable
+    with _sql_storage(instance).index_connection() as connection:
+        for start in range(0, len(storage_ids), _IDS_PER_QUERY):
+            ids = storage_ids[start : start + _IDS_PER_QUERY]
+            columns = (table.c.id, table.c.run_id, table.c.partition, table.c.event)
+            for storage_id, run_id, partition, text in connection.execute(select(*columns).where(table.c.id.in_(ids))):
+                yield _stored_event(storage_id, run_id, partition, json.loads(text))
+
+
+def _sql_storage(instance: DagsterInstance) -> SqlEventLogStorage:
     storage = instance.event_log_storage
     if not isinstance(storage, SqlEventLogStorage):
         raise SettingsError(
             f"embed_assets reads Dagster's event log from an SQL database, got {type(storage).__name__}; "
             "configure sqlite or postgres storage in dagster.yaml"
         )
-    table = SqlEventLogStorageTable
-    with storage.index_connection() as connection:
-        for start in range(0, len(storage_ids), _IDS_PER_QUERY):
-            ids = storage_ids[start : start + _IDS_PER_QUERY]
-            columns = (table.c.id, table.c.run_id, table.c.partition, table.c.event)
-            for storage_id, run_id, partition, text in connection.execute(select(*columns).where(table.c.id.in_(ids))):
-                yield _stored_event(storage_id, run_id, partition, json.loads(text))
+    return storage
 
 
 def _stored_event(storage_id: int, run_id: str, partition: str, entry: dict[str, Any]) -> StoredEvent:
@@ -126,10 +132,22 @@ def _stored_event(storage_id: int, run_id: str, partition: str, entry: dict[str,
     return StoredEvent(storage_id, run_id or "", partition, float(entry["timestamp"]), tags, numbers, texts)
 
 
-def latest_attempt(instance: DagsterInstance, asset: AssetKey, key: str) -> tuple[int, str] | None:
-    """(storage id, run id) of the latest plan to materialize a partition."""
-    planned = instance.get_latest_planned_materialization_info(asset, key)
-    return None if planned is None else (planned.storage_id, planned.run_id)
+def latest_attempts(instance: DagsterInstance, asset: AssetKey) -> dict[str, tuple[int, str]]:
+    """(storage id, run id) of the latest plan to materialize each partition."""
+    kind = DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+    latest = instance.get_latest_storage_id_by_partition(asset, kind)
+    runs = _run_ids(instance, sorted(latest.values()))
+    return {key: (storage_id, runs[storage_id]) for key, storage_id in latest.items() if storage_id in runs}
+
+
+def _run_ids(instance: DagsterInstance, storage_ids: Sequence[int]) -> dict[int, str]:
+    table = SqlEventLogStorageTable
+    found: dict[int, str] = {}
+    with _sql_storage(instance).index_connection() as connection:
+        for start in range(0, len(storage_ids), _IDS_PER_QUERY):
+            ids = storage_ids[start : start + _IDS_PER_QUERY]
+            found.update(map(tuple, connection.execute(select(table.c.id, table.c.run_id).where(table.c.id.in_(ids)))))
+    return found
 
 
 def holders_of_full_pool(instance: DagsterInstance, pool: str) -> list[str]:

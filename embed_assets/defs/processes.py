@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import psutil
@@ -21,16 +23,19 @@ from embed_assets.defs.dagster_internals import (
     follow_default_limit,
     free_slots,
     holders_of_full_pool,
+    raise_execution_interrupts,
 )
 from embed_assets.defs.names import POOL
 
 PROCESS_TAG = "embed_assets/process"
+_IS_LINUX = sys.platform.startswith("linux")
 _RUNNING = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 
 
 def this_process() -> str:
-    """This process among all that ever were: host, number and time of its start."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time()}"
+    """This process among all that ever were: machine, its boot, process namespace, number and start."""
+    pid = os.getpid()
+    return "|".join((socket.gethostname(), *_SYSTEM, str(pid), _started(pid) or ""))
 
 
 def end_dead_runs(instance: DagsterInstance) -> list[str]:
@@ -38,22 +43,48 @@ def end_dead_runs(instance: DagsterInstance) -> list[str]:
 
     Nobody else does it for runs of the command line, nor for any after the whole node died.
     """
-    dead = [run for run in instance.get_runs(dg.RunsFilter(statuses=_RUNNING)) if _is_dead(run)]
-    for run in dead:
-        instance.report_run_failed(run, f"The process of the run ({run.tags[PROCESS_TAG]}) is gone.")
-        free_slots(instance, run.run_id)
-    return [run.run_id for run in dead]
+    ended: list[str] = []
+    for listed in instance.get_runs(dg.RunsFilter(statuses=_RUNNING)):
+        run = instance.get_run_by_id(listed.run_id) if _is_dead(instance, listed) else None
+        if run is not None and run.status in _RUNNING:  # and did not come to its end meanwhile
+            instance.report_run_failed(run, f"The process of the run ({run.tags[PROCESS_TAG]}) is gone.")
+            free_slots(instance, run.run_id)
+            ended.append(run.run_id)
+    return ended
 
 
-def _is_dead(run: DagsterRun) -> bool:
-    host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
-    if host != socket.gethostname():
-        return False  # not ours to judge
-    number, _, started = process.partition(":")
-    try:
-        return bool(abs(psutil.Process(int(number)).create_time() - float(started)) > 1)
-    except psutil.NoSuchProcess:
+def _is_dead(instance: DagsterInstance, run: DagsterRun) -> bool:
+    """Certainly dead: of other machines and containers nothing is known."""
+    tag = run.tags.get(PROCESS_TAG, "")
+    if tag.count("|") != 4 or not tag.startswith(socket.gethostname() + "|"):
+        return False
+    parent = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
+    if parent is not None and parent.tags.get(PROCESS_TAG) == tag:
+        return False  # a retry has its parent's tags until it begins
+    _, boot, namespace, pid, started = tag.split("|")
+    if boot != _SYSTEM[0]:
         return True
+    return namespace == _SYSTEM[1] and _started(int(pid)) != started
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, by a clock that nobody sets if there is one; None for no such process."""
+    try:
+        if _IS_LINUX:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return str(round(psutil.Process(pid).create_time()))
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+        return None
+
+
+def _system() -> tuple[str, str]:
+    """(the system's boot, the namespace of its process numbers); empty where there is no telling."""
+    if not _IS_LINUX:
+        return "", ""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").stat().st_ino)
+
+
+_SYSTEM = _system()
 
 
 def wait_for_pool(instance: DagsterInstance) -> Iterator[str]:
@@ -84,8 +115,9 @@ class _OneProcess(InProcessExecutor):
         instance = plan_context.instance
         instance.add_run_tags(plan_context.run_id, {PROCESS_TAG: this_process()})
         if any(step.pool == POOL for step in execution_plan.get_steps_to_execute_in_topo_order()):
-            for message in wait_for_pool(instance):
-                plan_context.log.info(message)
+            with raise_execution_interrupts():
+                for message in wait_for_pool(instance):
+                    plan_context.log.info(message)
         yield from super().execute(plan_context, execution_plan)
 
 

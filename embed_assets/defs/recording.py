@@ -25,7 +25,7 @@ from embed_assets.defs.dagster_internals import (
     latest_event_ids,
 )
 from embed_assets.defs.names import DEPENDENCIES, SOURCE, Names
-from embed_assets.defs.staleness import History
+from embed_assets.defs.staleness import REPAIR_CODE_VERSION, History
 
 MetadataValue = int | float | str | dg.MetadataValue
 Event = dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
@@ -50,6 +50,8 @@ class Recorder:
     """Storage ids of what was recorded since, None where it must be asked for. Only the thread looks at them."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="record"))
     _pending: deque[Future[None]] = field(default_factory=deque)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    """Why the events of some partitions could not be written, by key; complete after `drain`."""
 
     @property
     def names(self) -> Names:
@@ -63,11 +65,11 @@ class Recorder:
             self.log(observation(self.names, partition))
             self._pointers[SOURCE, partition.key] = None
 
-        self._submit(record)
+        self._submit(partition.key, record)
 
     def checked(self, evaluation: dg.AssetCheckEvaluation) -> None:
         """Record the answer of a check."""
-        self._submit(lambda: self.log(evaluation))
+        self._submit(evaluation.partition or "", lambda: self.log(evaluation))
 
     def materialized(
         self,
@@ -91,10 +93,14 @@ class Recorder:
             self.log(dg.AssetMaterialization(asset_key=asset_key, partition=key, tags=tags, metadata=dict(metadata)))
             self._pointers[asset, key] = None
 
-        self._submit(record)
+        self._submit(key, record)
+
+    def damaged(self, asset: str, key: str) -> None:
+        """Record that what was made of a partition is not right, so that it is stale."""
+        self._submit(key, lambda: self.log(damage(self.names, asset, key)))
 
     def drain(self) -> None:
-        """Wait until everything is written. Raises what went wrong in doing so."""
+        """Wait until everything is written, or has failed."""
         while self._pending:
             self._pending.popleft().result()
 
@@ -108,10 +114,16 @@ class Recorder:
         if found is not None and found.asset_materialization is not None:
             self.log(found.asset_materialization)
 
-    def _submit(self, record: Callable[[], None]) -> None:
+    def _submit(self, key: str, record: Callable[[], None]) -> None:
+        def attempt() -> None:
+            try:
+                record()
+            except Exception as error:  # it is the partition's failure, wherever the run is by now
+                self.errors.setdefault(key, error)
+
         while self._pending and (len(self._pending) >= _MAX_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(record))
+        self._pending.append(self._thread.submit(attempt))
 
     def _pointer(self, asset: str, key: str) -> int | None:
         if (asset, key) not in self._pointers:
@@ -137,6 +149,16 @@ def observation(names: Names, partition: SourcePartition) -> dg.AssetObservation
         partition=partition.key,
         tags={DATA_VERSION_TAG: partition.version},
         metadata=metadata,
+    )
+
+
+def damage(names: Names, asset: str, key: str) -> dg.AssetMaterialization:
+    """The event that says that a partition's rows are not right: no code has its version, so it is stale."""
+    return dg.AssetMaterialization(
+        asset_key=names.key(asset),
+        partition=key,
+        description="damaged rows were found; the next sync makes them anew",
+        tags={DATA_VERSION_TAG: "damaged", USER_PROVIDED_TAG: "true", CODE_VERSION_TAG: REPAIR_CODE_VERSION},
     )
 
 

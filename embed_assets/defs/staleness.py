@@ -169,15 +169,9 @@ def load_history(
     """
     names = Names.of(pipeline)
     known = earlier.records if earlier else {}
-    records = {a: _load_records(instance, names, a, keys, known.get(a, {})) for a in (SOURCE, *ASSETS)}
+    records = {a: load_records(instance, names, a, keys, known.get(a, {})) for a in (SOURCE, *ASSETS)}
     specs = (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)
     return History(records, {spec.kind: table_state(pipeline.lake, spec) for spec in specs}, names)
-
-
-def observed_versions(instance: DagsterInstance, names: Names) -> dict[str, str]:
-    """The source's data version of each partition as it was observed last."""
-    records = _load_records(instance, names, SOURCE, None, {})
-    return {key: record.data_version for key, record in records.items()}
 
 
 def partition_statuses(
@@ -191,13 +185,17 @@ def partition_statuses(
     }
 
 
-def _load_records(
+def load_records(
     instance: DagsterInstance,
     names: Names,
     asset: str,
     keys: Collection[str] | None,
     known: Mapping[str, Record],
 ) -> dict[str, Record]:
+    """The latest record of each partition of an asset (of all of them if `keys` is None), by key.
+
+    Those in `known` that are still the latest are not read again.
+    """
     # A short list of keys narrows the query; a long one would exceed the database's number of variables.
     narrow = set(keys) if keys is not None and len(keys) <= _KEYS_PER_QUERY else None
     if narrow is not None and not narrow:

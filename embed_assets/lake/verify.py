@@ -185,11 +185,11 @@ def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> 
     wrong = lengths != (dimension if dimension is not None else int(lengths[0]))
     gaps.wrong_dimension += int(wrong.sum())
     values = column.flatten().to_numpy(zero_copy_only=False)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    not_finite = np.unique(rows[~np.isfinite(values)])
-    gaps.not_finite += len(not_finite)
     whole = np.flatnonzero(~wrong)
-    starts = column.offsets.to_numpy()[whole] - column.offsets.to_numpy()[0]
     length = int(lengths[whole[0]]) if len(whole) else 0
-    vectors = values[starts[:, None] + np.arange(length)] if wrong.any() else values.reshape(-1, length or 1)
-    gaps.not_unit_norm += len(np.setdiff1d(whole[~is_unit(vectors)], not_finite)) if length else 0
+    starts = column.offsets.to_numpy()[:-1] - column.offsets.to_numpy()[0]
+    vectors = values[starts[whole, None] + np.arange(length)] if wrong.any() else values.reshape(-1, max(1, length))
+    is_finite = np.isfinite(vectors).all(axis=1)
+    broken = (values[starts[i] : starts[i] + lengths[i]] for i in np.flatnonzero(wrong))
+    gaps.not_finite += int((~is_finite).sum()) + sum(not np.isfinite(vector).all() for vector in broken)
+    gaps.not_unit_norm += int((is_finite & ~is_unit(vectors)).sum())

@@ -93,24 +93,28 @@ class Pipeline:
         """The space is known: always, but in int8 before the model was quantized."""
         return self.settings.precision != "int8" or self.quantized is not None
 
+    def refreshed(self) -> Pipeline:
+        """This pipeline, with the int8 model if somebody made it meanwhile."""
+        if self.is_calibrated:
+            return self
+        found = _read_quantized(self.lake, self.model_space)
+        return self if found is None else replace(self, quantized=found)
+
     def calibrated(self) -> Pipeline:
         """This pipeline, its model quantized if int8 is asked for and nobody did it before.
 
         Calibrates on a sample of the source's chunks and keeps the model in the lake, for all later runs everywhere.
         Without a chunk in the source there is nothing to calibrate on, nor to embed: then it stays as it is.
         """
-        if self.is_calibrated:
-            return self
-        found = _read_quantized(self.lake, self.model_space)
-        if found is None:
-            sample = self.sample_chunks(CALIBRATION_TEXTS)
-            if not sample:
-                return self
-            texts = [self.model_space.prompt + text for text in sample]
-            made = quantize(self.model_space, texts, [hash_text(text) for text in texts])
-            load_int8_backend(self.model_space.quantized(made.artifact_hash), made.xml, made.weights)  # checks it
-            found = QuantizedModel.from_files(keep_model(self.lake, self.model_space.name, made.files))
-        return replace(self, quantized=found)
+        known = self.refreshed()
+        sample = [] if known.is_calibrated else self.sample_chunks(CALIBRATION_TEXTS)
+        if not sample:
+            return known
+        texts = [self.model_space.prompt + text for text in sample]
+        made = quantize(self.model_space, texts, [hash_text(text) for text in texts])
+        load_int8_backend(self.model_space.quantized(made.artifact_hash), made.xml, made.weights)  # checks it
+        kept = QuantizedModel.from_files(keep_model(self.lake, self.model_space.name, made.files))
+        return replace(self, quantized=kept)
 
     def sample_chunks(self, count: int, max_tokens: int | None = None) -> list[str]:
         """Texts of up to `count` chunks of the source, the same ones for the same corpus; shorter ones if asked for."""

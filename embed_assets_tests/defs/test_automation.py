@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import dagster as dg
 import pytest
 
+from embed_assets.definitions import build_definitions
+from embed_assets.defs.automation import Attempt
 from embed_assets.defs.instance import open_instance
-from embed_assets.defs.names import ASSETS
-from embed_assets_tests.conftest import Project, topic
+from embed_assets.defs.names import ASSETS, CODE_TAG, LASTING_TAG
+from embed_assets.defs.staleness import Status
+from embed_assets.settings import load_settings
+from embed_assets_tests.conftest import SAMPLE_MODEL, Project, topic
 from embed_assets_tests.defs.dagster_runs import definitions, run
 
 Requested = dict[str, set[str]]
@@ -159,6 +165,57 @@ def test_a_run_that_crashed_before_it_began_is_not_requested_for_ever(ticker: Ti
     assert ticker() == of("bc", *ASSETS)
     ticker.project.write("a/two.md", "A new one.")
     assert ticker() == of("abc", *ASSETS)
+
+
+def test_what_may_have_passed_is_tried_again_after_an_hour() -> None:
+    code = "the code"
+    stale, missing = Status("stale"), Status("missing")
+
+    def is_worth(run_status: dg.DagsterRunStatus, status: Status = stale, ago: float = 10, **tags: str) -> bool:
+        run = dg.DagsterRun("job", status=run_status, tags={CODE_TAG: code} | tags)
+        ended = datetime(2026, 1, 1, tzinfo=UTC)
+        record = dg.RunRecord(1, run, ended, ended, end_time=ended.timestamp())
+        return Attempt(1, run.run_id, record).is_worth_another(status, code, ended.timestamp() + ago)
+
+    states = dg.DagsterRunStatus
+    assert not is_worth(states.FAILURE)
+    assert is_worth(states.FAILURE, ago=3601)
+    assert not is_worth(states.FAILURE, ago=3601, **{LASTING_TAG: "true"})
+    assert is_worth(states.FAILURE, **{LASTING_TAG: "true", CODE_TAG: "another code"})
+    assert not is_worth(states.CANCELED, ago=3601)
+    assert not is_worth(states.SUCCESS, ago=3601)
+    assert is_worth(states.SUCCESS, missing)
+
+
+def test_a_canceled_run_is_not_started_again(ticker: Ticker) -> None:
+    ticker.project.json("discover")
+    job = definitions().resolve_implicit_global_asset_job_def()
+    canceled = ticker.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
+    ticker.instance.report_run_canceled(canceled)
+    assert ticker() == of("bc", *ASSETS)
+
+
+def test_a_lost_lake_is_made_anew(ticker: Ticker) -> None:
+    ticker.project.sync()
+    assert ticker() == {}
+    shutil.rmtree(ticker.project.root / "lake")
+    assert ticker() == of("abc", *ASSETS)
+
+
+def test_a_reported_partition_is_not_requested_without_end(ticker: Ticker) -> None:
+    ticker.project.sync()
+    ticker.instance.report_runless_asset_event(dg.AssetMaterialization("raw_documents", partition="a"))
+    assert ticker() == of("a", "chunks", "embeddings")
+    ticker.make("a", assets=("chunks", "embeddings"))
+    assert ticker() == {}
+
+
+def test_an_int8_model_that_is_made_later_is_taken_over(ticker: Ticker) -> None:
+    ticker.project.set(MODEL=SAMPLE_MODEL, PRECISION="int8")
+    condition = build_definitions(load_settings())  # made before there is an int8 model, as a code server does
+    assert ticker.project.sync()["embedded"] > 0
+    result = dg.evaluate_automation_conditions(condition, ticker.instance)
+    assert result.total_requested == 0
 
 
 def test_what_is_under_way_is_not_requested(ticker: Ticker) -> None:

@@ -99,7 +99,7 @@ def test_vectors_made_wrong(instance: dg.DagsterInstance, project: Project, chan
     rewrite(project, project.pipeline().embeddings_table, "a", change)
     assert failing(instance, "a") == {"vectors"}
     assert failing(instance, "b") == set()
-    project.json("verify", "--repair", exit_code=1)
+    assert not project.json("verify", "--repair", exit_code=1)["ok"]
     project.sync()
     assert failing(instance, "a") == set()
 

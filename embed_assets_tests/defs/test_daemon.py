@@ -80,7 +80,7 @@ def test_arrivals_edits_touches_and_settings_without_a_click(project: Project) -
             os.utime(project.landing / "c/try.rst", (1, 1))
             waited = until(project, lambda: events(instance, "raw_documents") == counts["raw_documents"] + 1)
             print(f"touch: {waited:.0f} s")
-            time.sleep(35)  # two ticks of the condition: nothing may follow
+            time.sleep(20)  # a tick of the condition, and then some: nothing may follow
             assert is_idle(instance)
             assert {asset: events(instance, asset) for asset in ASSETS} == counts | {
                 "raw_documents": counts["raw_documents"] + 1

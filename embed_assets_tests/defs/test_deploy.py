@@ -86,7 +86,7 @@ def test_without_the_database_it_is_one_line(project: Project, monkeypatch: pyte
 def test_every_instance_file_keeps_what_the_step_relies_on() -> None:
     import yaml
 
-    for file in [REPOSITORY / "dagster.yaml", *sorted((REPOSITORY / "deploy").glob("*.yaml"))]:
+    for file in [REPOSITORY / name for name in ("dagster.yaml", "deploy/postgres.yaml", "deploy/many-workers.yaml")]:
         settings = yaml.safe_load(file.read_text())
         assert settings["concurrency"]["pools"]["default_limit"] >= 1
         assert settings["concurrency"]["pools"]["granularity"] == "op"

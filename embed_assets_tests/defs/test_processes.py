@@ -107,21 +107,27 @@ def test_a_second_run_waits_and_says_for_whom(project: Project, instance: dg.Dag
 def test_runs_of_other_hosts_and_live_ones_are_left_alone(instance: dg.DagsterInstance) -> None:
     job = definitions().resolve_implicit_global_asset_job_def()
     started = dg.DagsterRunStatus.STARTED
-    host, _, process = this_process().partition(":")
-    number, _, since = process.partition(":")
+    host, boot, namespace, number, since = this_process().split("|")
     tags = {
         "alive": this_process(),
-        "elsewhere": f"another-host:{number}:{since}",
+        "elsewhere": "|".join(("another-host", boot, namespace, number, "1")),
+        "another container": "|".join((host, boot, "4711", number, "1")),
         "untagged": "",
-        "reused number": f"{host}:{number}:{float(since) - 500}",
-        "gone": f"{host}:{2**22 + 1}:1.0",
+        "before the boot": "|".join((host, "another-boot", namespace, number, since)),
+        "reused number": "|".join((host, boot, namespace, number, "1")),
+        "gone": "|".join((host, boot, namespace, str(2**22 + 1), since)),
     }
     runs = {
         name: instance.create_run_for_job(job, tags={PROCESS_TAG: tag} if tag else {}, status=started).run_id
         for name, tag in tags.items()
     }
-    assert set(end_dead_runs(instance)) == {runs["reused number"], runs["gone"]}
+    assert set(end_dead_runs(instance)) == {runs["before the boot"], runs["reused number"], runs["gone"]}
     assert end_dead_runs(instance) == []
+    child = instance.create_run_for_job(
+        job, tags={PROCESS_TAG: tags["gone"]}, status=started, parent_run_id=runs["gone"], root_run_id=runs["gone"]
+    )
+    assert end_dead_runs(instance) == []  # a retry that has its parent's tag until it begins
+    assert child.parent_run_id == runs["gone"]
     free_slots(instance, runs["alive"])
 
 
@@ -150,7 +156,9 @@ def test_a_store_that_hangs_up_is_tried_again_and_the_rest_is_not_done_twice(
     for key in "ab":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.json("discover")
-    job = definitions_over(Flaky.from_settings(load_settings())).resolve_implicit_global_asset_job_def()
+    retries = dg.RetryPolicy(RETRIES.max_retries, delay=0)
+    flaky = definitions_over(Flaky.from_settings(load_settings()), retries=retries)
+    job = flaky.resolve_implicit_global_asset_job_def()
     tags = dict(zip(RANGE, "ab", strict=True))
     result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
     assert result.success and Flaky.failures == 2
