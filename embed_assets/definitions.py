@@ -36,9 +36,8 @@ def definitions_over(
         # That parts of Dagster are new is known, and held by tests: no news for whoever loads this.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        assets = dg.with_source_code_references(
-            [source_spec(pipeline), build_corpus_assets(pipeline, observer, retries)]
-        )
+        corpus = build_corpus_assets(pipeline, observer, retries)
+        assets = dg.with_source_code_references([source_spec(pipeline), corpus])
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
     return dg.Definitions(
         assets=assets, sensors=sensors, jobs=[build_plan_job(pipeline)], executor=one_process_executor
