@@ -26,7 +26,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest embed_assets_tests/test_architecture.py
+	$(BIN)/python -m pytest -n 0 embed_assets_tests/test_architecture.py
 
 ui: install
 	$(BIN)/dagster dev --host 127.0.0.1

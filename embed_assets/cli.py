@@ -54,10 +54,11 @@ def command(function: Callable[..., Answer]) -> click.Command:
         warnings.filterwarnings("default" if debug else "ignore")
         for name in ("dagster", "embed_assets"):
             logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
-        # What the engine refuses, retries or shrinks is nobody's error, and everybody's business.
-        engine_log = logging.getLogger("embed_assets.engine")
-        engine_log.setLevel(logging.DEBUG if debug else logging.WARNING)
-        engine_log.handlers = [WarningLines()]
+        # What the engine refuses, retries or shrinks, and what a sync waits for, is everybody's business.
+        for name in ("embed_assets.engine", "embed_assets.defs.sync"):
+            heard = logging.getLogger(name)
+            heard.setLevel(logging.DEBUG if debug else logging.WARNING)
+            heard.handlers = [WarningLines()]
         try:
             answer = function(as_json=as_json, **arguments)
         except UserError as error:

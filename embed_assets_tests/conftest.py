@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,17 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("EMBED_", "DAGSTER_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def clean_loggers() -> None:
+    """No test hears less because another one ran a command, which sets levels, or a library that disables loggers."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().disabled = False
+    for name in [n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "embed_assets"]:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate, logger.disabled = [], True, False
+        logger.setLevel(logging.NOTSET)
 
 
 @dataclass(frozen=True)

@@ -152,9 +152,9 @@ class WorthAnAttempt(dg.AutomationCondition[AssetKey]):
         instance = context.asset_graph_view.instance
         history = self._reader.history(instance, context.asset_graph_view)
         asset = context.key.path[-1]
-        attempts = self._reader.attempts(instance, asset)
         now = time.time()
         candidates = context.candidate_subset.expensively_compute_partition_keys()
+        attempts = self._reader.attempts(instance, asset) if candidates else {}
         keys = {key for key in candidates if self._is_worth(history, attempts.get(key), asset, key, now)}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
 

@@ -17,7 +17,7 @@ from embed_assets.defs.names import ASSETS
 from embed_assets_tests.conftest import Project, topic
 from embed_assets_tests.defs.dagster_runs import DAGSTER, dagster_says, events, latest
 
-_PATIENCE_SECONDS = 150
+_PATIENCE_SECONDS = 240
 
 
 @contextlib.contextmanager

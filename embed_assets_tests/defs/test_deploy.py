@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     found = installed[-1].parent if installed else shutil.which("initdb") and Path(str(shutil.which("initdb"))).parent
     assert found, "these tests need PostgreSQL: apt-get install postgresql"
     home = tmp_path_factory.mktemp("postgres")
-    for folder in (home, home.parent, home.parent.parent):
+    for folder in (home, *home.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
         folder.chmod(0o755)  # pytest makes them for its own user alone
     if os.geteuid() == 0:
         shutil.chown(home, "postgres")
