@@ -33,10 +33,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def clean_loggers() -> None:
+def clean_loggers(caplog: pytest.LogCaptureFixture) -> None:
     """No test hears less because another one ran a command, which sets levels, or a library that disables loggers."""
     logging.disable(logging.NOTSET)
-    logging.getLogger().disabled = False
+    logging.getLogger().setLevel(logging.WARNING)
+    caplog.handler.setLevel(logging.NOTSET)
     for name in [n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "embed_assets"]:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate, logger.disabled = [], True, False
