@@ -44,6 +44,17 @@ def clean_loggers(caplog: pytest.LogCaptureFixture) -> None:
         logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture
+def logged(clean_loggers: None) -> Iterator[list[str]]:
+    """What the package logs from now on, a line each."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("embed_assets").addHandler(handler)
+    yield lines
+    logging.getLogger("embed_assets").removeHandler(handler)
+
+
 @dataclass(frozen=True)
 class Project:
     """A folder with the project's dagster.yaml, a landing zone, and a fake model."""
