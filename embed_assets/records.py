@@ -6,8 +6,11 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import pyarrow as pa
+
+T = TypeVar("T")
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 VECTOR = pa.list_(pa.field("element", pa.float32()))
@@ -254,6 +257,11 @@ class ContentVersion:
 def utc_now() -> datetime:
     """The current time with its zone, as all times in the tables."""
     return datetime.now(UTC)
+
+
+def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items in their order, at most `size` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def batched_bytes(

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +92,12 @@ class Project:
 
     def sync(self, *arguments: str, exit_code: int = 0) -> Any:
         return self.json("sync", *arguments, exit_code=exit_code)
+
+    def start_sync(self) -> subprocess.Popen[str]:
+        """A sync in a process of its own, and in a group of its own, to be stopped or killed."""
+        command = [sys.executable, "-m", "embed_assets.cli", "sync", "--json"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
     def pipeline(self) -> Pipeline:
         """The stages over the present settings."""

@@ -312,13 +312,7 @@ def test_an_interrupted_sync_stops_and_keeps_what_it_has(project: Project) -> No
         rows = "\n".join(json.dumps({"text": f"Row {i} of {key}."}) for i in range(600))
         project.write(f"{key}/rows.jsonl", rows)
     project.set(MODEL="fake:16~300")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "embed_assets.cli", "sync", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = project.start_sync()
     while not list((project.root / "lake").rglob("_staging/*/*.arrow")):
         assert process.poll() is None
         time.sleep(0.02)

@@ -68,6 +68,11 @@ class SourcePartition:
         shape = hash_parts(part for f in self.files for part in (f.path, str(f.size), f.rejected))
         return f"{shape}-{hash_parts(f.version for f in self.files)}"
 
+    @property
+    def byte_size(self) -> int:
+        """Of all its files."""
+        return sum(file.size for file in self.files)
+
     def document_id(self, file: SourceFile) -> str:
         """Identity of a file's text: its path inside the partition."""
         name = clean_name(file.path.removeprefix(self.prefix))

@@ -19,6 +19,7 @@ from embed_assets.defs.processes import end_dead_runs
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import Record, load_records
 from embed_assets.errors import SourceError
+from embed_assets.records import slices
 from embed_assets.stages.pipeline import Pipeline
 
 _INTERVAL_SECONDS = 10
@@ -120,19 +121,15 @@ def _observe(
     for partition in batch:
         state.unsettled.pop(partition.key, None)
     added = [p.key for p in batch if p.key not in registered]
-    result = dg.SensorResult(
-        dynamic_partitions_requests=[
-            names.partitions.build_add_request(added[start : start + KEYS_PER_ADD])
-            for start in range(0, len(added), KEYS_PER_ADD)
-        ],
+    if not batch and waiting:
+        return _skip(state, f"{len(waiting)} partitions are being written to: {', '.join(sorted(waiting)[:5])}")
+    if not batch:
+        return _skip(state, f"nothing changed in {len(partitions)} partitions")
+    return dg.SensorResult(
+        dynamic_partitions_requests=[names.partitions.build_add_request(keys) for keys in slices(added, KEYS_PER_ADD)],
         asset_events=[observation(names, p) for p in batch],
         cursor=state.dumps(),
     )
-    if batch:
-        return result
-    if waiting:
-        return _skip(state, f"{len(waiting)} partitions are being written to: {', '.join(sorted(waiting)[:5])}")
-    return _skip(state, f"nothing changed in {len(partitions)} partitions")
 
 
 def seconds_until_settled(partition: SourcePartition, settle_seconds: float, now: float) -> float:

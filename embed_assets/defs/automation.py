@@ -7,6 +7,7 @@ was down, a run that failed. This one looks at the state of every partition at e
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import dagster as dg
@@ -16,6 +17,7 @@ from embed_assets.corpus.source import is_only_touched
 from embed_assets.defs.dagster_internals import latest_attempts
 from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, DEPENDENCIES, LASTING_TAG, SOURCE, Names, code_tag
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
+from embed_assets.records import slices
 from embed_assets.stages.pipeline import Pipeline
 
 _INTERVAL_SECONDS = 15
@@ -49,8 +51,8 @@ class StateReader:
             run_ids = sorted({run_id for _, run_id in found.values()})
             records = {
                 record.dagster_run.run_id: record
-                for start in range(0, len(run_ids), _RUNS_PER_QUERY)
-                for record in instance.get_run_records(dg.RunsFilter(run_ids=run_ids[start : start + _RUNS_PER_QUERY]))
+                for part in slices(run_ids, _RUNS_PER_QUERY)
+                for record in instance.get_run_records(dg.RunsFilter(run_ids=part))
             }
             self._attempts[asset] = {
                 key: Attempt(storage_id, run_id, records.get(run_id)) for key, (storage_id, run_id) in found.items()
@@ -78,8 +80,10 @@ class Attempt:
         Not what a run gave up for good, or a person stopped, and for an hour not what failed otherwise. Nor what a run
         looked at and left alone: it knew better. But what such a run made and was lost since.
         """
-        run = None if self.run is None else self.run.dagster_run
-        if self.run is None or run is None or run.tags.get(CODE_TAG, code) != code:
+        if self.run is None:
+            return True
+        run = self.run.dagster_run
+        if run.tags.get(CODE_TAG, code) != code:
             return True
         if run.status == dg.DagsterRunStatus.SUCCESS:
             return status.state == "missing"
@@ -88,11 +92,27 @@ class Attempt:
         return now - (self.run.end_time or self.run.update_timestamp.timestamp()) > _SECONDS_BETWEEN_ATTEMPTS
 
 
-class Unsynced(dg.AutomationCondition[AssetKey]):
-    """True for partitions that are missing or stale, or will be once a changed document is read."""
+class _PartitionCondition(dg.AutomationCondition[AssetKey]):
+    """True for the partitions of which `holds` is."""
 
     def __init__(self, reader: StateReader) -> None:
         self._reader = reader
+
+    def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:
+        """Among the candidates, those for which it holds."""
+        view, asset = context.asset_graph_view, context.key.path[-1]
+        history = self._reader.history(view.instance, view)
+        candidates = context.candidate_subset.expensively_compute_partition_keys()
+        keys = {key for key in candidates if self.holds(view.instance, history, asset, key)}
+        return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
+
+    @abstractmethod
+    def holds(self, instance: DagsterInstance, history: History, asset: str, key: str) -> bool:
+        """Whether it is true of a partition."""
+
+
+class Unsynced(_PartitionCondition):
+    """True for partitions that are missing or stale, or will be once a changed document is read."""
 
     @property
     def name(self) -> str:
@@ -104,15 +124,8 @@ class Unsynced(dg.AutomationCondition[AssetKey]):
         """What the UI says of it."""
         return "missing or stale, or made from documents that have changed"
 
-    def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:
-        """Among the candidates, those to be made."""
-        history = self._reader.history(context.asset_graph_view.instance, context.asset_graph_view)
-        asset = context.key.path[-1]
-        candidates = context.candidate_subset.expensively_compute_partition_keys()
-        keys = {key for key in candidates if self._is_unsynced(history, asset, key)}
-        return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
-
-    def _is_unsynced(self, history: History, asset: str, key: str) -> bool:
+    def holds(self, instance: DagsterInstance, history: History, asset: str, key: str) -> bool:
+        """Not fresh, or not for long."""
         statuses = self._reader.statuses(history, key)
         if statuses[asset].state != "fresh":
             return True
@@ -131,11 +144,8 @@ def _has_new_documents(history: History, key: str) -> bool:
     return not is_only_touched(record.input_versions.get(SOURCE, ""), version)
 
 
-class WorthAnAttempt(dg.AutomationCondition[AssetKey]):
+class WorthAnAttempt(_PartitionCondition):
     """True for partitions that were not tried yet with this code and this data, or may be tried again."""
-
-    def __init__(self, reader: StateReader) -> None:
-        self._reader = reader
 
     @property
     def name(self) -> str:
@@ -147,18 +157,9 @@ class WorthAnAttempt(dg.AutomationCondition[AssetKey]):
         """What the UI says of it."""
         return "code or data changed since the latest attempt, or it failed an hour ago for a reason that may pass"
 
-    def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:
-        """Among the candidates, those worth another attempt."""
-        instance = context.asset_graph_view.instance
-        history = self._reader.history(instance, context.asset_graph_view)
-        asset = context.key.path[-1]
-        now = time.time()
-        candidates = context.candidate_subset.expensively_compute_partition_keys()
-        attempts = self._reader.attempts(instance, asset) if candidates else {}
-        keys = {key for key in candidates if self._is_worth(history, attempts.get(key), asset, key, now)}
-        return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(keys))
-
-    def _is_worth(self, history: History, attempt: Attempt | None, asset: str, key: str, now: float) -> bool:
+    def holds(self, instance: DagsterInstance, history: History, asset: str, key: str) -> bool:
+        """Something is new since the latest attempt, or it is worth another."""
+        attempt = self._reader.attempts(instance, asset).get(key)
         if attempt is None:
             return True
         records = (history.record(a, key) for a in (SOURCE, asset, *DEPENDENCIES[asset]))
@@ -166,7 +167,7 @@ class WorthAnAttempt(dg.AutomationCondition[AssetKey]):
         if any(r is not None and r.storage_id > attempt.storage_id and r.run_id != attempt.run_id for r in records):
             return True
         status = self._reader.statuses(history, key)[asset]
-        return attempt.is_worth_another(status, code_tag(self._reader.pipeline), now)
+        return attempt.is_worth_another(status, code_tag(self._reader.pipeline), time.time())
 
 
 def build_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:

@@ -64,8 +64,7 @@ class CorpusRun:
         While one partition embeds, the next one is read and chunked by another thread.
         """
         failures: dict[str, Exception] = {}
-        sizes = {key: sum(file.size for file in self.partitions[key].files) for key in self.keys}
-        self.observer.on_start(sizes)
+        self.observer.on_start({key: self.partitions[key].byte_size for key in self.keys})
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead, self.pipeline.lake.session():
             upcoming = ahead.submit(self._prepare, self.keys[0]) if self.keys else None
             for following, key in zip([*self.keys[1:], None], self.keys, strict=True):
@@ -214,10 +213,11 @@ class CorpusRun:
             self._inputs(asset, prepared),
             self.reporter.metadata(made),
         )
-        others = [a for a in ASSETS if a not in prepared.reasons]
+        # Only the check `freshness`, of embeddings, wants to know; what was made in this run is fresh.
+        others = [a for a in ASSETS if a not in prepared.reasons] if asset == "embeddings" else []
         stale = {a: s for a in others if (s := self._status(a, key, prepared)).state != "fresh"}
         try:
-            self.checker.check(asset, key, stale if asset == "embeddings" else {})
+            self.checker.check(asset, key, stale)
         except PartitionError:
             self.recorder.damaged(asset, key)
             raise

@@ -11,6 +11,7 @@ import dagster as dg
 from dagster import AssetKey, DagsterEventType, DagsterInstance
 
 from embed_assets.errors import SettingsError
+from embed_assets.records import slices
 
 _TESTED = "1.13."
 
@@ -105,8 +106,7 @@ def read_events(instance: DagsterInstance, storage_ids: Sequence[int]) -> Iterat
     """
     table = SqlEventLogStorageTable
     with _sql_storage(instance).index_connection() as connection:
-        for start in range(0, len(storage_ids), _IDS_PER_QUERY):
-            ids = storage_ids[start : start + _IDS_PER_QUERY]
+        for ids in slices(storage_ids, _IDS_PER_QUERY):
             columns = (table.c.id, table.c.run_id, table.c.partition, table.c.event)
             for storage_id, run_id, partition, text in connection.execute(select(*columns).where(table.c.id.in_(ids))):
                 yield _stored_event(storage_id, run_id, partition, json.loads(text))
@@ -144,8 +144,7 @@ def _run_ids(instance: DagsterInstance, storage_ids: Sequence[int]) -> dict[int,
     table = SqlEventLogStorageTable
     found: dict[int, str] = {}
     with _sql_storage(instance).index_connection() as connection:
-        for start in range(0, len(storage_ids), _IDS_PER_QUERY):
-            ids = storage_ids[start : start + _IDS_PER_QUERY]
+        for ids in slices(storage_ids, _IDS_PER_QUERY):
             found.update(map(tuple, connection.execute(select(table.c.id, table.c.run_id).where(table.c.id.in_(ids)))))
     return found
 

@@ -10,6 +10,7 @@ from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import History
+from embed_assets.records import slices
 
 KEYS_PER_ADD = 10_000
 """Dagster's SQLite storage fails on more variables in one statement."""
@@ -38,8 +39,8 @@ def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], 
     names = history.names
     registered = set(instance.get_dynamic_partitions(names.partitions_name))
     added = [key for key in partitions if key not in registered]
-    for start in range(0, len(added), KEYS_PER_ADD):
-        instance.add_dynamic_partitions(names.partitions_name, added[start : start + KEYS_PER_ADD])
+    for keys in slices(added, KEYS_PER_ADD):
+        instance.add_dynamic_partitions(names.partitions_name, keys)
     moved = [p for key, p in partitions.items() if history.version(SOURCE, key) != p.version]
     for partition in moved:
         instance.report_runless_asset_event(observation(names, partition))

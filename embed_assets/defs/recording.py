@@ -139,7 +139,7 @@ def observation(names: Names, partition: SourcePartition) -> dg.AssetObservation
     """The event that says which files a partition has now."""
     metadata: dict[str, MetadataValue] = {
         "files": len(partition.files),
-        "bytes": sum(file.size for file in partition.files),
+        "bytes": partition.byte_size,
     }
     if partition.files:
         newest = max(file.modified_at for file in partition.files)

@@ -138,7 +138,7 @@ def run_sync(
     collector = _Collector(observer)
     fresh = {plan.partition.key: history.known_result(plan.partition.key) for plan in plans if plan.is_fresh}
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
-    observer.on_start({key: sum(file.size for file in partitions[key].files) for key in due})
+    observer.on_start({key: partitions[key].byte_size for key in due})
     job = build(collector).resolve_implicit_global_asset_job_def()
     for message in wait_for_pool(instance):
         _log.warning(message)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -40,13 +39,7 @@ def slow_sync(project: Project) -> subprocess.Popen[str]:
     for key in "ab":
         project.write(f"{key}/rows.jsonl", "\n".join(json.dumps({"text": f"Row {i} of {key}."}) for i in range(600)))
     project.set(MODEL="fake:16~40")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "embed_assets.cli", "sync", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = project.start_sync()
     while not list((project.root / "lake").rglob("chunks/partition_key=a/*.parquet")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
