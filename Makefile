@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test ui check bench clean
+.PHONY: install demo test ui check bench torture clean
 
 install: $(STAMP)
 
@@ -34,6 +34,9 @@ ui: install
 bench: install
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m embed_assets_tests.benchmarks $(DIR)
+
+torture: install
+	$(BIN)/python -m embed_assets_tests.torture $(ARGS)
 
 clean:
 	rm -rf .venv .dagster landing lake

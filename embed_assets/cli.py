@@ -20,6 +20,7 @@ from embed_assets.console import (
     WarningLines,
     escape,
     print_benchmark,
+    print_maintenance,
     print_names,
     print_plan,
     print_sync,
@@ -246,6 +247,26 @@ def verify(as_json: bool, repair: bool) -> Answer:
         },
         exit_code=int(bool(damaged)),
     )
+
+
+@command
+@click.option("--dry-run", is_flag=True, help="Only show what there is to do.")
+@click.option(
+    "--remove-space", "spaces", multiple=True, metavar="NAME", help="Also remove the table of this unused space."
+)
+def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> Answer:
+    """Compact, vacuum and checkpoint the tables, and sweep what killed runs left. Other runs may be at work."""
+    from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.maintenance_job import retention
+    from embed_assets.lake.maintenance import maintain as maintain_lake
+
+    pipeline = _pipeline()
+    pipeline.lake.check_owner()
+    with open_instance() as instance, stderr.status("maintaining") as status:
+        done = maintain_lake(pipeline.lake, pipeline.space.name, retention(instance), dry_run, spaces, status.update)
+    if not as_json:
+        print_maintenance(done, dry_run)
+    return Answer({"dry_run": dry_run, **asdict(done)}, exit_code=int(bool(done.failed)))
 
 
 @command

@@ -12,6 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from embed_assets.engine.benchmark import Report
     from embed_assets.engine.tuning import Tuning
+    from embed_assets.lake.maintenance import Maintenance
 
 _WIDTH_OF_PIPES = 200
 
@@ -71,6 +72,36 @@ def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds:
         f"{totals['embedded']:,} chunks embedded ({totals['tokens']:,} tokens), {totals['reused']:,} reused, "
         f"{totals['dropped']:,} dropped in {seconds:,.1f} s"
     )
+
+
+def print_maintenance(done: Maintenance, dry_run: bool) -> None:
+    """What `maintain` did, or would do; errors go to stderr."""
+    shown = _table("table", numbers=("small files", "of partitions", "to vacuum", "commits to checkpoint", "windows"))
+    for work in done.tables:
+        counts = (
+            work.files_to_compact,
+            work.partitions_to_compact,
+            work.files_to_vacuum,
+            work.commits_since_checkpoint,
+            work.stale_windows,
+        )
+        shown.add_row(escape(work.table), *(f"{count:,}" for count in counts))
+    stdout.print(shown)
+    if done.abandoned_files:
+        stdout.print(f"{len(done.abandoned_files)} files that killed processes left unfinished", markup=False)
+    for space in done.spaces:
+        use = "in use" if space.is_current else "not in use"
+        use = "removed" if space.name in done.removed_spaces else use
+        stdout.print(f"space {space.name}: {space.bytes / 1e6:,.1f} MB, {use}", markup=False)
+    told = "nothing was changed" if dry_run else "done"
+    stdout.print(f"{told}; files of the last {done.retention_hours:,.0f} hours are kept", markup=False)
+    for work in done.tables:
+        if work.left_alone:
+            stderr.print(
+                f"warning: {work.table}: {work.left_alone} partitions were not compacted, others write to them"
+            )
+        if work.error:
+            stderr.print(f"error: {work.error}", style="red", markup=False, soft_wrap=True)
 
 
 def print_tuning(tuning: Tuning) -> None:

@@ -9,6 +9,7 @@ import dagster as dg
 from embed_assets.defs.arrivals import build_arrivals_sensor
 from embed_assets.defs.assets import RETRIES, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
+from embed_assets.defs.maintenance_job import build_maintenance_job
 from embed_assets.defs.names import Names
 from embed_assets.defs.plan_job import build_plan_job
 from embed_assets.defs.processes import one_process_executor
@@ -40,7 +41,10 @@ def definitions_over(
         assets = dg.with_source_code_references([source_spec(pipeline), corpus])
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
     return dg.Definitions(
-        assets=assets, sensors=sensors, jobs=[build_plan_job(pipeline)], executor=one_process_executor
+        assets=assets,
+        sensors=sensors,
+        jobs=[build_plan_job(pipeline), build_maintenance_job(pipeline)],
+        executor=one_process_executor,
     )
 
 

@@ -6,6 +6,7 @@ UserError                 anything below; the command line prints its one line, 
 ├── ModelError            the model can't be found, is not what it claims to be, or may not be loaded
 ├── EmbeddingError        the model gave no usable vector for a text
 ├── LakeError             the tables can't be read or written, or hold something else than expected
+│   └── SupersededError   another run wrote newer rows of the same partition meanwhile
 └── PartitionError        a partition that does not exist, or could not be materialized
 
 Every message says the rule, the actual value, the item it is about and the next step, on one line.
@@ -42,6 +43,10 @@ class EmbeddingError(UserError):
 
 class LakeError(UserError):
     """The tables can't be read or written, or hold something else than expected."""
+
+
+class SupersededError(LakeError):
+    """Another run replaced what this one had read, or wrote newer rows; this run's rows were not written."""
 
 
 class PartitionError(UserError):

@@ -25,7 +25,7 @@ ALLOWED = {
     "defs": {"stages", "corpus", "engine", "lake", "records", "settings", "errors"},
     "definitions": {"defs", "stages", "settings"},
     "component": {"definitions", "settings"},
-    "console": {"engine"},
+    "console": {"engine", "lake"},
     "plots": {"engine", "errors"},
     "progress": {"defs", "stages"},
     "cli": {

@@ -18,6 +18,8 @@ from embed_assets.defs.run_log import LogObserver
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
 from embed_assets.errors import SourceError, UserError, may_pass
+from embed_assets.lake.reader import partition_states
+from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import Pipeline
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
@@ -84,9 +86,11 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     pipeline = pipeline.calibrated() if selected else pipeline.refreshed()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
     _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
+    wanted = _partition_keys(context, names)
+    raw = partition_states(pipeline.lake, RAW, wanted)  # before the listing: what is written after it is noticed
     listed = wait_until_settled(pipeline, context.partition_keys) if _is_automated(context) else None
     listed = pipeline.source.partitions() if listed is None else listed
-    partitions = {key: listed.get(key, SourcePartition(key)) for key in _partition_keys(context, names)}
+    partitions = {key: listed.get(key, SourcePartition(key)) for key in wanted}
     # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
     keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
     history = load_history(context.instance, pipeline, keys)
@@ -102,7 +106,9 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
             recorder.observed(partitions[key])
     checker = Checker(pipeline, names, recorder.checked, context.selected_asset_check_keys)
     reporter = Reporter(pipeline, history)
-    return CorpusRun(pipeline, observer, context.run.run_id, recorder, reporter, checker, partitions, keys, selected)
+    return CorpusRun(
+        pipeline, observer, context.run.run_id, recorder, reporter, checker, partitions, raw, keys, selected
+    )
 
 
 def _only_check(run: CorpusRun) -> None:

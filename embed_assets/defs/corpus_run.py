@@ -17,6 +17,7 @@ from embed_assets.defs.report import Made, Reporter
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.staleness import History, Status
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError
+from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.embeddings import Work
 from embed_assets.stages.pipeline import Pipeline
@@ -38,6 +39,12 @@ class _Prepared:
     error: Exception | None = None
     """Why it went no further."""
 
+    @property
+    def written(self) -> list[PartitionState]:
+        """How the rows lie that were made."""
+        made = (None if self.raw is None else self.raw.replaced, self.chunks)
+        return [replaced.state for replaced in made if replaced is not None]
+
 
 @dataclass(slots=True)
 class CorpusRun:
@@ -50,6 +57,8 @@ class CorpusRun:
     reporter: Reporter
     checker: Checker
     partitions: Mapping[str, SourcePartition]
+    listed: Mapping[str, PartitionState]
+    """What raw_documents had of each partition when the source was listed."""
     keys: Sequence[str]
     selected: Sequence[str]
 
@@ -126,10 +135,11 @@ class CorpusRun:
         key = partition.key
         if self._is_due("raw_documents", key, prepared):
             provenance = self._provenance("raw_documents", prepared)
-            prepared.raw = self.pipeline.materialize_raw_documents(partition, provenance)
+            prepared.raw = self.pipeline.materialize_raw_documents(partition, provenance, self.listed.get(key))
             prepared.versions["raw_documents"] = prepared.raw.replaced.data_version
         if self._is_due("chunks", key, prepared):
-            prepared.chunks = self.pipeline.materialize_chunks(key, self._provenance("chunks", prepared))
+            provenance = self._provenance("chunks", prepared)
+            prepared.chunks = self.pipeline.materialize_chunks(key, provenance, prepared.written)
             prepared.versions["chunks"] = prepared.chunks.data_version
 
     def _finish(self, key: str, prepared: _Prepared) -> PartitionResult:
@@ -158,6 +168,7 @@ class CorpusRun:
             lambda texts, tokens: self.observer.on_window(key, texts, tokens),
             lambda progress: self.observer.on_progress(key, progress),
             rewrite=self.history.is_marked_for_repair("embeddings", key),
+            known=prepared.written,
         )
         prepared.versions["embeddings"] = embedded.replaced.data_version
         work = embedded.work

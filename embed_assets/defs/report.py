@@ -90,7 +90,8 @@ class Reporter:
         for batch in read_partition(pipeline.lake, pipeline.embeddings_table, key, ["document_id", "embedding"]):
             wanted = range(-row % stride, batch.num_rows, stride)
             documents += [batch.column("document_id")[i].as_py() for i in wanted]
-            vectors += [batch.column("embedding")[i].values.to_numpy() for i in wanted]
+            # Copies: a view of one vector would keep its whole batch in memory.
+            vectors += [batch.column("embedding")[i].values.to_numpy().copy() for i in wanted]
             row += batch.num_rows
         if not lengths or not vectors:
             return {}

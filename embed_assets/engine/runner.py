@@ -8,6 +8,7 @@ Two windows are under way at a time, so that reading, tokenizing and writing are
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from embed_assets.engine.metrics import EngineStats, ModelCost
 from embed_assets.engine.survival import Survivor, has_length
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
 from embed_assets.errors import EmbeddingError
+
+_log = logging.getLogger(__name__)
 
 WINDOWS_UNDER_WAY = 2
 TICK_SECONDS = 2.0
@@ -191,6 +194,7 @@ class Embedder:
         usage = self.backend.usage()
         vectors = self._checked(job, self.backend.fetch(job.buffer))
         finished = time.perf_counter()
+        _log.debug("a window of %d texts is finished", len(texts))
         idle = 0.0 if self._idle_since is None else max(0.0, asked - self._idle_since)
         self._idle_since = finished
         stats = EngineStats(
@@ -236,6 +240,7 @@ class Embedder:
                 self.max_batch_tokens = outcome.max_batch_tokens
                 job.batches = self._replanned(job)
             self._done_texts += len(batch.rows)
+            _log.debug("%d texts embedded", len(batch.rows))
             self._done_tokens += int(job.tokens.lengths[batch.rows].sum())
 
     def _replanned(self, job: _Job) -> deque[Batch]:

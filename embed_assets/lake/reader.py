@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+from deltalake import DeltaTable
 
 from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate, quoted
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
@@ -48,12 +50,13 @@ def row_count(lake: Lake, table: TableSpec, key: str) -> int:
     return sum(batch.num_rows for batch in read_partition(lake, table, key, [table.schema.names[0]]))
 
 
-def content_version(lake: Lake, table: TableSpec, key: str) -> ContentVersion:
-    """What the table holds of a partition now, to compare with what it should hold."""
-    version = ContentVersion(CONTENT_COLUMNS[table.kind])
-    for batch in read_partition(lake, table, key, CONTENT_COLUMNS[table.kind]):
-        version.add(batch)
-    return version
+def content_version(lake: Lake, table: TableSpec, key: str, version: int | None = None) -> str:
+    """Hash of what the table holds of a partition, at that version (now): its data version."""
+    columns = CONTENT_COLUMNS[table.kind]
+    content = ContentVersion(columns)
+    for batch in scan(lake, table, columns, partition_predicate(key), version):
+        content.add(batch)
+    return content.hexdigest()
 
 
 def partition_keys(lake: Lake, table: TableSpec) -> set[str]:
@@ -91,3 +94,48 @@ def table_version(lake: Lake, table: TableSpec) -> int | None:
     """The newest Delta commit number, or None when the table does not exist."""
     delta = lake.open(table)
     return None if delta is None else int(delta.version())
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionState:
+    """Names of the files that hold a partition's rows. None is written twice: the same names are the same rows."""
+
+    table: TableSpec
+    version: int | None
+    """Of the table; None when it does not exist."""
+    files: frozenset[str] = frozenset()
+
+
+def partition_state(lake: Lake, table: TableSpec, key: str) -> PartitionState:
+    """The partition as the table has it now."""
+    delta = lake.open(table)
+    if delta is None:
+        return PartitionState(table, None)
+    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
+        return state_of(delta, table, key)
+
+
+def state_of(delta: DeltaTable, table: TableSpec, key: str) -> PartitionState:
+    """The same for a table that is open, as it was opened."""
+    files = frozenset(map(_file_name, delta.file_uris(file_pruning_predicate=partition_predicate(key))))
+    return PartitionState(table, int(delta.version()), files)
+
+
+def partition_states(lake: Lake, table: TableSpec, keys: Iterable[str]) -> dict[str, PartitionState]:
+    """The partitions as the table has them now, those too that have no rows."""
+    delta = lake.open(table)
+    if delta is None:
+        return {key: PartitionState(table, None) for key in keys}
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
+        files = pa.table(delta.get_add_actions(flatten=True))
+    if files.num_rows:
+        for key, path in zip(*(files[n].to_pylist() for n in ("partition.partition_key", "path")), strict=True):
+            found[key].add(_file_name(path))
+    version = int(delta.version())
+    return {key: PartitionState(table, version, frozenset(found.get(key, ()))) for key in keys}
+
+
+def _file_name(path: str) -> str:
+    """Unique by itself; how the folders before it are escaped differs."""
+    return path.rpartition("/")[2]

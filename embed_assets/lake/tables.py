@@ -7,14 +7,15 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
-import fsspec
 import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
+from obstore.exceptions import BaseError
 
 from embed_assets.errors import LakeError, SettingsError
+from embed_assets.lake.storage import Storage
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings, local_path
 
@@ -161,6 +162,10 @@ class Lake:
         """Raise ``LakeError`` now rather than once per partition when the lake is another corpus's, or (where it is
         local) nothing can be written to it."""
         self._check_writable()
+        self.check_owner()
+
+    def check_owner(self) -> None:
+        """Raise ``LakeError`` when the lake is another corpus's."""
         table = self.open(RAW)
         owner = "" if table is None else table.metadata().configuration.get(_OWNER_PROPERTY, "")
         if table is not None and owner != self.owner:
@@ -184,15 +189,13 @@ class Lake:
 
     def spaces(self) -> list[str]:
         """Names of the embedding spaces that have a table."""
-        filesystem = self.filesystem()
-        folder = f"{self.root}/embeddings"
-        if not filesystem.exists(folder):
-            return []
-        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in filesystem.ls(folder, detail=False))
+        with lake_errors("the embedding spaces can't be listed", self.root):
+            return self.storage.folders("embeddings")
 
-    def filesystem(self) -> Any:
-        """fsspec file system of the lake, for what lies beside the tables."""
-        return fsspec.core.url_to_fs(self.root)[0]
+    @cached_property
+    def storage(self) -> Storage:
+        """What lies beside the tables."""
+        return Storage(self.root, self.options)
 
 
 def dimension_of(table: DeltaTable) -> int | None:
@@ -206,7 +209,7 @@ def lake_errors(what: str, root: str) -> Iterator[None]:
     """Turn the libraries' errors into one line that says what could not be done."""
     try:
         yield
-    except (DeltaError, OSError, pa.ArrowException) as error:
+    except (DeltaError, BaseError, OSError, pa.ArrowException) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:300] if lines else type(error).__name__
         message = f"{what}: {reason}; check EMBED_LAKE={root!r} and its permissions"

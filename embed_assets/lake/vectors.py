@@ -1,11 +1,8 @@
-"""Vectors of a partition by the hash of what was embedded: on local disk while it is worked on, staged in the lake."""
+"""Vectors of a partition by the hash of what was embedded, on local disk while it is worked on."""
 
 from __future__ import annotations
 
-import tempfile
-import uuid
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -13,10 +10,10 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from embed_assets.lake.tables import Lake, TableSpec
-from embed_assets.records import TIMESTAMP, VECTOR, hash_text
+from embed_assets.lake.scratch import DiskMap, scratch_errors, scratch_file
+from embed_assets.records import TIMESTAMP, VECTOR
 
-_STAGED = pa.schema(
+VECTOR_ROWS = pa.schema(
     [
         pa.field("input_hash", pa.string(), False),
         pa.field("embedding", VECTOR, False),
@@ -24,7 +21,7 @@ _STAGED = pa.schema(
         pa.field("embedded_at", TIMESTAMP, False),
     ]
 )
-VECTOR_COLUMNS: tuple[str, ...] = tuple(_STAGED.names)
+VECTOR_COLUMNS: tuple[str, ...] = tuple(VECTOR_ROWS.names)
 _SQUARED_NORM_TOLERANCE = 2e-3
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -47,13 +44,12 @@ def is_unit(vectors: np.ndarray) -> np.ndarray:
 
 
 class VectorStore:
-    """Vectors by input hash. They lie in a local temporary file; about 100 bytes of memory per vector remain."""
+    """Vectors by input hash. They lie in temporary files, whatever their number."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="embed_assets_vectors_")  # noqa: SIM115 (closed by __exit__)
-        self._places: dict[bytes, int] = {}
-        self._is_truncated = bytearray()
-        self._embedded_at = array("q")
+        self._file = scratch_file()
+        self._rows = DiskMap("place", "is_truncated", "embedded_at")
+        self._count = 0
         self.dimension: int | None = None
 
     def __enter__(self) -> VectorStore:
@@ -62,13 +58,14 @@ class VectorStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._rows.close()
         self._file.close()
 
     def __contains__(self, input_hash: str) -> bool:
-        return bytes.fromhex(input_hash) in self._places
+        return bytes.fromhex(input_hash) in self._rows
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._count
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take in the rows of a batch with at least `VECTOR_COLUMNS`.
@@ -81,16 +78,16 @@ class VectorStore:
         is_usable = is_unit(matrix).tolist()
         truncated = batch.column("is_truncated").to_pylist()
         times = batch.column("embedded_at").cast(pa.int64()).to_pylist()
-        kept: list[int] = []
+        new: dict[bytes, int] = {}
         for i, input_hash in enumerate(batch.column("input_hash").to_pylist()):
             key = bytes.fromhex(input_hash)
-            if is_usable[i] and key not in self._places:
-                self._places[key] = len(self._places)
-                self._is_truncated.append(truncated[i])
-                self._embedded_at.append(times[i])
-                kept.append(i)
-        self._file.seek(0, 2)
-        self._file.write((matrix if len(kept) == len(matrix) else matrix[kept]).data)
+            if is_usable[i] and key not in new and key not in self._rows:
+                new[key] = i
+        self._rows.add((key, self._count + n, truncated[i], times[i]) for n, (key, i) in enumerate(new.items()))
+        self._count += len(new)
+        with scratch_errors():
+            self._file.seek(0, 2)
+            self._file.write((matrix if len(new) == len(matrix) else matrix[list(new.values())]).data)
 
     def _matrix(self, column: pa.ListArray) -> np.ndarray:
         """The vectors as an array of shape (rows, dimension); those of another length become NaN."""
@@ -113,10 +110,16 @@ class VectorStore:
 
     def get(self, input_hashes: Sequence[str]) -> StoredVectors:
         """The vectors of the hashes. Raises KeyError for one that is not here."""
-        places = [self._places[bytes.fromhex(h)] for h in input_hashes]
+        rows: list[tuple[int, int, int]] = []
+        for input_hash, row in zip(input_hashes, self._rows.get([bytes.fromhex(h) for h in input_hashes]), strict=True):
+            if row is None:
+                raise KeyError(input_hash)
+            rows.append(row)
+        places = [place for place, _, _ in rows]
         dimension = self.dimension or 0
         vectors = np.empty((len(places), dimension), dtype=np.float32)
-        self._file.flush()
+        with scratch_errors():
+            self._file.flush()
         # Runs of neighbours are read at once: most chunks come in the order in which they were stored.
         order = np.argsort(places, kind="stable")
         ordered = np.array(places, dtype=np.int64)[order]
@@ -126,9 +129,7 @@ class VectorStore:
             self._file.seek(first * dimension * 4)
             block = np.frombuffer(self._file.read((last - first + 1) * dimension * 4), dtype=np.float32)
             vectors[order[run]] = block.reshape(-1, dimension)[ordered[run] - first]
-        return StoredVectors(
-            vectors, [bool(self._is_truncated[p]) for p in places], [self._embedded_at[p] for p in places]
-        )
+        return StoredVectors(vectors, [bool(truncated) for _, truncated, _ in rows], [when for _, _, when in rows])
 
 
 def vector_batch(
@@ -138,7 +139,7 @@ def vector_batch(
     when = (embedded_at - _EPOCH).total_seconds()
     times = pa.array(np.full(len(input_hashes), int(when * 1e6), dtype=np.int64)).cast(TIMESTAMP)
     return pa.RecordBatch.from_arrays(
-        [pa.array(input_hashes, pa.string()), vector_array(vectors), pa.array(is_truncated), times], schema=_STAGED
+        [pa.array(input_hashes, pa.string()), vector_array(vectors), pa.array(is_truncated), times], schema=VECTOR_ROWS
     )
 
 
@@ -147,47 +148,3 @@ def vector_array(vectors: np.ndarray) -> pa.ListArray:
     rows, dimension = vectors.shape
     offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * dimension)
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(vectors).reshape(-1)), type=VECTOR)
-
-
-class Staging:
-    """Windows of a partition that are embedded but not yet committed: what survives a kill.
-
-    One Arrow file per window under the table's ``_staging/``, which Delta's readers and vacuum leave alone.
-    """
-
-    def __init__(self, lake: Lake, table: TableSpec, key: str) -> None:
-        self._folder = f"{lake.uri(table)}/_staging/{hash_text(key)}"
-        self._filesystem = lake.filesystem()
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Keep a window; whole or not at all."""
-        name = f"{self._folder}/{uuid.uuid4().hex}"
-        self._filesystem.makedirs(self._folder, exist_ok=True)
-        with self._filesystem.open(f"{name}.partial", "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
-            stream.write_batch(batch)
-        self._filesystem.mv(f"{name}.partial", f"{name}.arrow")
-
-    def read(self) -> Iterator[pa.RecordBatch]:
-        """All windows kept by earlier attempts at the partition."""
-        if not self._filesystem.exists(self._folder):
-            return
-        for name in sorted(self._filesystem.ls(self._folder, detail=False)):
-            if str(name).endswith(".arrow"):
-                with self._filesystem.open(name, "rb") as file, pa.ipc.open_stream(file) as stream:
-                    yield from stream
-
-    def clear(self) -> None:
-        """Forget them: they are committed."""
-        if self._filesystem.exists(self._folder):
-            self._filesystem.rm(self._folder, recursive=True)
-
-    @staticmethod
-    def sweep(lake: Lake, table: TableSpec, keys: Iterable[str]) -> None:
-        """Clear the windows of partitions that turned out to need none: a killed run's whose inputs went back."""
-        root = f"{lake.uri(table)}/_staging"
-        filesystem = lake.filesystem()
-        if filesystem.exists(root):
-            left = {str(name).rstrip("/").rpartition("/")[2] for name in filesystem.ls(root, detail=False)}
-            for key in keys:
-                if hash_text(key) in left:
-                    Staging(lake, table, key).clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -10,6 +12,7 @@ import pyarrow as pa
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import partition_keys, read_partition
+from embed_assets.lake.scratch import DiskMap
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
 from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
@@ -56,7 +59,7 @@ class Gaps:
 def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
     """Each partition of raw_documents, chunks or the space's table, with its gaps.
 
-    One partition's hashes (about 150 bytes per chunk) and one batch of its vectors are in memory at a time.
+    24 bytes per chunk of one partition, one document, and one batch of vectors are in memory at a time.
     """
     delta = lake.open(table)
     dimension = None if delta is None else dimension_of(delta)
@@ -79,19 +82,71 @@ def verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimens
 
 def verify_vectors(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
     """What is wrong with one partition's vectors, given its chunks."""
-    expected: dict[str, str] = {}
+    excused = _rejected_chunks(lake, table.space, key)
+    expected = _Sum()
     try:
-        for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
-            for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                expected[chunk_id] = hash_text(prompt + text)
+        for chunk_id, input_hash in _expected_rows(lake, key, prompt):
+            if chunk_id not in excused:
+                expected.add(chunk_id, input_hash)
     except LakeError:
         return Gaps(unreadable_chunks=1)
-    gaps = Gaps()
+    gaps, found = Gaps(), _Sum()
     try:
-        _verify_rows(lake, table, key, prompt, dimension, expected, _rejected_chunks(lake, table.space, key), gaps)
+        for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text", "embedding"]):
+            _verify_vectors(batch.column("embedding"), dimension, gaps)
+            for chunk_id, input_hash, text in _rows(batch):
+                # A row whose text is not what was embedded counts as one that no chunk has.
+                found.add(chunk_id, input_hash if input_hash == hash_text(prompt + text) else "")
+        if found != expected:
+            _compare_rows(lake, table, key, prompt, excused, gaps)
     except LakeError:
         return Gaps(unreadable_vectors=1)
     return gaps
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Equal for the same rows in any order, and for no others. Adding, not combining bits, counts repeated ones."""
+
+    total: int = 0
+    rows: int = 0
+
+    def add(self, chunk_id: str, input_hash: str) -> None:
+        digest = hashlib.blake2b(f"{chunk_id}/{input_hash}".encode(), digest_size=32).digest()
+        self.total = (self.total + int.from_bytes(digest, "big")) % (1 << 256)
+        self.rows += 1
+
+
+def _expected_rows(lake: Lake, key: str, prompt: str) -> Iterator[tuple[str, str]]:
+    """Each chunk's id and the hash of what the model should have got."""
+    for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
+        for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield chunk_id, hash_text(prompt + text)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
+    return zip(*(batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text")), strict=True)
+
+
+def _compare_rows(lake: Lake, table: TableSpec, key: str, prompt: str, excused: set[str], gaps: Gaps) -> None:
+    """Count what is different, now that something is; `excused` chunks may be without a vector."""
+    with DiskMap("input_hash") as expected, DiskMap() as seen:
+        expected.add(_expected_rows(lake, key, prompt))
+        met = 0
+        for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text"]):
+            for chunk_id, input_hash, text in _rows(batch):
+                [known] = expected.get([chunk_id])
+                if chunk_id in seen:
+                    gaps.duplicated += 1
+                    continue
+                seen.add([(chunk_id,)])
+                if known is None:
+                    gaps.extra += 1
+                    continue
+                met += 1
+                gaps.stale_text += not input_hash == known[0] == hash_text(prompt + text)
+        without = sum(chunk_id in expected and chunk_id not in seen for chunk_id in excused)
+        gaps.missing = len(expected) - met - without
 
 
 @dataclass(slots=True)
@@ -105,21 +160,49 @@ class Coverage:
 
 
 def measure_coverage(lake: Lake, key: str) -> Coverage:
-    """Compare the chunks' spans with the documents' texts; about 100 bytes per chunk are in memory."""
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for batch in read_partition(lake, CHUNK_TABLE, key, ["document_id", "char_start", "char_end"]):
-        for document_id, start, end in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            spans.setdefault(document_id, []).append((start, end))
+    """Compare the chunks' spans with the documents' texts; 24 bytes per chunk are in memory, twice while sorted."""
+    spans = _Spans(lake, key)
     found = Coverage()
     for batch in read_partition(lake, RAW, key, ["document_id", "text"]):
         for i in range(batch.num_rows):
             document_id, text = (batch.column(column)[i].as_py() for column in range(2))
-            missing = _characters_outside(text, spans.pop(document_id, []))
+            missing = _characters_outside(text, spans.take(document_id))
             found.documents += 1
             found.uncovered_documents += bool(missing)
             found.uncovered_characters += missing
-    found.gone_documents = len(spans)
+    found.gone_documents = spans.untaken_documents
     return found
+
+
+class _Spans:
+    """Where the chunks of a partition's documents start and end."""
+
+    def __init__(self, lake: Lake, key: str) -> None:
+        columns = (array("Q"), array("q"), array("q"))
+        for batch in read_partition(lake, CHUNK_TABLE, key, ["document_id", "char_start", "char_end"]):
+            columns[0].extend(_short_hash(document_id) for document_id in batch.column(0).to_pylist())
+            for values, name in zip(columns[1:], ("char_start", "char_end"), strict=True):
+                values.frombytes(batch.column(name).to_numpy().tobytes())
+        documents, starts, ends = (np.frombuffer(c, dtype=c.typecode) if c else np.empty(0, "q") for c in columns)
+        order = np.lexsort((starts, documents))
+        self._documents, self._starts, self._ends = documents[order], starts[order], ends[order]
+        self._is_first = np.diff(self._documents, prepend=self._documents[:1] + 1) != 0
+
+    def take(self, document_id: str) -> list[tuple[int, int]]:
+        """The document's spans, by their start."""
+        name = np.array([_short_hash(document_id)], dtype=self._documents.dtype)
+        first, last = (int(np.searchsorted(self._documents, name, side)[0]) for side in ("left", "right"))
+        self._is_first[first:last] = False
+        return list(zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True))
+
+    @property
+    def untaken_documents(self) -> int:
+        """Documents that were not asked for."""
+        return int(self._is_first.sum())
+
+
+def _short_hash(document_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _characters_outside(text: str, spans: list[tuple[int, int]]) -> int:
@@ -152,32 +235,6 @@ def _rejected_chunks(lake: Lake, space: str, key: str) -> set[str]:
         }
     except LakeError:
         return set()  # then they count as missing, and making them anew mends the table
-
-
-def _verify_rows(
-    lake: Lake,
-    table: TableSpec,
-    key: str,
-    prompt: str,
-    dimension: int | None,
-    expected: dict[str, str],
-    excused: set[str],
-    gaps: Gaps,
-) -> None:
-    """Compare the rows with the chunks' ids and input hashes; `excused` chunks may be without a vector."""
-    seen: set[str] = set()
-    for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text", "embedding"]):
-        _verify_vectors(batch.column("embedding"), dimension, gaps)
-        rows = zip(*(batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text")), strict=True)
-        for chunk_id, input_hash, text in rows:
-            if chunk_id in seen:
-                gaps.duplicated += 1
-            elif chunk_id not in expected:
-                gaps.extra += 1
-            elif not input_hash == expected[chunk_id] == hash_text(prompt + text):
-                gaps.stale_text += 1
-            seen.add(chunk_id)
-    gaps.missing = len(expected.keys() - seen - excused)
 
 
 def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> None:

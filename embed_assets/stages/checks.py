@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import read_partition, row_count
@@ -34,7 +37,7 @@ class Subject:
     settings: Settings
     key: str
 
-    def column(self, table: TableSpec, name: str) -> Iterator[object]:
+    def column(self, table: TableSpec, name: str) -> Iterator[Any]:
         """The values of a column in the partition."""
         for batch in read_partition(self.lake, table, self.key, [name]):
             yield from batch.column(name).to_pylist()
@@ -61,10 +64,10 @@ def check(question: Check, subject: Subject) -> Outcome:
 
 
 def _rejected_share(subject: Subject) -> Outcome:
-    reasons = [reason for reason in subject.column(REJECTED, "reason") if reason != NOT_EMBEDDABLE]
+    rejected = sum(reason != NOT_EMBEDDABLE for reason in subject.column(REJECTED, "reason"))
     documents = row_count(subject.lake, RAW, subject.key)
     limit = subject.settings.max_rejected_percent
-    return _share("documents rejected", len(reasons), documents + len(reasons), limit, "MAX_REJECTED_PERCENT")
+    return _share("documents rejected", rejected, documents + rejected, limit, "MAX_REJECTED_PERCENT")
 
 
 def _coverage(subject: Subject) -> Outcome:
@@ -80,8 +83,11 @@ def _coverage(subject: Subject) -> Outcome:
 
 
 def _duplicate_share(subject: Subject) -> Outcome:
-    hashes = list(subject.column(CHUNK_TABLE, "text_hash"))
-    repeated = len(hashes) - len(set(hashes))
+    packed = bytearray()
+    for text_hash in subject.column(CHUNK_TABLE, "text_hash"):
+        packed += bytes.fromhex(text_hash)
+    hashes = np.frombuffer(packed, dtype="S16")
+    repeated = len(hashes) - len(np.unique(hashes))
     limit = subject.settings.max_duplicate_percent
     return _share("chunks repeat another one", repeated, len(hashes), limit, "MAX_DUPLICATE_PERCENT")
 
@@ -97,9 +103,12 @@ def _vectors(subject: Subject) -> Outcome:
 
 
 def _truncated_share(subject: Subject) -> Outcome:
-    flags = list(subject.column(subject.table, "is_truncated"))
+    chunks = truncated = 0
+    for flag in subject.column(subject.table, "is_truncated"):
+        chunks += 1
+        truncated += bool(flag)
     limit = subject.settings.max_truncated_percent
-    return _share("chunks were cut to fit the model", sum(map(bool, flags)), len(flags), limit, "MAX_TRUNCATED_PERCENT")
+    return _share("chunks were cut to fit the model", truncated, chunks, limit, "MAX_TRUNCATED_PERCENT")
 
 
 def _share(what: str, part: int, whole: int, limit: float, setting: str) -> Outcome:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
 
 import pyarrow as pa
 
 from embed_assets.corpus.chunking import ChunkOptions, Tokenizer, split_documents
-from embed_assets.lake.reader import read_partition
+from embed_assets.lake.inputs import Inputs
+from embed_assets.lake.reader import PartitionState, read_partition
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
 from embed_assets.records import CHUNKS, batched_bytes, chunk_ids, hash_text
@@ -25,11 +26,21 @@ class SourceText:
 
 
 def materialize_chunks(
-    lake: Lake, key: str, tokenizer: Tokenizer, options: ChunkOptions, provenance: Provenance
+    lake: Lake,
+    key: str,
+    tokenizer: Tokenizer,
+    options: ChunkOptions,
+    provenance: Provenance,
+    known: Sequence[PartitionState] = (),
 ) -> Replaced:
-    """Split every document of the partition."""
+    """Split every document of the partition, which is in raw_documents as it is `known` to be.
+
+    Raises ``SupersededError`` when another run replaced them meanwhile.
+    """
+    documents = Inputs(lake, key, [RAW], known)
     batches = chunk_batches(stored_texts(lake, key), key, tokenizer, options)
-    return replace_partition(lake, CHUNK_TABLE, key, batches, provenance)
+    with documents.watched():
+        return replace_partition(lake, CHUNK_TABLE, key, batches, provenance, check=documents.check)
 
 
 def stored_texts(lake: Lake, key: str) -> Iterator[SourceText]:

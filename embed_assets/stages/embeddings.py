@@ -13,9 +13,12 @@ import pyarrow as pa
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.runner import Embedder
 from embed_assets.errors import LakeError
-from embed_assets.lake.reader import read_partition, read_rows, row_count, scan
+from embed_assets.lake.inputs import Inputs
+from embed_assets.lake.reader import PartitionState, read_partition, read_rows, row_count, scan
+from embed_assets.lake.scratch import DiskMap
+from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
-from embed_assets.lake.vectors import VECTOR_COLUMNS, Staging, VectorStore, vector_array, vector_batch
+from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text, utc_now
 from embed_assets.stages.rejections import replace_rejections
@@ -133,6 +136,7 @@ def materialize_embeddings(
     on_window: Callable[[int, int], None],
     on_progress: Callable[[Progress], None],
     rewrite: bool,
+    known: Sequence[PartitionState] = (),
 ) -> Embeddings:
     """Give every chunk of the partition its vector and make them the partition's rows, in one commit.
 
@@ -141,10 +145,11 @@ def materialize_embeddings(
     then `on_window` hears how many texts a window had, and how many tokens were embedded so far. In between,
     `on_progress` hears every few seconds how far it is.
     """
+    read = Inputs(lake, key, [RAW, CHUNK_TABLE], known)
     staging = Staging(lake, table, key)
     work = Work()
-    with VectorStore() as store:
-        previous = _load_previous(lake, table, key, store, may_be_damaged=rewrite)
+    with read.watched(), VectorStore() as store, DiskMap() as previous:
+        _load_previous(lake, table, key, store, previous, may_be_damaged=rewrite)
         for batch in staging.read():
             store.add(batch)
         inputs = _Inputs(store)
@@ -154,7 +159,7 @@ def materialize_embeddings(
         if first is not None:
             started = time.perf_counter()
             expected = max(len(first), row_count(lake, CHUNK_TABLE, key) - len(store))
-            embedder = _checked(get_embedder(list(first.values()), expected), lake, table)
+            embedder = _checked(get_embedder(list(first.values()), expected), lake, table, store)
             ready = time.perf_counter()
             work.startup_seconds = ready - started
 
@@ -171,27 +176,28 @@ def materialize_embeddings(
         rows = _rows(lake, table, key, prompt, inputs, previous, work, rejections)
         # A vector that had to be made again must be committed, even if its row looks the same but for that.
         rewrite = rewrite or work.embedded > 0
-        replaced = replace_partition(lake, table, key, rows, provenance, store.dimension, rewrite)
+        replaced = replace_partition(lake, table, key, rows, provenance, store.dimension, rewrite, read.check)
         replace_rejections(lake, key, rejections, provenance, table.space)
-        work.dropped, work.rejected_chunks = len(previous), len(rejections)
+        work.dropped += len(previous)
+        work.rejected_chunks = len(rejections)
     staging.clear()
     return Embeddings(replaced, work)
 
 
-def _load_previous(lake: Lake, table: TableSpec, key: str, store: VectorStore, may_be_damaged: bool) -> set[bytes]:
-    """Fill the store with the vectors that the partition has; returns the ids of its chunks.
+def _load_previous(
+    lake: Lake, table: TableSpec, key: str, store: VectorStore, previous: DiskMap, may_be_damaged: bool
+) -> None:
+    """Fill `store` with the vectors that the partition has, and `previous` with the ids of its chunks.
 
     Where the rows are to be made anew because they were found damaged, unreadable ones are embedded again.
     """
-    ids: set[bytes] = set()
     try:
         for batch in read_partition(lake, table, key, [*VECTOR_COLUMNS, "chunk_id"]):
             store.add(batch)
-            ids.update(bytes.fromhex(chunk_id) for chunk_id in batch.column("chunk_id").to_pylist())
+            previous.add((bytes.fromhex(chunk_id),) for chunk_id in batch.column("chunk_id").to_pylist())
     except LakeError:
         if not may_be_damaged:
             raise
-    return ids
 
 
 def _to_embed(
@@ -257,14 +263,19 @@ def _embed_windows(
         )
 
 
-def _checked(embedder: Embedder, lake: Lake, table: TableSpec) -> Embedder:
-    """The embedder, unless the space's table holds vectors of another length."""
+def _checked(embedder: Embedder, lake: Lake, table: TableSpec, store: VectorStore) -> Embedder:
+    """The embedder, unless the space's table or its staged windows hold vectors of another length."""
     delta = lake.open(table)
     stored = None if delta is None else dimension_of(delta)
     if stored not in (None, embedder.dimension):
         raise LakeError(
             f"a space's vectors must all have one dimension: the table {table.path!r} has {stored}, the model gives "
             f"{embedder.dimension}; move the table away or set EMBED_MODEL and EMBED_TRUNCATE_DIM as they were"
+        )
+    if store.dimension not in (None, embedder.dimension):
+        raise LakeError(
+            f"a space's vectors must all have one dimension: windows staged in '{lake.uri(table)}/_staging' have "
+            f"{store.dimension}, the model gives {embedder.dimension}; remove that folder"
         )
     return embedder
 
@@ -275,37 +286,51 @@ def _rows(
     key: str,
     prompt: str,
     inputs: _Inputs,
-    previous: set[bytes],
+    previous: DiskMap,
     work: Work,
     rejections: list[Rejection],
 ) -> Iterator[pa.RecordBatch]:
     """The partition's rows, joined from chunks, documents and vectors.
 
-    Takes every chunk it meets out of `previous`; chunks without a vector go to `rejections`.
+    Chunks that `previous` has are not dropped; chunks without a vector go to `rejections`.
     """
-    documents = {
-        document_id: (uri, title)
-        for batch in read_partition(lake, RAW, key, ["document_id", "uri", "title"])
-        for document_id, uri, title in zip(*(column.to_pylist() for column in batch.columns), strict=True)
-    }
+    with DiskMap("uri", "title") as documents:
+        for batch in read_partition(lake, RAW, key, ["document_id", "uri", "title"]):
+            documents.add(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        yield from _joined(lake, table, key, prompt, inputs, documents, previous, work, rejections)
+
+
+def _joined(
+    lake: Lake,
+    table: TableSpec,
+    key: str,
+    prompt: str,
+    inputs: _Inputs,
+    documents: DiskMap,
+    previous: DiskMap,
+    work: Work,
+    rejections: list[Rejection],
+) -> Iterator[pa.RecordBatch]:
     for batch in read_partition(lake, CHUNK_TABLE, key, _CHUNK_COLUMNS):
         hashes = [hash_text(prompt + text) for text in batch.column("text").to_pylist()]
-        if inputs.rejected:
-            rejections += _rejections(table.space, batch, hashes, inputs.rejected, documents)
-            kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
-            batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
-            if not hashes:
-                continue
-        chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
-        stored = inputs.store.get(hashes)
-        origins = [documents.get(document_id) for document_id in chunk["document_id"].to_pylist()]
+        origins = list(documents.get(batch.column("document_id").to_pylist()))
         if None in origins:
-            lost = chunk["document_id"][origins.index(None)].as_py()
+            lost = batch.column("document_id")[origins.index(None)].as_py()
             raise LakeError(
                 f"partition {key!r}: the chunks of {lost!r} have no document in raw_documents; "
                 "materialize raw_documents and chunks again"
             )
-        previous.difference_update(bytes.fromhex(chunk_id) for chunk_id in chunk["chunk_id"].to_pylist())
+        if inputs.rejected:
+            rejections += _rejections(table.space, batch, hashes, inputs.rejected, origins)
+            kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
+            batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
+            origins = [origins[i] for i in kept]
+            if not hashes:
+                continue
+        chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
+        stored = inputs.store.get(hashes)
+        ids = [bytes.fromhex(chunk_id) for chunk_id in chunk["chunk_id"].to_pylist()]
+        work.dropped -= sum(row is not None for row in previous.get(ids))
         work.chunks += batch.num_rows
         work.truncated += sum(stored.is_truncated)
         columns = chunk | {
@@ -325,13 +350,13 @@ def _rejections(
     batch: pa.RecordBatch,
     hashes: Sequence[str],
     rejected: Mapping[str, str],
-    documents: Mapping[str, tuple[str, str]],
+    origins: Sequence[tuple[str, str] | None],
 ) -> Iterator[Rejection]:
     ids, owners = batch.column("chunk_id").to_pylist(), batch.column("document_id").to_pylist()
-    for chunk_id, document_id, input_hash in zip(ids, owners, hashes, strict=True):
+    for chunk_id, document_id, input_hash, origin in zip(ids, owners, hashes, origins, strict=True):
         if input_hash in rejected:
-            uri = documents[document_id][0] if document_id in documents else ""
-            yield Rejection(document_id, uri, NOT_EMBEDDABLE, chunk_detail(space, chunk_id, rejected[input_hash]))
+            detail = chunk_detail(space, chunk_id, rejected[input_hash])
+            yield Rejection(document_id, origin[0] if origin else "", NOT_EMBEDDABLE, detail)
 
 
 def known_inputs(

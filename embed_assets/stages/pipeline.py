@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from embed_assets.engine.openvino_backend import load_int8_backend
 from embed_assets.engine.quantization import CALIBRATION_TEXTS, QuantizedModel, quantize
 from embed_assets.errors import LakeError, ModelError, SettingsError
 from embed_assets.lake.models import keep_model, read_model
-from embed_assets.lake.reader import read_partition, table_version
+from embed_assets.lake.reader import PartitionState, read_partition, table_version
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import Document, hash_text
@@ -154,13 +154,16 @@ class Pipeline:
             "embeddings": self.space.name,
         }
 
-    def materialize_raw_documents(self, partition: SourcePartition, provenance: Provenance) -> RawDocuments:
-        """Read the partition's files into raw_documents and rejected_documents."""
-        return materialize_raw_documents(self.lake, self.source, partition, self.parse_options, provenance)
+    def materialize_raw_documents(
+        self, partition: SourcePartition, provenance: Provenance, known: PartitionState | None = None
+    ) -> RawDocuments:
+        """Read the partition's files into raw_documents and rejected_documents; `known` is what the table had of them
+        when the source was listed."""
+        return materialize_raw_documents(self.lake, self.source, partition, self.parse_options, provenance, known)
 
-    def materialize_chunks(self, key: str, provenance: Provenance) -> Replaced:
-        """Split the partition's documents into chunks."""
-        return materialize_chunks(self.lake, key, self.space.tokenizer, self.chunk_options, provenance)
+    def materialize_chunks(self, key: str, provenance: Provenance, known: Sequence[PartitionState] = ()) -> Replaced:
+        """Split the partition's documents into chunks; `known` is how they lie in raw_documents, if that is known."""
+        return materialize_chunks(self.lake, key, self.space.tokenizer, self.chunk_options, provenance, known)
 
     def materialize_embeddings(
         self,
@@ -169,11 +172,13 @@ class Pipeline:
         on_window: Callable[[int, int], None] = lambda texts, tokens: None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         rewrite: bool = False,
+        known: Sequence[PartitionState] = (),
     ) -> Embeddings:
         """Give the partition's chunks their vectors; `on_window` hears of each window's texts and the tokens so far,
         `on_progress` every few seconds how far it is.
 
-        `rewrite` commits the rows even if the table seems to hold them already.
+        `rewrite` commits the rows even if the table seems to hold them already; `known` is how documents and chunks
+        lie in their tables, as far as that is known.
         """
         return materialize_embeddings(
             self.lake,
@@ -186,6 +191,7 @@ class Pipeline:
             on_window,
             on_progress,
             rewrite,
+            known,
         )
 
     @cached_property

@@ -10,6 +10,9 @@ import pyarrow as pa
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.errors import SupersededError
+from embed_assets.lake.inputs import Inputs
+from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.tables import RAW, Lake
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
 from embed_assets.records import RAW_DOCUMENTS, Document, Rejection, batched_bytes, hash_text
@@ -26,9 +29,27 @@ class RawDocuments:
 
 
 def materialize_raw_documents(
-    lake: Lake, source: Source, partition: SourcePartition, options: ParseOptions, provenance: Provenance
+    lake: Lake,
+    source: Source,
+    partition: SourcePartition,
+    options: ParseOptions,
+    provenance: Provenance,
+    known: PartitionState | None = None,
 ) -> RawDocuments:
-    """Read and parse the partition's files; documents go to one table, rejections with their reasons to another."""
+    """Read and parse the partition's files; documents go to one table, rejections with their reasons to another.
+
+    `known` is what the table had when the source was listed. Raises ``SupersededError`` when another run replaced
+    that since, and the source is no longer as it was listed.
+    """
+    rows = Inputs(lake, partition.key, [RAW], [known] if known is not None else [])
+
+    def check() -> None:
+        try:
+            rows.check()
+        except SupersededError:
+            if source.partitions().get(partition.key, SourcePartition(partition.key)).version != partition.version:
+                raise
+
     rejections: list[Rejection] = []
 
     def documents() -> Iterator[Document]:
@@ -38,7 +59,8 @@ def materialize_raw_documents(
             else:
                 yield item
 
-    replaced = replace_partition(lake, RAW, partition.key, document_batches(documents(), partition.key), provenance)
+    batches = document_batches(documents(), partition.key)
+    replaced = replace_partition(lake, RAW, partition.key, batches, provenance, check=check)
     replace_rejections(lake, partition.key, rejections, provenance)
     return RawDocuments(replaced, replaced.rows, len(rejections))
 

@@ -1,0 +1,82 @@
+"""Maintenance of the lake in Dagster's UI, and how long its files must be kept."""
+# No postponed annotations here: Dagster looks at the op's as they are.
+
+import time
+from dataclasses import asdict
+from datetime import timedelta
+
+import dagster as dg
+from pydantic import Field
+
+from embed_assets.defs.names import Names
+from embed_assets.errors import UserError
+from embed_assets.lake.maintenance import Maintenance, maintain
+from embed_assets.stages.pipeline import Pipeline
+
+_MARGIN = timedelta(hours=24)
+_UNFINISHED = (
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+)
+
+
+class MaintenanceConfig(dg.Config):
+    """What to do."""
+
+    dry_run: bool = Field(False, description="Only show what there is to do.")
+    remove_spaces: list[str] = Field([], description="Embedding spaces, by name, whose tables are removed as well.")
+
+
+def retention(instance: dg.DagsterInstance) -> timedelta:
+    """How long files must be kept that no table names any more: longer than the longest run, which may use them."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=list(_UNFINISHED)))
+    starts = [record.start_time for record in records if record.start_time is not None]
+    return timedelta(seconds=max(0.0, time.time() - min(starts))) + _MARGIN if starts else timedelta()
+
+
+def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
+    """A job that looks after the lake, and shows what it did as metadata of its only step."""
+    names = Names.of(pipeline)
+
+    @dg.op(name=names.prefixed("maintain_lake"), out=dg.Out(dg.Nothing))
+    def maintain_lake(context: dg.OpExecutionContext, config: MaintenanceConfig) -> dg.Output[None]:
+        """Compact, vacuum and checkpoint the tables, and sweep what killed runs left."""
+        try:
+            pipeline.lake.check_owner()
+            space = pipeline.refreshed().space.name
+            age = retention(context.instance)
+            done = maintain(pipeline.lake, space, age, config.dry_run, config.remove_spaces)
+        except UserError as error:
+            raise dg.Failure(description=str(error)) from error
+        if done.failed:
+            raise dg.Failure(description="; ".join(work.error for work in done.failed))
+        return dg.Output(None, metadata=_metadata(done, config.dry_run))
+
+    @dg.job(
+        name=names.prefixed("maintain"),
+        description="Compacts, vacuums and checkpoints the tables, beside running jobs. `dry_run` only shows what for.",
+    )
+    def maintain_job() -> None:
+        maintain_lake()
+
+    return maintain_job
+
+
+def _metadata(done: Maintenance, dry_run: bool) -> dict[str, dg.MetadataValue | bool | float | int]:
+    rows = [asdict(work) for work in done.tables]
+    names = [name for name in rows[0] if name != "error"] if rows else ["table"]
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
+    spaces = [
+        f"- `{s.name}`: {s.bytes / 1e6:,.1f} MB"
+        + (", in use" if s.is_current else ", removed" if s.name in done.removed_spaces else ", not in use")
+        for s in done.spaces
+    ]
+    return {
+        "tables": dg.MetadataValue.md("\n".join(lines)),
+        "spaces": dg.MetadataValue.md("\n".join(spaces) or "none"),
+        "abandoned_files": len(done.abandoned_files),
+        "retention_hours": done.retention_hours,
+        "dry_run": dry_run,
+    }

@@ -1,0 +1,76 @@
+"""Temporary files, so that what is known of a partition's rows does not have to fit in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
+
+import pyarrow as pa
+
+from embed_assets.errors import LakeError
+
+_CACHE_KILOBYTES = 16_384
+
+
+def scratch_file() -> IO[bytes]:
+    """A file that is gone when it is closed, or when the process ends."""
+    with scratch_errors():
+        return tempfile.TemporaryFile(prefix="embed_assets_")
+
+
+@contextlib.contextmanager
+def scratch_errors() -> Iterator[None]:
+    """Name the place where a temporary file could not be written. Raises ``LakeError``."""
+    try:
+        yield
+    except (OSError, sqlite3.Error, pa.ArrowException) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise LakeError(
+            f"a temporary file could not be written in {tempfile.gettempdir()!r}: {reason}; "
+            "free some space there or set TMPDIR to a larger folder",
+        ) from error
+
+
+class DiskMap:
+    """Rows of values by a key of bytes or text, in a temporary database that SQLite removes by itself."""
+
+    def __init__(self, *columns: str) -> None:
+        # An empty name is a private database on disk; only what the cache can't hold is written at all.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for pragma in (f"cache_size=-{_CACHE_KILOBYTES}", "journal_mode=OFF", "synchronous=OFF", "temp_store=FILE"):
+            self._database.execute(f"PRAGMA {pragma}")
+        self._database.execute(f"CREATE TABLE rows ({', '.join(['key PRIMARY KEY', *columns])}) WITHOUT ROWID")
+        self._insert = f"INSERT OR IGNORE INTO rows VALUES ({', '.join('?' * (len(columns) + 1))})"
+        self._select = f"SELECT {', '.join(columns) or '1'} FROM rows WHERE key = ?"
+
+    def __enter__(self) -> DiskMap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove it."""
+        self._database.close()
+
+    def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Take in rows, their key first; where a key is there already, its values stay."""
+        with scratch_errors():
+            self._database.execute("BEGIN")
+            self._database.executemany(self._insert, rows)
+            self._database.execute("COMMIT")
+
+    def get(self, keys: Sequence[bytes | str]) -> Iterator[tuple[Any, ...] | None]:
+        """The values of each key, or None."""
+        cursor = self._database.cursor()
+        return (cursor.execute(self._select, (key,)).fetchone() for key in keys)
+
+    def __contains__(self, key: bytes | str) -> bool:
+        return self._database.execute(self._select, (key,)).fetchone() is not None
+
+    def __len__(self) -> int:
+        [count] = self._database.execute("SELECT count(*) FROM rows").fetchone()
+        return int(count)
