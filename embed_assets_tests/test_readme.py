@@ -47,7 +47,7 @@ def test_every_command_is_listed_with_options_that_exist() -> None:
     assert listed.keys() == main.commands.keys()
     for name, usage in listed.items():
         options = {option for parameter in main.commands[name].params for option in parameter.opts}
-        assert set(re.findall(r"--?[a-z]+", usage)) <= options
+        assert set(re.findall(r"--?[a-z][a-z-]*", usage)) <= options
 
 
 def test_every_setting_is_listed_and_exists() -> None:

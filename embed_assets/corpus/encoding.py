@@ -70,7 +70,8 @@ def _decode(data: bytes, html: bool) -> tuple[str, str]:
     label = webencodings.lookup(declared[1].decode("ascii", "replace")) if declared else None
     if label is not None and not label.name.startswith("utf-"):
         try:
-            return data.decode(label.codec_info.name), label.name
+            # Not by the codec's name: some have none of their own in Python.
+            return label.codec_info.decode(data, "strict")[0], label.name
         except UnicodeDecodeError as error:
             raise Undecodable(
                 f"the page says it is {label.name} but has {error.reason} at byte {error.start}"

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from embed_assets.corpus.rows import BadRow
+from embed_assets.corpus.items import BadRow
 
 _MAX_XML_BYTES = 32 << 20
 """Of a Word document's parts when unzipped: some five million elements, or three thousand pages."""

@@ -11,8 +11,9 @@ from typing import IO
 
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats import MissingExtra, docx_to_markdown, html_to_markdown, pdf_to_text
+from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import BadRow, Row, iter_csv, iter_jsonl, iter_parquet
+from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet
 from embed_assets.corpus.source import Source, SourceFile, SourcePartition
 from embed_assets.corpus.structure import find_structure
 from embed_assets.records import Document, Rejection
@@ -120,19 +121,22 @@ def _problem_of(text: str) -> str:
 
 def _read_rows(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:
     """The rows of a table-like file, each with an id that no earlier row of the file has."""
-    occurrences: dict[str, int] = {}
+    keys: set[str] = set()
+    repeats: dict[str, int] = {}
     is_empty = True
     with source.open(file) as stream:
         for row in _ROW_FORMATS[ending][1](stream, options):
             is_empty = False
             if isinstance(row, Row):
-                seen = occurrences[row.key] = occurrences.get(row.key, 0) + 1
-                if seen > 1 and row.place:
+                if row.key in keys and row.place:
                     detail = f"its id {row.key!r} was used by an earlier row; ids must be unique"
                     yield BadRow(row.place, "duplicate_id", detail)
                     continue
-                if seen > 1:  # rows without ids are named after their text: equal texts count up
-                    row = row.named(f"{row.key}.{seen}")
+                text_key = row.key
+                while row.key in keys:  # rows without ids are named after their text: equal texts count up
+                    repeats[text_key] = repeats.get(text_key, 1) + 1
+                    row = row.named(f"{text_key}.{repeats[text_key]}")
+                keys.add(row.key)
             yield row
     if is_empty:
         yield BadRow("", "empty", "there are no rows in it")

@@ -8,50 +8,21 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embed_assets.corpus.encoding import Undecodable, byte_order_mark, decode
+from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.records import hash_text
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The text of a row, or of a whole file (then `key` is empty)."""
-
-    key: str
-    """What tells it from the other rows of its file: its id, else a hash of its text."""
-    text: str
-    title: str
-    media_type: str
-    byte_size: int
-    metadata: str = "{}"
-    place: str = ""
-    """Where the row stands in its file, when `key` comes from the id column; empty when it has no id."""
-
-    def named(self, key: str) -> Row:
-        """A copy under another key."""
-        return replace(self, key=key)
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row, or file (then `key` is empty), that could not be read."""
-
-    key: str
-    reason: str
-    detail: str
-
-    class Error(Exception):
-        """Raised by a parser of whole files."""
-
-        def __init__(self, reason: str, detail: str) -> None:
-            super().__init__(detail)
-            self.row = BadRow("", reason, detail)
+_MAX_BRACKETS = 3_000_000
+"""Of a JSON line: an empty list takes 56 bytes of memory, thirty times its text."""
+_MAX_BATCH_VALUES = 1 << 20
+"""Of a Parquet column, read at a time: a few bytes of such a file can stand for millions of them."""
+_BATCH_ROWS = 256
 
 
 def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
@@ -64,6 +35,9 @@ def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRo
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
+            continue
+        if (brackets := line.count(b"[") + line.count(b"{")) > _MAX_BRACKETS:
+            yield BadRow(key, "too_large", f"line {number} has {brackets} brackets, over {_MAX_BRACKETS}")
             continue
         try:
             value = json.loads(line.decode("utf-8"), parse_int=_parse_int)
@@ -161,7 +135,11 @@ class _Rejoined(io.RawIOBase):
 
 
 def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
-    """Rows of a Parquet file, a small batch at a time."""
+    """Rows of a Parquet file, a small batch at a time.
+
+    Values become Python's row by row, and strings stay in dictionaries until then, so that a file that is small
+    because it repeats itself does not unfold all at once.
+    """
     number = 0
     try:
         file = pq.ParquetFile(stream)
@@ -169,46 +147,60 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
         if options.text_column not in names:
             yield BadRow("", "missing_text", _no_column(options.text_column, names))
             return
-        for batch in file.iter_batches(batch_size=256, use_threads=False):
-            columns = {
-                name: _python_values(batch.column(names.index(name)), name == options.text_column) for name in names
-            }
-            for values in zip(*columns.values(), strict=True):
+        strings = [field.name for field in file.schema_arrow if pa.types.is_string(field.type)]
+        file = pq.ParquetFile(stream, read_dictionary=strings)
+        for batch in _parquet_batches(file):
+            for i in range(batch.num_rows):
                 number += 1
-                fields = dict(zip(columns, values, strict=True))
-                yield _parquet_row(fields, f"row{number}", options)
-    except (pa.ArrowException, OSError, ValueError) as error:
+                yield _parquet_row(names, batch, i, f"row{number}", options)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         after = f" after row {number}; the rest was not read" if number else ""
         key = f"row{number + 1}" if number else ""
-        yield BadRow(key, "broken_file", f"no Parquet that could be parsed{after}: {error}")
+        yield BadRow(key, "broken_file", f"no Parquet that could be parsed{after}: {error or 'not enough memory'}")
 
 
-def _python_values(column: pa.Array, is_text: bool) -> list[Any]:
-    """A column's values; what Python can't hold (times out of its range, ...) as Arrow writes it, or as None."""
-    try:
-        return list(column.to_pylist())
-    except Exception:  # anything from OverflowError to an unknown time zone's KeyError
-        if not is_text:
-            try:
-                return list(column.cast(pa.string()).to_pylist())
-            except Exception:
-                return [None] * len(column)
-    return [_python_value(value) for value in column]
+def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """All rows in batches, the smaller the more values a row has."""
+    for i in range(file.num_row_groups):
+        group = file.metadata.row_group(i)
+        values = max((group.column(c).num_values for c in range(group.num_columns)), default=0)
+        per_row = max(1, values // max(1, group.num_rows))
+        rows = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES // per_row))
+        yield from file.iter_batches(batch_size=rows, row_groups=[i], use_threads=False)
 
 
-def _python_value(value: pa.Scalar) -> Any:
+def _python_value(value: pa.Scalar, is_text: bool) -> Any:
+    """The value; one that Python can't hold (a time out of its range, ...) as Arrow writes it, or as None."""
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
     try:
         return value.as_py()
     except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes() if value.as_buffer() is not None else None
+        if is_text:
+            return value.as_buffer().to_pybytes() if value.as_buffer() is not None else None
+    except Exception:  # anything from OverflowError to an unknown time zone's KeyError
+        pass
+    try:
+        return value.cast(pa.string()).as_py()
+    except Exception:
+        return None
 
 
-def _parquet_row(fields: dict[str, Any], key: str, options: ParseOptions) -> Row | BadRow:
-    text = fields.get(options.text_column)
-    size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+def _parquet_row(names: list[str], batch: pa.RecordBatch, i: int, key: str, options: ParseOptions) -> Row | BadRow:
+    try:
+        fields = {
+            name: _python_value(batch.column(names.index(name))[i], name == options.text_column) for name in names
+        }
+        text = fields.get(options.text_column)
+        size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+        row = _row(fields, key, size, options) if size <= options.max_file_bytes else None
+    except MemoryError:
+        return BadRow(key, "too_large", "it needs more memory than there is")
+    size += len(row.metadata) if isinstance(row, Row) else 0
     if size > options.max_file_bytes:
         return BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
-    return _row(fields, key, size, options)
+    assert row is not None
+    return row
 
 
 def _row(fields: dict[str, Any], fallback: str, size: int, options: ParseOptions) -> Row | BadRow:
@@ -226,7 +218,9 @@ def _row(fields: dict[str, Any], fallback: str, size: int, options: ParseOptions
     has_id = identity is not None and str(identity) != ""
     key = _printable(identity) if has_id else hash_text(text)[:16]
     # Sorted, so that the order of a row's columns is no change.
-    metadata = json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str) if fields else "{}"
+    metadata = (
+        json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str, allow_nan=False) if fields else "{}"
+    )
     return Row(
         key,
         text.replace("\r\n", "\n").replace("\r", "\n"),
@@ -244,7 +238,7 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list) else value
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _printable(value: object) -> str:

@@ -5,7 +5,10 @@ Any fsspec URL works; a local folder is walked here so that links leaving it are
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +37,19 @@ _MAX_QUOTED_KEY = 200
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SECONDS = 60_000_000_000.0
 """Times beyond the years that Python's dates can hold are taken for the last (or first) of them."""
+_READ_BYTES = 1 << 18
+_FAULTS_OF_FILES = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENXIO,
+        errno.EINVAL,
+    }
+)
 _RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
 """Names a folder can have that mean something else: our own partition of loose files, and Delta's null."""
 
@@ -111,9 +127,21 @@ class Source:
         return {partition.key: partition for partition in sorted(found, key=lambda p: p.key)}
 
     def open(self, file: SourceFile) -> IO[bytes]:
-        """The file's bytes, for reading. Raises OSError when it can't be opened."""
-        handle: IO[bytes] = self._filesystem().open(self._absolute(file.path), "rb")
-        return handle
+        """The file's bytes, for reading.
+
+        Raises OSError when the file is to blame: it is gone, may not be read, or became a link that leaves the source.
+        Raises ``SourceError``, while opening or reading, when its storage is: another time it may be read.
+        """
+        path = local_path(self.root)
+        with _storage_errors(self.uri(file), is_local=path is not None):
+            if path is not None:
+                place = path / file.path
+                if not place.resolve(strict=True).is_relative_to(path.resolve()):
+                    raise PermissionError(errno.EACCES, "it became a link that leaves the source")
+                raw = io.FileIO(place)
+            else:
+                raw = self._filesystem().open(self._absolute(file.path), "rb")
+        return io.BufferedReader(_WatchedFile(raw, self.uri(file), path is not None), _READ_BYTES)
 
     def uri(self, file: SourceFile) -> str:
         """Where the file lies: its URL, or ``file://`` and its absolute path."""
@@ -152,6 +180,7 @@ class Source:
             return
         try:
             filesystem = self._filesystem()
+            filesystem.invalidate_cache()  # listings are remembered, which a sensor must not
             base = filesystem._strip_protocol(self.root).rstrip("/")
             if not filesystem.isdir(base):
                 raise FileNotFoundError("it must be an existing folder or prefix")
@@ -166,6 +195,55 @@ class Source:
             relative = name.removeprefix(base).lstrip("/")
             if info.get("type") != "directory" and not _is_hidden(relative):
                 yield _from_listing(relative, info)
+
+
+class _WatchedFile(io.RawIOBase):
+    """A file whose storage may fail while it is read, which is not the document's fault."""
+
+    def __init__(self, raw: Any, uri: str, is_local: bool) -> None:
+        self._raw, self._uri, self._is_local = raw, uri, is_local
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _storage_errors(self._uri, self._is_local):
+            return int(self._raw.readinto(buffer))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _storage_errors(self._uri, self._is_local):
+            return int(self._raw.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._raw.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _storage_errors(uri: str, is_local: bool) -> Iterator[None]:
+    """Tell a file that can't be read from a storage that can't be reached.
+
+    A rejected file is a document less, so only what is certainly the file's own fault may be an OSError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if is_local and isinstance(error, OSError) and error.errno in _FAULTS_OF_FILES:
+            raise
+        raise SourceError(
+            f"{uri!r} could not be read: {type(error).__name__}: {error}; check the storage of EMBED_SOURCE and the "
+            "credentials in the environment",
+            may_pass=True,
+        ) from error
 
 
 def is_only_touched(before: str, now: str) -> bool:
@@ -213,7 +291,7 @@ def _walk(folder: Path, root: Path, excluded: Path | None) -> Iterator[SourceFil
             ) from None
         for entry in entries:
             relative = prefix + entry.name
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 if excluded is not None and root / relative == excluded:
@@ -265,4 +343,5 @@ def _from_listing(relative: str, info: dict[str, Any]) -> SourceFile:
 
 
 def _is_hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))
+    """Names with one dot in front, by custom. Two are no custom, and nothing may disappear silently."""
+    return any(part.startswith(".") and not part.startswith("..") for part in relative.split("/"))
