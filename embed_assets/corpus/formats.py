@@ -11,9 +11,10 @@ import io
 import logging
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.items import BadRow
 
 _MAX_XML_BYTES = 32 << 20
@@ -135,3 +136,20 @@ def _docx_text(element: Any) -> str:
     parts = {f"{_WORD}tab": "\t", f"{_WORD}br": "\n", f"{_WORD}cr": "\n"}
     found = (node.text or "" if node.tag == f"{_WORD}t" else parts.get(node.tag, "") for node in element.iter())
     return "".join(found).strip()
+
+
+def _html(data: bytes) -> tuple[str, str]:
+    try:
+        text = decode(data, html=True)[0]
+    except Undecodable as error:
+        raise BadRow.Error("undecodable", str(error)) from None
+    return html_to_markdown(text)
+
+
+FORMATS: dict[str, tuple[str, Callable[[bytes], tuple[str, str]]]] = {
+    ".html": ("text/markdown", _html),
+    ".htm": ("text/markdown", _html),
+    ".pdf": ("text/plain", pdf_to_text),
+    ".docx": ("text/markdown", docx_to_markdown),
+}
+"""By file name ending: the media type of what comes out, and the parser, which returns (text, title)."""

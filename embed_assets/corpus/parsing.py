@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import IO
 
+from embed_assets.corpus.apart import parser_process
 from embed_assets.corpus.encoding import Undecodable, decode
-from embed_assets.corpus.formats import MissingExtra, docx_to_markdown, html_to_markdown, pdf_to_text
+from embed_assets.corpus.formats import FORMATS, MissingExtra
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet
@@ -25,6 +26,7 @@ REASONS: dict[str, str] = {
     "invalid_unicode": "its text holds lone surrogates, which no UTF-8 text can",
     "unsupported_format": "its file name ending is none of the supported ones",
     "broken_file": "its format could not be parsed",
+    "too_costly": "reading it takes too much time or memory",
     "encrypted": "it is protected by a password",
     "missing_extra": "reading it needs an optional package",
     "invalid_json": "the line is no JSON object",
@@ -44,13 +46,7 @@ _ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[
     ".parquet": ("application/vnd.apache.parquet", iter_parquet),
 }
 _TEXT_FORMATS = {".txt": "text/plain", ".md": "text/markdown", ".rst": "text/x-rst"}
-_BINARY_FORMATS: dict[str, tuple[str, Callable[[bytes], tuple[str, str]]]] = {
-    ".html": ("text/markdown", lambda data: html_to_markdown(decode(data, html=True)[0])),
-    ".htm": ("text/markdown", lambda data: html_to_markdown(decode(data, html=True)[0])),
-    ".pdf": ("text/plain", pdf_to_text),
-    ".docx": ("text/markdown", docx_to_markdown),
-}
-SUPPORTED_ENDINGS = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *_BINARY_FORMATS]))
+SUPPORTED_ENDINGS = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *FORMATS]))
 
 
 def read_documents(source: Source, partition: SourcePartition, options: ParseOptions) -> Iterator[Document | Rejection]:
@@ -158,9 +154,8 @@ def _read_whole(source: Source, file: SourceFile, ending: str, options: ParseOpt
             metadata = "{}" if encoding == "utf-8" else f'{{"encoding": "{encoding}"}}'
             yield Row("", text, _title_of(text, _TEXT_FORMATS[ending]), _TEXT_FORMATS[ending], len(data), metadata)
         else:
-            media_type, parse = _BINARY_FORMATS[ending]
-            text, title = parse(data)
-            yield Row("", text, title, media_type, len(data))
+            text, title = parser_process.parse(ending, data)
+            yield Row("", text, title, FORMATS[ending][0], len(data))
     except Undecodable as error:
         yield BadRow("", "undecodable", str(error))
     except BadRow.Error as error:

@@ -21,7 +21,7 @@ from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimensio
 from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text, utc_now
-from embed_assets.stages.rejections import replace_rejections
+from embed_assets.stages.rejections import Rejections, replace_rejections
 
 WINDOW_SECONDS = 15.0
 """About the work of a window. Two are under way at a time, so that a kill costs at most thirty seconds of work."""
@@ -148,7 +148,7 @@ def materialize_embeddings(
     read = Inputs(lake, key, [RAW, CHUNK_TABLE], known)
     staging = Staging(lake, table, key)
     work = Work()
-    with read.watched(), VectorStore() as store, DiskMap() as previous:
+    with read.watched(), VectorStore() as store, DiskMap() as previous, Rejections(key) as rejections:
         _load_previous(lake, table, key, store, previous, may_be_damaged=rewrite)
         for batch in staging.read():
             store.add(batch)
@@ -172,14 +172,13 @@ def materialize_embeddings(
                     store.add(finished)
                 inputs.under_way.difference_update(finished.column("input_hash").to_pylist())
                 on_window(finished.num_rows, work.engine.tokens)
-        rejections: list[Rejection] = []
         rows = _rows(lake, table, key, prompt, inputs, previous, work, rejections)
         # A vector that had to be made again must be committed, even if its row looks the same but for that.
         rewrite = rewrite or work.embedded > 0
         replaced = replace_partition(lake, table, key, rows, provenance, store.dimension, rewrite, read.check)
         replace_rejections(lake, key, rejections, provenance, table.space)
         work.dropped += len(previous)
-        work.rejected_chunks = len(rejections)
+        work.rejected_chunks = rejections.count
     staging.clear()
     return Embeddings(replaced, work)
 
@@ -288,7 +287,7 @@ def _rows(
     inputs: _Inputs,
     previous: DiskMap,
     work: Work,
-    rejections: list[Rejection],
+    rejections: Rejections,
 ) -> Iterator[pa.RecordBatch]:
     """The partition's rows, joined from chunks, documents and vectors.
 
@@ -309,7 +308,7 @@ def _joined(
     documents: DiskMap,
     previous: DiskMap,
     work: Work,
-    rejections: list[Rejection],
+    rejections: Rejections,
 ) -> Iterator[pa.RecordBatch]:
     for batch in read_partition(lake, CHUNK_TABLE, key, _CHUNK_COLUMNS):
         hashes = [hash_text(prompt + text) for text in batch.column("text").to_pylist()]
@@ -321,7 +320,8 @@ def _joined(
                 "materialize raw_documents and chunks again"
             )
         if inputs.rejected:
-            rejections += _rejections(table.space, batch, hashes, inputs.rejected, origins)
+            for rejection in _rejections(table.space, batch, hashes, inputs.rejected, origins):
+                rejections.add(rejection)
             kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
             batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
             origins = [origins[i] for i in kept]

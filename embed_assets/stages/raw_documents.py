@@ -16,7 +16,7 @@ from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.tables import RAW, Lake
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
 from embed_assets.records import RAW_DOCUMENTS, Document, Rejection, batched_bytes, hash_text
-from embed_assets.stages.rejections import replace_rejections
+from embed_assets.stages.rejections import Rejections, replace_rejections
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,19 @@ def materialize_raw_documents(
             if source.partitions().get(partition.key, SourcePartition(partition.key)).version != partition.version:
                 raise
 
-    rejections: list[Rejection] = []
+    with Rejections(partition.key) as rejections:
 
-    def documents() -> Iterator[Document]:
-        for item in read_documents(source, partition, options):
-            if isinstance(item, Rejection):
-                rejections.append(item)
-            else:
-                yield item
+        def documents() -> Iterator[Document]:
+            for item in read_documents(source, partition, options):
+                if isinstance(item, Rejection):
+                    rejections.add(item)
+                else:
+                    yield item
 
-    batches = document_batches(documents(), partition.key)
-    replaced = replace_partition(lake, RAW, partition.key, batches, provenance, check=check)
-    replace_rejections(lake, partition.key, rejections, provenance)
-    return RawDocuments(replaced, replaced.rows, len(rejections))
+        batches = document_batches(documents(), partition.key)
+        replaced = replace_partition(lake, RAW, partition.key, batches, provenance, check=check)
+        replace_rejections(lake, partition.key, rejections, provenance)
+        return RawDocuments(replaced, replaced.rows, rejections.count)
 
 
 def document_batches(documents: Iterator[Document], key: str) -> Iterator[pa.RecordBatch]:

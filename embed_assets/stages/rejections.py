@@ -2,72 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from itertools import chain
 
 import pyarrow as pa
 
 from embed_assets.errors import LakeError, SupersededError
 from embed_assets.lake.inputs import Inputs
 from embed_assets.lake.reader import read_partition
+from embed_assets.lake.scratch import scratch_errors, scratch_file
 from embed_assets.lake.tables import REJECTED, Lake
 from embed_assets.lake.writer import Provenance, replace_partition
 from embed_assets.records import (
     NOT_EMBEDDABLE,
     REJECTED_DOCUMENTS,
     Rejection,
-    batched_bytes,
     is_chunk_of,
     utc_now,
 )
 
 _ATTEMPTS = 20
+_ROWS_PER_BATCH = 4096
+
+
+class Rejections:
+    """Rejections of one partition as they come, kept in a temporary file: there may be one per row of a file."""
+
+    def __init__(self, key: str) -> None:
+        self._key, self._now = key, utc_now()
+        self._file = scratch_file()
+        self._stream = pa.ipc.new_stream(self._file, REJECTED_DOCUMENTS)
+        self._waiting: list[Rejection] = []
+        self._is_complete = False
+        self.count = 0
+
+    def __enter__(self) -> Rejections:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, rejection: Rejection) -> None:
+        """Keep one more."""
+        self.count += 1
+        self._waiting.append(rejection)
+        if len(self._waiting) >= _ROWS_PER_BATCH:
+            self._write()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All of them as rows of rejected_documents; none can be added afterwards."""
+        if not self._is_complete:
+            self._is_complete = True
+            self._write()
+            self._stream.close()
+        self._file.seek(0)
+        with pa.ipc.open_stream(self._file) as stream:
+            yield from stream
+
+    def _write(self) -> None:
+        rows = [
+            {
+                "partition_key": self._key,
+                "document_id": rejection.document_id,
+                "uri": rejection.uri,
+                "reason": rejection.reason,
+                "detail": rejection.detail,
+                "rejected_at": self._now,
+            }
+            for rejection in self._waiting
+        ]
+        with scratch_errors():
+            self._stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=REJECTED_DOCUMENTS))
+        self._waiting.clear()
 
 
 def replace_rejections(
-    lake: Lake, key: str, rejections: Sequence[Rejection], provenance: Provenance, space: str | None = None
+    lake: Lake, key: str, rejections: Rejections, provenance: Provenance, space: str | None = None
 ) -> None:
     """Make `rejections` the partition's rejected documents, or (with `space`) the chunks that this space's model
     can't embed. All other rows stay, those too that another run writes at the same time."""
     for attempt in range(_ATTEMPTS):
         rows = Inputs(lake, key, [REJECTED])
-        present = _present(lake, key)
-        others = [row for row in present if not _is_replaced(row, space)]
-        if space is not None and not rejections and len(others) == len(present):
+        if space is not None and not rejections.count and not _has_own(lake, key, space):
             return
+        batches = chain(rejections.batches(), _others(lake, key, space))
         try:
-            replace_partition(lake, REJECTED, key, _batches(key, rejections, others), provenance, check=rows.check)
+            replace_partition(lake, REJECTED, key, batches, provenance, check=rows.check)
             return
         except SupersededError:
             if attempt == _ATTEMPTS - 1:
                 raise
 
 
-def _present(lake: Lake, key: str) -> list[dict[str, Any]]:
+def _others(lake: Lake, key: str, space: str | None) -> Iterator[pa.RecordBatch]:
+    """The rows that stay. Files that can't be read hold none: what is written now mends them."""
+    with contextlib.suppress(LakeError):
+        for batch in read_partition(lake, REJECTED, key, REJECTED_DOCUMENTS.names):
+            kept = batch.filter(pa.array([not is_own for is_own in _is_own(batch, space)]))
+            if kept.num_rows:
+                yield kept
+
+
+def _has_own(lake: Lake, key: str, space: str) -> bool:
     try:
-        batches = read_partition(lake, REJECTED, key, REJECTED_DOCUMENTS.names)
-        return [row for batch in batches for row in batch.to_pylist()]
+        return any(any(_is_own(batch, space)) for batch in read_partition(lake, REJECTED, key, ["reason", "detail"]))
     except LakeError:
-        return []  # damaged: what is written now mends it
+        return True
 
 
-def _is_replaced(row: dict[str, Any], space: str | None) -> bool:
+def _is_own(batch: pa.RecordBatch, space: str | None) -> list[bool]:
+    """Which rows are replaced: rejected documents, or the chunks that the space's model can't embed."""
+    rows = zip(batch.column("reason").to_pylist(), batch.column("detail").to_pylist(), strict=True)
     if space is None:
-        return bool(row["reason"] != NOT_EMBEDDABLE)
-    return row["reason"] == NOT_EMBEDDABLE and is_chunk_of(space, row["detail"])
-
-
-def _batches(key: str, rejections: Sequence[Rejection], others: Sequence[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
-    now = utc_now()
-    rows = [
-        {
-            "partition_key": key,
-            "document_id": rejection.document_id,
-            "uri": rejection.uri,
-            "reason": rejection.reason,
-            "detail": rejection.detail,
-            "rejected_at": now,
-        }
-        for rejection in rejections
-    ]
-    return batched_bytes(((len(row["detail"]), row) for row in (*rows, *others)), REJECTED_DOCUMENTS)
+        return [reason != NOT_EMBEDDABLE for reason, _ in rows]
+    return [reason == NOT_EMBEDDABLE and is_chunk_of(space, detail) for reason, detail in rows]
