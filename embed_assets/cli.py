@@ -56,7 +56,7 @@ def command(function: Callable[..., Answer]) -> click.Command:
         for name in ("dagster", "embed_assets"):
             logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
         # What the engine refuses, retries or shrinks, and what a sync waits for, is everybody's business.
-        for name in ("embed_assets.engine", "embed_assets.defs.sync"):
+        for name in ("embed_assets.engine", "embed_assets.lake", "embed_assets.defs.sync"):
             heard = logging.getLogger(name)
             heard.setLevel(logging.DEBUG if debug else logging.WARNING)
             heard.handlers = [WarningLines()]
@@ -111,12 +111,11 @@ def discover(as_json: bool) -> Answer:
     from embed_assets.defs.discovery import discover as discover_partitions
     from embed_assets.defs.discovery import list_partitions
     from embed_assets.defs.instance import open_instance
-    from embed_assets.defs.names import Names
     from embed_assets.defs.staleness import load_history
 
     pipeline = _pipeline()
     with open_instance() as instance:
-        partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
+        partitions = list_partitions(instance, pipeline)
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
         print_names("new", found.added)
@@ -224,6 +223,8 @@ def verify(as_json: bool, repair: bool) -> Answer:
     from embed_assets.lake.verify import verify as verify_table
 
     pipeline = _pipeline()
+    pipeline.lake.check_owner()
+    pipeline.lake.check_tables(pipeline.embeddings_table)
     with stderr.status("verifying"):
         found = dict(verify_table(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt))
     damaged = {key: gaps for key, gaps in found.items() if gaps.total}

@@ -12,12 +12,43 @@ UserError                 anything below; the command line prints its one line, 
 Every message says the rule, the actual value, the item it is about and the next step, on one line.
 """
 
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+
+_SECRET_NAME = re.compile(r"secret|passw|token|access_?key|account_?key|api_?key|sas|credential|connection", re.I)
+_LOGIN_IN_URL = re.compile(r"(://)[^/\s@'\"]*:[^/\s@'\"]*@")
+_SHORTEST_SECRET = 6
+
+
+def hide_secrets(text: str) -> str:
+    """The text without what the environment has as credentials, and without logins in URLs.
+
+    No library should put them into its messages; here they end up in logs that many can read.
+    """
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return _LOGIN_IN_URL.sub(r"\1***@", text)
+
+
+def _secrets() -> list[str]:
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    for name in ("EMBED_LAKE_OPTIONS", "EMBED_SOURCE_OPTIONS"):
+        with contextlib.suppress(ValueError, AttributeError):
+            options = json.loads(os.environ.get(name, "{}"))
+            found |= {str(value) for key, value in options.items() if _SECRET_NAME.search(key)}
+    # The longest first: one may be part of another.
+    return sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)
+
 
 class UserError(Exception):
     """Base of all errors whose message is meant for the person at the keyboard."""
 
     def __init__(self, message: str, may_pass: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(hide_secrets(message))
         self.may_pass = may_pass
         """Trying again later may help."""
 

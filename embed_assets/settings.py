@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from embed_assets.errors import SettingsError
@@ -15,6 +17,7 @@ def _none_if_auto(value: object) -> object:
     return None if value in ("auto", "") else value
 
 
+_LOGIN = re.compile(r"://[^/@]*:[^/@]*@")
 AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
 
 
@@ -76,6 +79,14 @@ class Settings(BaseSettings):
     )
     compute: Literal["local"] = Field("local", description="Where the model runs.")
 
+    @field_validator("source", "lake")
+    @classmethod
+    def _holds_no_login(cls, place: str) -> str:
+        if _LOGIN.search(place):
+            # The value itself must not be shown: it is about to be in logs, in the tables and in the UI.
+            raise PydanticCustomError("login", "a URL must not hold a login; put it into the environment")
+        return place
+
     @model_validator(mode="after")
     def _overlap_is_smaller_than_chunk(self) -> Settings:
         if self.chunk_tokens is not None and self.chunk_overlap_tokens >= self.chunk_tokens:
@@ -104,8 +115,11 @@ def _describe(problem: object) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message
-    variable = "EMBED_" + "_".join(str(part) for part in problem["loc"][:1]).upper()
-    return f"{variable}={problem['input']!r}: {message}; correct or unset {variable}"
+    field = str(problem["loc"][0])
+    variable = f"EMBED_{field.upper()}"
+    # Options may hold credentials, and so may a URL with a login.
+    shown = "" if field.endswith("_options") or problem["type"] == "login" else f"={problem['input']!r}"
+    return f"{variable}{shown}: {message}; correct or unset {variable}"
 
 
 def local_path(location: str) -> Path | None:

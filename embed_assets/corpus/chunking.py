@@ -8,7 +8,8 @@
 4. Chunks whose edges may have changed their tokens are counted again, and split while over the limit.
 
 The invariants, held by property tests: ``text[char_start:char_end] == chunk.text``; in order; nothing but
-whitespace lost between chunks; none empty; none over the limit by the model's own tokenizer.
+whitespace lost between chunks; none empty; none over the limit by the model's own tokenizer, nor over 64 characters
+per token of it. Documents of more than a million characters are split in sections, see `sections`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
+from embed_assets.corpus.sections import Section, sections_of
 from embed_assets.corpus.structure import CHARACTER, WORD, Structure, cut_cost, find_structure
 from embed_assets.records import Chunk, hash_text
 
-CHUNKER_VERSION = "1"
+CHUNKER_VERSION = "2"
 """Raise it when the same text would give other chunks: the chunks of every partition are made again."""
 
 _SEGMENT_CHARACTERS = 20_000
 _BATCH_CHARACTERS = 1 << 20
+_MAX_CHARACTERS_PER_TOKEN = 64
+"""A word that a tokenizer does not know can be one token, however long; a chunk must not."""
 _SAFE_SPACE = " \t\n\r"
 """Whitespace for Python and for every tokenizer: a cut beside it can't change the tokens on either side."""
 
@@ -85,11 +89,30 @@ def split_documents(
 
     Documents are tokenized about a million characters at a time, which is what keeps all cores busy.
     """
-    batch: list[tuple[str, str]] = []
+    found: list[Chunk] = []
+    for section, chunks in _split_sections(
+        (s for document in documents for s in sections_of(*document)), tokenizer, options
+    ):
+        found += [_moved(chunk, len(found) + i, section.start) for i, chunk in enumerate(chunks)]
+        if section.is_last:
+            yield found
+            found = []
+
+
+def _moved(chunk: Chunk, index: int, by: int) -> Chunk:
+    if by == 0:
+        return chunk
+    return replace(chunk, chunk_index=index, char_start=chunk.char_start + by, char_end=chunk.char_end + by)
+
+
+def _split_sections(
+    sections: Iterable[Section], tokenizer: Tokenizer, options: ChunkOptions
+) -> Iterator[tuple[Section, list[Chunk]]]:
+    batch: list[Section] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[0])
+    for section in sections:
+        batch.append(section)
+        size += len(section.text)
         if size >= _BATCH_CHARACTERS:
             yield from _split_batch(batch, tokenizer, options)
             batch, size = [], 0
@@ -98,14 +121,15 @@ def split_documents(
 
 
 def _split_batch(
-    batch: Sequence[tuple[str, str]], tokenizer: Tokenizer, options: ChunkOptions
-) -> Iterator[list[Chunk]]:
-    segments = [_segments(text) for text, _ in batch]
-    pieces = ((text, span) for (text, _), spans in zip(batch, segments, strict=True) for span in spans)
+    batch: Sequence[Section], tokenizer: Tokenizer, options: ChunkOptions
+) -> Iterator[tuple[Section, list[Chunk]]]:
+    segments = [_segments(section.text) for section in batch]
+    pieces = ((s.text, span) for s, spans in zip(batch, segments, strict=True) for span in spans)
     found = _tokenize(pieces, tokenizer)
-    for (text, media_type), spans in zip(batch, segments, strict=True):
-        tokens = _Tokens.join(text, spans, [next(found) for _ in spans])
-        yield _Splitter(text, find_structure(text, media_type), tokens, tokenizer, options).chunks()
+    for section, spans in zip(batch, segments, strict=True):
+        tokens = _Tokens.join(section.text, spans, [next(found) for _ in spans])
+        structure = find_structure(section.text, section.media_type, section.outline)
+        yield section, _Splitter(section.text, structure, tokens, tokenizer, options).chunks()
 
 
 def _tokenize(pieces: Iterable[tuple[str, tuple[int, int]]], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -173,6 +197,7 @@ class _Splitter:
         self._text, self._structure, self._tokens, self._tokenizer = text, structure, tokens, tokenizer
         self._limit = options.max_tokens - tokenizer.special_tokens
         self._overlap = options.overlap_tokens
+        self._max_characters = options.max_tokens * _MAX_CHARACTERS_PER_TOKEN
         self._special = tokenizer.special_tokens
 
     def chunks(self) -> list[Chunk]:
@@ -225,7 +250,8 @@ class _Splitter:
         """Token starts strictly inside the piece that are not inside an earlier token."""
         low, high = self._tokens.index(np.array([start + 1, end]))
         starts, ends = self._tokens.starts[low:high], self._tokens.ends_before[low:high]
-        return [int(p) for p in np.unique(starts[ends <= starts])]
+        usable = starts[ends <= starts]
+        return list(usable[np.diff(usable, prepend=-1) > 0].tolist())
 
     def _cheapest(self, cuts: np.ndarray, costs: np.ndarray) -> list[int]:
         """Bounds of the chunks, 0 and the end included: a shortest path over the cuts.
@@ -258,7 +284,8 @@ class _Splitter:
         """The spans with their exact token counts; those that turn out to be over the limit are split."""
         result: list[tuple[_Span, int]] = []
         for span, count in zip(spans, self._exact_counts(spans), strict=True):
-            halves = self._halve(*span) if count > self._limit + self._special else [span]
+            is_long = count > self._limit + self._special or span[1] - span[0] > self._max_characters
+            halves = self._halve(*span) if is_long else [span]
             # One character can be more tokens than a very small limit; there is nothing left to cut then.
             result.extend([(span, count)] if halves == [span] else self._fitting(halves))
         return result

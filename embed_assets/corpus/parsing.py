@@ -33,7 +33,7 @@ REASONS: dict[str, str] = {
     "invalid_row": "the row does not fit its table",
     "missing_text": "there is no text column in it",
     "duplicate_id": "an earlier row of the file has the same id",
-    "unreadable": "it could not be opened or read",
+    "unreadable": "its permissions do not let it be read",
     "symlink_outside": "it is a link that leaves the source",
     "symlink_to_folder": "it is a link to a folder; the folder's files are read at their own place",
     "broken_link": "it is a link to nothing, or to itself",
@@ -101,8 +101,6 @@ def _read_file(
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))
-        except OSError as error:
-            yield rejected("unreadable", f"{type(error).__name__}: {error.strerror or error}")
 
 
 def _problem_of(text: str) -> str:

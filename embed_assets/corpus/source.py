@@ -6,7 +6,6 @@ Any fsspec URL works; a local folder is walked here so that links leaving it are
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
@@ -20,7 +19,7 @@ from urllib.parse import quote
 
 import fsspec
 
-from embed_assets.errors import SourceError
+from embed_assets.errors import SettingsError, SourceError
 from embed_assets.records import hash_parts, hash_text
 from embed_assets.settings import Settings, local_path
 
@@ -37,19 +36,8 @@ _MAX_QUOTED_KEY = 200
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SECONDS = 60_000_000_000.0
 """Times beyond the years that Python's dates can hold are taken for the last (or first) of them."""
+_LAKE_FOLDERS = frozenset({"", "raw_documents", "rejected_documents", "chunks", "embeddings", "models"})
 _READ_BYTES = 1 << 18
-_FAULTS_OF_FILES = frozenset(
-    {
-        errno.EACCES,
-        errno.EPERM,
-        errno.EISDIR,
-        errno.ENOTDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENXIO,
-        errno.EINVAL,
-    }
-)
 _RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
 """Names a folder can have that mean something else: our own partition of loose files, and Delta's null."""
 
@@ -102,7 +90,7 @@ class Source:
     root: str
     """Absolute URL or path, without a trailing slash."""
     partition_by: str
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict, repr=False)
     excluded: Path | None = None
     """A local folder that is left out: the lake, where it lies inside the source."""
 
@@ -110,6 +98,7 @@ class Source:
     def from_settings(cls, settings: Settings) -> Source:
         """The source that the settings name; nothing is opened yet."""
         path = local_path(settings.source)
+        _check_apart(settings.source, settings.lake)
         root = str(path.absolute()) if path is not None else settings.source.rstrip("/")
         lake = local_path(settings.lake)
         excluded = lake.absolute().resolve() if lake is not None else None
@@ -129,19 +118,20 @@ class Source:
     def open(self, file: SourceFile) -> IO[bytes]:
         """The file's bytes, for reading.
 
-        Raises OSError when the file is to blame: it is gone, may not be read, or became a link that leaves the source.
-        Raises ``SourceError``, while opening or reading, when its storage is: another time it may be read.
+        Raises ``SourceError``, while opening or reading, when they can't be had: the file is gone since it was
+        listed, became a link that leaves the source, or its storage fails. A file that is rejected is a document
+        less, so none is for what may be different the next time.
         """
         path = local_path(self.root)
-        with _storage_errors(self.uri(file), is_local=path is not None):
+        with _storage_errors(self.uri(file)):
             if path is not None:
                 place = path / file.path
                 if not place.resolve(strict=True).is_relative_to(path.resolve()):
-                    raise PermissionError(errno.EACCES, "it became a link that leaves the source")
+                    raise PermissionError("it became a link that leaves the source")
                 raw = io.FileIO(place)
             else:
                 raw = self._filesystem().open(self._absolute(file.path), "rb")
-        return io.BufferedReader(_WatchedFile(raw, self.uri(file), path is not None), _READ_BYTES)
+        return io.BufferedReader(_WatchedFile(raw, self.uri(file)), _READ_BYTES)
 
     def uri(self, file: SourceFile) -> str:
         """Where the file lies: its URL, or ``file://`` and its absolute path."""
@@ -198,10 +188,10 @@ class Source:
 
 
 class _WatchedFile(io.RawIOBase):
-    """A file whose storage may fail while it is read, which is not the document's fault."""
+    """A file whose storage may fail while it is read."""
 
-    def __init__(self, raw: Any, uri: str, is_local: bool) -> None:
-        self._raw, self._uri, self._is_local = raw, uri, is_local
+    def __init__(self, raw: Any, uri: str) -> None:
+        self._raw, self._uri = raw, uri
 
     def readable(self) -> bool:
         return True
@@ -210,11 +200,11 @@ class _WatchedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with _storage_errors(self._uri, self._is_local):
+        with _storage_errors(self._uri):
             return int(self._raw.readinto(buffer))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with _storage_errors(self._uri, self._is_local):
+        with _storage_errors(self._uri):
             return int(self._raw.seek(offset, whence))
 
     def tell(self) -> int:
@@ -227,23 +217,33 @@ class _WatchedFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _storage_errors(uri: str, is_local: bool) -> Iterator[None]:
-    """Tell a file that can't be read from a storage that can't be reached.
-
-    A rejected file is a document less, so only what is certainly the file's own fault may be an OSError.
-    """
+def _storage_errors(uri: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        if is_local and isinstance(error, OSError) and error.errno in _FAULTS_OF_FILES:
-            raise
+        reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
         raise SourceError(
-            f"{uri!r} could not be read: {type(error).__name__}: {error}; check the storage of EMBED_SOURCE and the "
-            "credentials in the environment",
+            f"{uri!r} was listed but can't be read: {reason}; if it is gone or changed the next run sees that, "
+            "else check its storage, and the credentials in the environment",
             may_pass=True,
         ) from error
+
+
+def _check_apart(source: str, lake: str) -> None:
+    """Raise ``SettingsError`` when the source is the lake or one of its tables, which would embed themselves again and
+    again. A folder beside the tables is fine."""
+    inside, around = (_absolute(location) for location in (source, lake))
+    first = inside.removeprefix(around).strip("/").partition("/")[0]
+    if f"{inside}/".startswith(f"{around}/") and first in _LAKE_FOLDERS:
+        raise SettingsError(
+            f"the source must not be the lake or one of its tables, got EMBED_SOURCE={source!r} and "
+            f"EMBED_LAKE={lake!r}; set one of them to another place"
+        )
+
+
+def _absolute(location: str) -> str:
+    path = local_path(location)
+    return str(path.absolute().resolve()) if path is not None else location.rstrip("/")
 
 
 def is_only_touched(before: str, now: str) -> bool:
@@ -316,7 +316,7 @@ def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFil
 def _problem_of_entry(entry: os.DirEntry[str], root: Path) -> str:
     """Reason code of an entry that must not be read, else ''."""
     if not entry.is_symlink():
-        return "" if entry.is_file() else "not_a_file"
+        return _problem_of_file(Path(entry.path))
     try:
         target = Path(entry.path).resolve(strict=True)
     except (OSError, RuntimeError):
@@ -325,7 +325,14 @@ def _problem_of_entry(entry: os.DirEntry[str], root: Path) -> str:
         return "symlink_outside"
     if target.is_dir():
         return "symlink_to_folder"
-    return "" if target.is_file() else "not_a_file"
+    return _problem_of_file(target)
+
+
+def _problem_of_file(path: Path) -> str:
+    if not path.is_file():
+        return "not_a_file"
+    # Part of the listing, so that the file is read as soon as it may be.
+    return "" if os.access(path, os.R_OK) else "unreadable"
 
 
 def _from_listing(relative: str, info: dict[str, Any]) -> SourceFile:

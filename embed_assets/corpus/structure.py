@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import zlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -27,7 +28,7 @@ _NOISE = 7.0
 _NOISE_POWER = 0.4
 _CONTEXT_CHARACTERS = 6
 
-_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
+BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])|[。！？｡]+[」』”）]*\s*")
 _LIST_ITEM = re.compile(r"(?m)^[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|^[ \t]*\|")
 _FENCE = re.compile(r"(?m)^[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$")
@@ -58,6 +59,16 @@ class Heading:
     title: str
 
 
+@dataclass(slots=True)
+class Outline:
+    """What the part of a long document before a section means for it."""
+
+    path: list[Heading] = field(default_factory=list)
+    """Headings that the section is under, outermost first."""
+    styles: dict[tuple[str, bool], int] = field(default_factory=dict)
+    """Depths of reStructuredText's headings by their style, which the document itself defines."""
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
     """Where a text may be cut."""
@@ -69,36 +80,46 @@ class Structure:
     fences: list[tuple[int, int]]
     """Half-open spans of code that should stay whole."""
     headings: list[Heading]
+    outline: Outline
+    """Of the document before this text; `heading_paths` brings it up to the text's end."""
 
     def heading_paths(self, positions: Sequence[int]) -> list[str]:
         """For each of the ascending positions, the headings above it, outermost first, joined by ' > '."""
         paths: list[str] = []
-        path: list[Heading] = []
-        following = iter([*self.headings, None])
-        heading = next(following)
-        for position in positions:
-            while heading is not None and heading.start <= position:
-                while path and path[-1].depth >= heading.depth:
+        path = self.outline.path
+        following = deque(self.headings)
+
+        def descend(until: int) -> None:
+            while following and following[0].start <= until:
+                while path and path[-1].depth >= following[0].depth:
                     path.pop()
-                path.append(heading)
-                heading = next(following)
+                path.append(following.popleft())
+
+        for position in positions:
+            descend(position)
             paths.append(" > ".join(h.title for h in path if h.title))
+        if following:
+            descend(following[-1].start)
         return paths
 
 
-def find_structure(text: str, media_type: str) -> Structure:
-    """The cuts of a text: Markdown and reStructuredText by their syntax, anything else by blank lines and sentences."""
-    fences = _markdown_fences(text) if media_type == "text/markdown" else []
-    headings = _headings(text, media_type, fences)
+def find_structure(text: str, media_type: str, outline: Outline | None = None) -> Structure:
+    """The cuts of a text: Markdown and reStructuredText by their syntax, anything else by blank lines and sentences.
+
+    `outline` is that of the document before the text, where the text is a section of a longer one.
+    """
+    outline = outline or Outline()
+    fences = find_fences(text, media_type)
+    headings = _headings(text, media_type, fences, outline)
     kinds: dict[int, int] = {}
-    for pattern, kind in ((_SENTENCE_END, SENTENCE), (_LIST_ITEM, ITEM), (_BLANK_LINES, BLOCK)):
+    for pattern, kind in ((_SENTENCE_END, SENTENCE), (_LIST_ITEM, ITEM), (BLANK_LINES, BLOCK)):
         # Later kinds are better places for the same cut. List items are found by their start, the others by their end.
         kinds.update(dict.fromkeys((m.start() if kind == ITEM else m.end() for m in pattern.finditer(text)), kind))
     _cut_around_fences(text, kinds, fences)
     depths = {h.start: h.depth for h in headings}
     positions = sorted(p for p in kinds.keys() | depths.keys() if 0 < p < len(text))
     costs = [_cost(text, p, kinds.get(p, BLOCK), depths.get(p)) for p in positions]
-    return Structure(np.array(positions, dtype=np.int64), np.array(costs), fences, headings)
+    return Structure(np.array(positions, dtype=np.int64), np.array(costs), fences, headings, outline)
 
 
 def cut_cost(text: str, position: int, kind: int) -> float:
@@ -115,8 +136,10 @@ def _cost(text: str, position: int, kind: int, heading_depth: int | None) -> flo
     return _COST[kind] + _NOISE * noise
 
 
-def _markdown_fences(text: str) -> list[tuple[int, int]]:
-    """Spans of fenced code blocks, the fences' lines included. An unclosed fence runs to the end of the text."""
+def find_fences(text: str, media_type: str) -> list[tuple[int, int]]:
+    """Spans of Markdown's fenced code, the fences' lines included. An unclosed fence runs to the end of the text."""
+    if media_type != "text/markdown":
+        return []
     fences: list[tuple[int, int]] = []
     opening: re.Match[str] | None = None
     for line in _FENCE.finditer(text):
@@ -148,9 +171,9 @@ def _cut_around_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[
             line = text.find("\n", line, end) + 1
 
 
-def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]]) -> list[Heading]:
+def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], outline: Outline) -> list[Heading]:
     if media_type == "text/x-rst":
-        return _rst_headings(text)
+        return _rst_headings(text, outline.styles)
     if media_type != "text/markdown":
         return []
     setext = [Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(m[1])) for m in _SETEXT_HEADING.finditer(text)]
@@ -197,9 +220,8 @@ def _without_marks(rest: str) -> str:
     return unmarked if unmarked != title and (not unmarked or unmarked[-1] in " \t") else title
 
 
-def _rst_headings(text: str) -> list[Heading]:
+def _rst_headings(text: str, styles: dict[tuple[str, bool], int]) -> list[Heading]:
     """Depth is the order in which a style (its character, and whether there is a line above) first appears."""
-    styles: dict[tuple[str, bool], int] = {}
     found: list[Heading] = []
     end = 0
     for m in _RST_HEADING.finditer(text):

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 import dagster as dg
 from dagster import DagsterInstance
@@ -45,6 +46,23 @@ class Cursor:
     unsettled: dict[str, float] = field(default_factory=dict)
     """Partitions that are being written to, and since when that is seen."""
 
+    @classmethod
+    def loads(cls, text: str | None, now: float) -> Self:
+        """The cursor as it was kept; times after `now` are of a clock that was set back, and mean now.
+
+        One that can't be read is as good as none: the tick looks at everything again.
+        """
+        try:
+            state = cls(**json.loads(text)) if text else cls()
+        except (ValueError, TypeError):
+            return cls()
+        if state.listed_at > now:
+            state.listed_at = 0.0
+        if state.empty_since is not None:
+            state.empty_since = min(state.empty_since, now)
+        state.unsettled = {key: min(since, now) for key, since in state.unsettled.items()}
+        return state
+
     def dumps(self) -> str:
         """As Dagster keeps it."""
         return json.dumps(asdict(self))
@@ -76,13 +94,12 @@ def observe_arrivals(
 
     `known` has the observations that were read by earlier ticks, and gets those read by this one.
     """
-    state = Cursor(**json.loads(cursor)) if cursor else Cursor()
+    state = Cursor.loads(cursor, now)
     if now - state.listed_at < state.listing_seconds / _LISTING_SHARE:
         return _skip(state, f"listing takes {state.listing_seconds:.1f} s: it is done less often")
-    names = Names.of(pipeline)
     started = time.monotonic()
     try:
-        partitions = list_partitions(instance, pipeline.source, names)
+        partitions = list_partitions(instance, pipeline, with_lake=False)
     except SourceError as error:
         return _skip(state, str(error))
     state.listed_at, state.listing_seconds = now, round(time.monotonic() - started, 3)
@@ -135,10 +152,10 @@ def _observe(
 def seconds_until_settled(partition: SourcePartition, settle_seconds: float, now: float) -> float:
     """How long until none of the files was changed in the last `settle_seconds`; 0 when that is so.
 
-    Times in the future are another machine's clock and say nothing.
+    Times far in the future are another machine's clock and say nothing.
     """
     ages = (now - file.modified_at.timestamp() for file in partition.files)
-    return max((settle_seconds - age for age in ages if 0 <= age < settle_seconds), default=0.0)
+    return max((settle_seconds - age for age in ages if abs(age) < settle_seconds), default=0.0)
 
 
 def wait_until_settled(pipeline: Pipeline, keys: Collection[str]) -> dict[str, SourcePartition]:

@@ -54,7 +54,7 @@ def build_corpus_assets(
                 failures = run.materialize()
         except UserError as error:
             _retry_if_it_helps(context, retries, [error])
-            raise dg.Failure(description=str(error)) from error
+            raise dg.Failure(description=str(error)) from None  # its own cause is in its one line
         if failures:
             _retry_if_it_helps(context, retries, list(failures.values()))
             run.confirm(key for key in run.keys if key not in failures)
@@ -75,14 +75,14 @@ def _retry_if_it_helps(context: dg.AssetExecutionContext, retries: dg.RetryPolic
     if passing and context.retry_number < retries.max_retries:
         seconds = retries.calculate_delay(context.retry_number + 1)
         context.log.warning(f"{describe(passing[0])}; trying again in {seconds:.0f} s")
-        raise dg.RetryRequested(retries.max_retries, seconds) from passing[0]
+        raise dg.RetryRequested(retries.max_retries, seconds) from UserError(describe(passing[0]))
 
 
 def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> CorpusRun:
     """List the source, read what is recorded, and note what the source has that was not observed yet."""
     names = Names.of(pipeline)
     selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
-    pipeline.lake.check_usable()
+    pipeline.lake.check_usable(pipeline.embeddings_table)
     pipeline = pipeline.calibrated() if selected else pipeline.refreshed()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
     _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in

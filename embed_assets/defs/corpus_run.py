@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from embed_assets.defs.recording import Recorder
 from embed_assets.defs.report import Made, Reporter
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.staleness import History, Status
-from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError
+from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.embeddings import Work
@@ -90,7 +91,8 @@ class CorpusRun:
                     failures[key] = error
                     result = PartitionResult("failed", error=describe(error))
                     if not isinstance(error, UserError):
-                        _log.error("partition %r failed unexpectedly", key, exc_info=error)
+                        trace = "".join(traceback.format_exception(error))
+                        _log.error("partition %r failed unexpectedly\n%s", key, hide_secrets(trace))
                 self.observer.on_partition(key, result)
         self.recorder.drain()
         for key, unwritten in self.recorder.errors.items():
@@ -135,11 +137,13 @@ class CorpusRun:
         key = partition.key
         if self._is_due("raw_documents", key, prepared):
             provenance = self._provenance("raw_documents", prepared)
-            prepared.raw = self.pipeline.materialize_raw_documents(partition, provenance, self.listed.get(key))
+            known, rewrite = self.listed.get(key), self.history.is_marked_for_repair("raw_documents", key)
+            prepared.raw = self.pipeline.materialize_raw_documents(partition, provenance, known, rewrite)
             prepared.versions["raw_documents"] = prepared.raw.replaced.data_version
         if self._is_due("chunks", key, prepared):
             provenance = self._provenance("chunks", prepared)
-            prepared.chunks = self.pipeline.materialize_chunks(key, provenance, prepared.written)
+            rewrite = self.history.is_marked_for_repair("chunks", key)
+            prepared.chunks = self.pipeline.materialize_chunks(key, provenance, prepared.written, rewrite)
             prepared.versions["chunks"] = prepared.chunks.data_version
 
     def _finish(self, key: str, prepared: _Prepared) -> PartitionResult:
@@ -236,4 +240,4 @@ class CorpusRun:
 
 def describe(error: Exception) -> str:
     """What a person is told of a partition's error."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UserError) else hide_secrets(f"{type(error).__name__}: {error}")

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from dagster import DagsterInstance
 
-from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import History
+from embed_assets.lake.reader import partition_keys
+from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.records import slices
+from embed_assets.stages.pipeline import Pipeline
 
 KEYS_PER_ADD = 10_000
 """Dagster's SQLite storage fails on more variables in one statement."""
@@ -27,11 +30,16 @@ class Discovery:
     emptied: list[str]
 
 
-def list_partitions(instance: DagsterInstance, source: Source, names: Names) -> dict[str, SourcePartition]:
-    """All partitions, of the source and registered ones whose files are gone, by key; nothing is recorded."""
-    listed = source.partitions()
-    gone = (key for key in instance.get_dynamic_partitions(names.partitions_name) if key not in listed)
-    return listed | {key: SourcePartition(key) for key in gone}
+def list_partitions(
+    instance: DagsterInstance, pipeline: Pipeline, with_lake: bool = True
+) -> dict[str, SourcePartition]:
+    """All partitions by key, of the source, and those whose files are gone: registered ones, and (`with_lake`) ones
+    that Dagster has forgotten but the lake still has rows of. Nothing is recorded."""
+    listed = pipeline.source.partitions()
+    known = set(instance.get_dynamic_partitions(Names.of(pipeline).partitions_name))
+    tables = (RAW, CHUNK_TABLE, pipeline.embeddings_table) if with_lake else ()
+    known.update(*(partition_keys(pipeline.lake, table) for table in tables))
+    return listed | {key: SourcePartition(key) for key in sorted(known - listed.keys())}
 
 
 def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], history: History) -> Discovery:

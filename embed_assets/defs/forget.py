@@ -18,6 +18,7 @@ def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
     partition, or the source has files for it, which would bring it back.
     """
     names = Names.of(pipeline)
+    pipeline.lake.check_owner()
     files = pipeline.source.partitions().get(key)
     if files is not None:
         raise PartitionError(
@@ -25,6 +26,8 @@ def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
             f"remove them from {pipeline.source.root!r} first"
         )
     tables = [RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in pipeline.lake.spaces())]
+    for table in tables:
+        pipeline.lake.open(table)  # if one is damaged, none is touched
     provenance = Provenance("forget", {})
     emptied = sum(replace_partition(pipeline.lake, table, key, [], provenance).is_committed for table in tables)
     registered = key in instance.get_dynamic_partitions(names.partitions_name)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from dagster import DagsterInstance
+from sqlalchemy.exc import SQLAlchemyError
 
 from embed_assets.defs.dagster_internals import InstanceRef
 from embed_assets.errors import SettingsError
@@ -16,10 +20,12 @@ _NO_COMPUTE_LOGS = {
 """Dagster would take this process's stdout and stderr into files, and start helpers that mind Ctrl-C on their own."""
 
 
-def open_instance() -> DagsterInstance:
+@contextlib.contextmanager
+def open_instance() -> Iterator[DagsterInstance]:
     """The instance of DAGSTER_HOME, or else of the ``dagster.yaml`` in the current folder.
 
-    Raises ``SettingsError`` when there is neither (a temporary one would forget everything), or it can't be opened.
+    Raises ``SettingsError`` when there is neither (a temporary one would forget everything), or it can't be opened,
+    read or written.
     """
     home = Path(os.environ.get("DAGSTER_HOME") or Path.cwd())
     if os.environ.get("DAGSTER_HOME") and not (home.is_absolute() and home.is_dir()):
@@ -29,11 +35,28 @@ def open_instance() -> DagsterInstance:
             f"there must be a dagster.yaml in the current folder or a DAGSTER_HOME, in {str(home)!r} is neither; "
             "change to the project's folder or copy its dagster.yaml here"
         )
+    with _opened(home) as instance:
+        try:
+            yield instance
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise SettingsError(
+                f"Dagster's instance of {str(home)!r} can't be read or written: {_first_line(error)}; free some space, "
+                "or move its folder (.dagster) away and sync: the lake is recorded again, nothing is embedded again"
+            ) from error
+
+
+def _opened(home: Path) -> DagsterInstance:
     try:
         return DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=_NO_COMPUTE_LOGS))
     except Exception as error:  # from malformed YAML to a database that can't be opened
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Of what is wrong with the file, the details come after the heading.
-        reason = next((line for line in lines if line.startswith("Error 1:")), lines[0] if lines else "")
-        reason = reason or type(error).__name__
-        raise SettingsError(f"Dagster's instance in {str(home)!r} can't be opened: {reason}; correct it") from error
+        raise SettingsError(
+            f"Dagster's instance in {str(home)!r} can't be opened: {_first_line(error)}; correct dagster.yaml, or free "
+            "some space, or move its folder (.dagster) away and sync: nothing is embedded again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Of what is wrong with dagster.yaml, the details come after the heading.
+    reason = next((line for line in lines if line.startswith("Error 1:")), lines[0] if lines else "")
+    return reason or type(error).__name__

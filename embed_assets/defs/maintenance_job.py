@@ -48,7 +48,7 @@ def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
             age = retention(context.instance)
             done = maintain(pipeline.lake, space, age, config.dry_run, config.remove_spaces)
         except UserError as error:
-            raise dg.Failure(description=str(error)) from error
+            raise dg.Failure(description=str(error)) from None
         if done.failed:
             raise dg.Failure(description="; ".join(work.error for work in done.failed))
         return dg.Output(None, metadata=_metadata(done, config.dry_run))

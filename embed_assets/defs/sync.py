@@ -76,7 +76,7 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
-    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
+    partitions = list_partitions(instance, pipeline)
     history = load_history(instance, pipeline)
     plans = _plans(history, pipeline, partitions.values())
     if not count:
@@ -129,8 +129,8 @@ def run_sync(
     ``UserError`` when something is wrong that is no partition's fault, as a model that can't be loaded.
     """
     started = time.perf_counter()
-    pipeline.lake.check_usable()
-    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
+    pipeline.lake.check_usable(pipeline.embeddings_table)
+    partitions = list_partitions(instance, pipeline)
     _check_known(only, partitions)
     history = load_history(instance, pipeline)
     discover(instance, partitions, history)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,6 +18,7 @@ from embed_assets.records import hash_text, utc_now
 
 _log = logging.getLogger(__name__)
 
+_HASH = re.compile("[0-9a-f]{32}")
 STALE_WINDOWS = timedelta(days=2)
 """A killed run is started again before that, or never."""
 
@@ -96,4 +98,6 @@ def _batches(data: bytes) -> list[pa.RecordBatch]:
         if not batch.schema.equals(VECTOR_ROWS):
             raise ValueError(f"its columns are {batch.schema.names}")
         batch.validate(full=True)
+        if not all(map(_HASH.fullmatch, batch.column("input_hash").to_pylist())):
+            raise ValueError("it has hashes that are none")
     return batches

@@ -97,7 +97,8 @@ def _remote_store(root: str, options: Mapping[str, str]) -> Any:
     client = {plain[name]: _value(value) for name, value in options.items() if plain[name] in _CLIENT_OPTIONS}
     others = {name: value for name, value in options.items() if plain[name] not in _CLIENT_OPTIONS}
     config = {name: value for name, value in others.items() if _is_known(root, name, value)}
-    return _from_url(root, config=config or None, client_options=client or None)
+    retries = {"max_retries": int(options["max_retries"])} if "max_retries" in options else None
+    return _from_url(root, config=config or None, client_options=client or None, retry_config=retries)
 
 
 def _value(text: str) -> str | bool:

@@ -15,6 +15,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from obstore.exceptions import BaseError
 
 from embed_assets.errors import LakeError, SettingsError
+from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orphaned_data
 from embed_assets.lake.storage import Storage
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings, local_path
@@ -27,6 +28,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
+_DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 _OWNER_PROPERTY = "embed_assets.name_prefix"
 
 
@@ -79,7 +81,7 @@ class Lake:
     """The root of the tables, on any storage that Delta supports."""
 
     root: str
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict, repr=False)
     """Delta storage options."""
     owner: str = ""
     """The corpus whose tables these are: its EMBED_NAME_PREFIX."""
@@ -112,14 +114,17 @@ class Lake:
         return f"{self.root}/{table.path}"
 
     def open(self, table: TableSpec, version: int | None = None) -> DeltaTable | None:
-        """The table at a version, by default its newest, or None when it does not exist yet."""
+        """The table at a version, by default its newest, or None when it does not exist yet.
+
+        Raises ``LakeError`` when it is damaged.
+        """
         return self.open_path(table.path, version)
 
     def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
         """The same for a table that lies at `path` below the root."""
         place = (threading.get_ident(), path)
         handles = self._handles.tables if version is None else None
-        with lake_errors(f"the table {path!r} can't be opened", self.root):
+        with self._table_errors(path):
             if handles is not None and place in handles:
                 handles[place].update_incremental()
                 return handles[place]
@@ -147,6 +152,11 @@ class Lake:
                 _DIMENSION_PROPERTY: str(dimension),
             }
         with lake_errors(f"the table {table.path!r} can't be created", self.root):
+            if has_orphaned_data(self.storage, table.path):
+                raise LakeError(
+                    f"the table {self.uri(table)!r} has data files and no _delta_log, so it is no table any more; "
+                    "restore its _delta_log from a backup, or move the folder away and sync, which makes it anew"
+                )
             return DeltaTable.create(
                 self.uri(table),
                 table.schema,
@@ -158,11 +168,49 @@ class Lake:
                 raise_if_key_not_exists=False,
             )
 
-    def check_usable(self) -> None:
-        """Raise ``LakeError`` now rather than once per partition when the lake is another corpus's, or (where it is
-        local) nothing can be written to it."""
+    @contextlib.contextmanager
+    def _table_errors(self, path: str) -> Iterator[None]:
+        """Say what is wrong with the table's log, if it is that."""
+        try:
+            with lake_errors(f"the table {path!r} can't be opened", self.root):
+                yield
+        except LakeError as error:
+            with contextlib.suppress(OSError, BaseError):  # then the library's own reason must do
+                if problem := diagnose_log(self.storage, path):
+                    raise LakeError(f"the table {path!r} in the lake {self.root!r} is damaged: {problem}") from error
+            raise
+
+    def check_usable(self, embeddings: TableSpec) -> None:
+        """Raise ``LakeError`` now rather than once per partition when the lake is another corpus's, a table in it is
+        damaged or another one than expected, or (where it is local) nothing can be written to it."""
         self._check_writable()
         self.check_owner()
+        self.check_tables(embeddings)
+
+    def check_tables(self, embeddings: TableSpec) -> None:
+        """Raise ``LakeError`` when a table lacks columns, or an entry of its log is empty, or the space's table is of
+        another space."""
+        for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
+            if (delta := self.open(table)) is None:
+                continue
+            with lake_errors(f"the log of the table {table.path!r} can't be listed", self.root):
+                problem = find_empty_commit(self.storage, table.path)
+            if problem:
+                raise LakeError(f"the table {table.path!r} in the lake {self.root!r} is damaged: {problem}")
+            columns = set(pa.schema(delta.schema().to_arrow()).names)
+            if columns != set(table.schema.names):
+                differing = ", ".join(sorted(columns ^ set(table.schema.names)))
+                raise LakeError(
+                    f"the table {self.uri(table)!r} must have the columns {', '.join(table.schema.names)}; it has lost "
+                    f"or gained {differing}; restore an older version of it, or move the folder away and sync"
+                )
+            stored = delta.metadata().configuration
+            for name, value in table.properties.items():
+                if stored.get(name, value) != value:
+                    raise LakeError(
+                        f"the table {self.uri(table)!r} must be of the space {table.space!r}, but its property {name} "
+                        f"is {stored[name]!r} instead of {value!r}; move the folder away and sync"
+                    )
 
     def check_owner(self) -> None:
         """Raise ``LakeError`` when the lake is another corpus's."""
@@ -211,6 +259,7 @@ def lake_errors(what: str, root: str) -> Iterator[None]:
         yield
     except (DeltaError, BaseError, OSError, pa.ArrowException) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:300] if lines else type(error).__name__
-        message = f"{what}: {reason}; check EMBED_LAKE={root!r} and its permissions"
-        raise LakeError(message, may_pass=local_path(root) is None) from error
+        reason = lines[0][:600] if lines else type(error).__name__
+        full = any(sign in str(error) for sign in _DISK_FULL)
+        advice = f"free some space in {root!r}" if full else f"check EMBED_LAKE={root!r} and its permissions"
+        raise LakeError(f"{what}: {reason}; {advice}", may_pass=local_path(root) is None) from error

@@ -26,6 +26,10 @@ class Gaps:
     """Documents of whose text something is in no chunk, whitespace aside."""
     gone_documents: int = 0
     """Documents that have chunks, and no text any more."""
+    altered_documents: int = 0
+    """Documents whose text is not the one that was read."""
+    altered_chunks: int = 0
+    """Chunks whose text is not the one that was cut."""
     missing: int = 0
     """Chunks without a vector, but for those that are in rejected_documents as not embeddable."""
     extra: int = 0
@@ -41,6 +45,7 @@ class Gaps:
     """1 when the partition's files of raw_documents can't be read; then nothing else is counted, as below."""
     unreadable_chunks: int = 0
     unreadable_vectors: int = 0
+    unreadable_rejections: int = 0
 
     @property
     def total(self) -> int:
@@ -50,9 +55,16 @@ class Gaps:
     @property
     def assets(self) -> tuple[str, ...]:
         """Names of the assets that must be made anew."""
-        are_chunks_wrong = self.unreadable_chunks or self.uncovered_documents or self.gone_documents
-        if self.unreadable_documents or are_chunks_wrong:
-            return ("raw_documents",) * self.unreadable_documents + ("chunks",) * bool(are_chunks_wrong)
+        is_raw_wrong = self.unreadable_documents or self.altered_documents or self.unreadable_rejections
+        is_chunks_wrong = (
+            self.unreadable_chunks
+            or self.altered_chunks
+            or self.uncovered_documents
+            or self.gone_documents
+            or self.altered_documents  # they may have been cut as they are now
+        )
+        if is_raw_wrong or is_chunks_wrong:
+            return ("raw_documents",) * bool(is_raw_wrong) + ("chunks",) * bool(is_chunks_wrong)
         return ("embeddings",) if self.total else ()
 
 
@@ -74,9 +86,12 @@ def verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimens
     try:
         found = measure_coverage(lake, key)
         gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
+        gaps.altered_documents = found.altered_documents
+        gaps.altered_chunks = _altered_chunks(lake, key)
     except LakeError:  # of either table: which one it is shows when each is read alone
         gaps.unreadable_documents = int(not _is_readable(lake, RAW, key))
         gaps.unreadable_chunks = int(not _is_readable(lake, CHUNK_TABLE, key))
+    gaps.unreadable_rejections = int(not _is_readable(lake, REJECTED, key))
     return gaps if gaps.total else verify_vectors(lake, table, key, prompt, dimension)
 
 
@@ -157,15 +172,18 @@ class Coverage:
     uncovered_documents: int = 0
     uncovered_characters: int = 0
     gone_documents: int = 0
+    altered_documents: int = 0
+    """Their text does not have the hash that was kept of it."""
 
 
 def measure_coverage(lake: Lake, key: str) -> Coverage:
     """Compare the chunks' spans with the documents' texts; 24 bytes per chunk are in memory, twice while sorted."""
     spans = _Spans(lake, key)
     found = Coverage()
-    for batch in read_partition(lake, RAW, key, ["document_id", "text"]):
+    for batch in read_partition(lake, RAW, key, ["document_id", "text", "content_hash"]):
         for i in range(batch.num_rows):
-            document_id, text = (batch.column(column)[i].as_py() for column in range(2))
+            document_id, text, content_hash = (batch.column(column)[i].as_py() for column in range(3))
+            found.altered_documents += hash_text(text) != content_hash
             missing = _characters_outside(text, spans.take(document_id))
             found.documents += 1
             found.uncovered_documents += bool(missing)
@@ -183,7 +201,9 @@ class _Spans:
             columns[0].extend(_short_hash(document_id) for document_id in batch.column(0).to_pylist())
             for values, name in zip(columns[1:], ("char_start", "char_end"), strict=True):
                 values.frombytes(batch.column(name).to_numpy().tobytes())
-        documents, starts, ends = (np.frombuffer(c, dtype=c.typecode) if c else np.empty(0, "q") for c in columns)
+        documents, starts, ends = (
+            np.frombuffer(c, dtype=c.typecode) if c else np.empty(0, c.typecode) for c in columns
+        )
         order = np.lexsort((starts, documents))
         self._documents, self._starts, self._ends = documents[order], starts[order], ends[order]
         self._is_first = np.diff(self._documents, prepend=self._documents[:1] + 1) != 0
@@ -203,6 +223,15 @@ class _Spans:
 
 def _short_hash(document_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _altered_chunks(lake: Lake, key: str) -> int:
+    """Chunks whose text does not have the hash that was kept of it."""
+    altered = 0
+    for batch in read_partition(lake, CHUNK_TABLE, key, ["text", "text_hash"]):
+        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        altered += sum(hash_text(text) != text_hash for text, text_hash in rows)
+    return altered
 
 
 def _characters_outside(text: str, spans: list[tuple[int, int]]) -> int:

@@ -32,15 +32,17 @@ def materialize_chunks(
     options: ChunkOptions,
     provenance: Provenance,
     known: Sequence[PartitionState] = (),
+    rewrite: bool = False,
 ) -> Replaced:
     """Split every document of the partition, which is in raw_documents as it is `known` to be.
 
+    `rewrite` commits the rows even if the table seems to hold them already.
     Raises ``SupersededError`` when another run replaced them meanwhile.
     """
     documents = Inputs(lake, key, [RAW], known)
     batches = chunk_batches(stored_texts(lake, key), key, tokenizer, options)
     with documents.watched():
-        return replace_partition(lake, CHUNK_TABLE, key, batches, provenance, check=documents.check)
+        return replace_partition(lake, CHUNK_TABLE, key, batches, provenance, rewrite=rewrite, check=documents.check)
 
 
 def stored_texts(lake: Lake, key: str) -> Iterator[SourceText]:

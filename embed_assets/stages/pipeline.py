@@ -155,15 +155,23 @@ class Pipeline:
         }
 
     def materialize_raw_documents(
-        self, partition: SourcePartition, provenance: Provenance, known: PartitionState | None = None
+        self,
+        partition: SourcePartition,
+        provenance: Provenance,
+        known: PartitionState | None = None,
+        rewrite: bool = False,
     ) -> RawDocuments:
         """Read the partition's files into raw_documents and rejected_documents; `known` is what the table had of them
         when the source was listed."""
-        return materialize_raw_documents(self.lake, self.source, partition, self.parse_options, provenance, known)
+        options = self.parse_options
+        return materialize_raw_documents(self.lake, self.source, partition, options, provenance, known, rewrite)
 
-    def materialize_chunks(self, key: str, provenance: Provenance, known: Sequence[PartitionState] = ()) -> Replaced:
+    def materialize_chunks(
+        self, key: str, provenance: Provenance, known: Sequence[PartitionState] = (), rewrite: bool = False
+    ) -> Replaced:
         """Split the partition's documents into chunks; `known` is how they lie in raw_documents, if that is known."""
-        return materialize_chunks(self.lake, key, self.space.tokenizer, self.chunk_options, provenance, known)
+        tokenizer, options = self.space.tokenizer, self.chunk_options
+        return materialize_chunks(self.lake, key, tokenizer, options, provenance, known, rewrite)
 
     def materialize_embeddings(
         self,
@@ -213,6 +221,7 @@ class Pipeline:
                 f"there are no embeddings in {self.embeddings_table.path!r} under the lake {self.lake.root!r}; "
                 "run 'embed-assets sync' first"
             )
+        self.lake.check_tables(self.embeddings_table)
 
     def estimate(
         self, partition: SourcePartition, stale: frozenset[str], elsewhere: set[str], is_damaged: bool

@@ -35,11 +35,13 @@ def materialize_raw_documents(
     options: ParseOptions,
     provenance: Provenance,
     known: PartitionState | None = None,
+    rewrite: bool = False,
 ) -> RawDocuments:
     """Read and parse the partition's files; documents go to one table, rejections with their reasons to another.
 
     `known` is what the table had when the source was listed. Raises ``SupersededError`` when another run replaced
-    that since, and the source is no longer as it was listed.
+    that since, and the source is no longer as it was listed. `rewrite` commits the rows even if the table seems to
+    hold them already.
     """
     rows = Inputs(lake, partition.key, [RAW], [known] if known is not None else [])
 
@@ -60,7 +62,7 @@ def materialize_raw_documents(
                     yield item
 
         batches = document_batches(documents(), partition.key)
-        replaced = replace_partition(lake, RAW, partition.key, batches, provenance, check=check)
+        replaced = replace_partition(lake, RAW, partition.key, batches, provenance, rewrite=rewrite, check=check)
         replace_rejections(lake, partition.key, rejections, provenance)
         return RawDocuments(replaced, replaced.rows, rejections.count)
 

@@ -178,7 +178,7 @@ def test_tables_can_be_read_with_no_abort_at_exit(lake: Lake) -> None:
 def test_a_lake_that_is_a_file_or_damaged_says_so_in_one_line(lake: Lake, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LakeError, match="must be a writable folder"):
-        Lake(str(tmp_path / "file")).check_usable()
+        Lake(str(tmp_path / "file")).check_usable(SPACE)
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
     log = next(Path(lake.uri(REJECTED)).glob("_delta_log/*1.json"))
     log.write_text("{broken")
