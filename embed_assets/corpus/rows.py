@@ -23,6 +23,8 @@ _MAX_BRACKETS = 3_000_000
 _MAX_BATCH_VALUES = 1 << 20
 """Of a Parquet column, read at a time: a few bytes of such a file can stand for millions of them."""
 _BATCH_ROWS = 256
+_MOST_UNFOLDED = 200
+"""Times the size of a Parquet file that its rows may have together; well packed text is a tenth of itself."""
 
 
 def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
@@ -140,8 +142,9 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
     Values become Python's row by row, and strings stay in dictionaries until then, so that a file that is small
     because it repeats itself does not unfold all at once.
     """
-    number = 0
+    number = unfolded = 0
     try:
+        budget = max(options.max_file_bytes, _MOST_UNFOLDED * stream.seek(0, io.SEEK_END))
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
         if options.text_column not in names:
@@ -152,7 +155,13 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
         for batch in _parquet_batches(file):
             for i in range(batch.num_rows):
                 number += 1
-                yield _parquet_row(names, batch, i, f"row{number}", options)
+                if unfolded > budget:
+                    detail = f"the file unfolds to more than {_MOST_UNFOLDED} times its size; {budget} bytes were read"
+                    yield BadRow(f"row{number}", "too_large", detail)
+                    continue
+                row = _parquet_row(names, batch, i, f"row{number}", options)
+                unfolded += row.byte_size + len(row.metadata) if isinstance(row, Row) else 0
+                yield row
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         after = f" after row {number}; the rest was not read" if number else ""
         key = f"row{number + 1}" if number else ""

@@ -1,0 +1,263 @@
+"""Two hundred files made to break things, with good neighbours among them."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import unicodedata
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_CONTENT_TYPES = (
+    '<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
+    '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+    '<Default Extension="xml" ContentType="application/xml"/><Override PartName="/word/document.xml" '
+    'ContentType="application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"/></Types>'
+)
+_RELS = (
+    '<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
+    '<Relationship Id="r1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" '
+    'Target="word/document.xml"/></Relationships>'
+)
+_WORD = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+_LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
+
+ODD_NAMES = (
+    "it's", 'a "quoted" one', "semi;colon", "DROP TABLE x;--", "per%cent", "%2F..%2Fetc", "%00", "new\nline", "tab\tname",
+    "bell\x07", "del\x7f", "..dots", "...", "....", "a..b", "back\\slash", "a=b", "partition_key=x", "__HIVE_DEFAULT_PARTITION__",
+    "_delta_log", "_staging", "_root", "CON", "nul", "space ", " lead", "dot.", "comma,name", "[brackets]", "{braces}",
+    "$HOME", "`id`", "$(id)", "*", "?", "<tag>", "a|b", "&amp;", "#hash", "a#b", "data.jsonl#1", "@at", "!", "~", "~tilde",
+    "^", "+plus+", "é", "ÅNGSTRÖM", "ångström", "ＦＵＬＬ", "ß", "ẞ", "日本語", "🎉 party 👩‍👩‍👧‍👦", "rtl \u202e name", "zero\u200bwidth",
+    "nb\u00a0sp", "\ufeffbom", "combining e\u0301", "a" * 200, "ä" * 100, "emoji" + "😀" * 40, "UPPER", "upper", "Upper",
+    "NaN", "null", "None", "true", "0", "-1", "1e999", "2024-01-01",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Offered:
+    """What was written."""
+
+    files: int = 0
+    items: int = 0
+    """Files, and rows of files of rows: each must become a document or a rejection."""
+    neighbours: list[str] = field(default_factory=list)
+    """Texts that must be embedded whatever happens beside them."""
+
+
+def write_hostile_corpus(landing: Path) -> Offered:
+    """Fill the folder."""
+    offered = Offered()
+    for writer in (_names, _texts, _pages, _word, _pdfs, _rows, _tables, _links):
+        writer(landing, offered)
+    for folder in sorted(p for p in landing.iterdir() if p.is_dir()):
+        text = f"A good neighbour in {folder.name!a}."
+        offered.neighbours.append(text)
+        _file(folder / "zz neighbour.txt", text, offered)
+    return offered
+
+
+def _file(path: Path, content: str | bytes, offered: Offered, items: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+    offered.files += 1
+    offered.items += items
+
+
+def _names(landing: Path, offered: Offered) -> None:
+    for name in ODD_NAMES:
+        _file(landing / "names" / f"{name}.txt", f"The text of {name!r}.", offered)
+    for name in (
+        "it's 100%",
+        "new\nline",
+        "🎉",
+        "..dots",
+        "...",
+        "a=b",
+        "b" * 200,
+        "Case",
+        "case",
+        "_delta_log",
+        "nul\x01",
+    ):
+        _file(landing / name / "x.txt", f"A text in {name!r}.", offered)
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "Ünï")  # type: ignore[arg-type]
+        _file(landing / name / f"{name}.txt", f"A text whose name is in {form}.", offered)
+    _file(Path(os.fsdecode(bytes(landing / "names") + b"/caf\xe9 \xff.txt")), "Not UTF-8 in its name.", offered)
+    deep = landing / "deep"
+    for i in range(17):
+        deep = deep / f"{i}{'d' * 200}"
+    _file(deep / "far.txt", "A path of almost 4 KB.", offered)
+
+
+def _texts(landing: Path, offered: Offered) -> None:
+    cases: dict[str, str | bytes] = {
+        "empty.txt": b"", "spaces.md": "   \n\t\n", "nul.txt": b"a\0b\0c", "controls.txt": bytes(range(1, 32)) * 20,
+        "surrogate.txt": b"\xed\xa0\x80 lone", "cesu.md": b"\xed\xa0\xbd\xed\xb8\x80", "utf16.txt": "Wide.".encode("utf-16"),
+        "utf32.txt": "Wider.".encode("utf-32"), "bad bom.txt": b"\xff\xfe\x00", "latin.txt": "Größe und Maß ".encode("latin-1") * 9,
+        "overlong.txt": b"\xc0\xaf\xc0\xaf", "random.txt": os.urandom(5000), "line.txt": "x" * 5_000_000,
+        "words.txt": "word " * 200_000, "hashes.md": "#" * 400_000, "ticks.md": "`" * 400_000, "dashes.md": "-" * 400_000,
+        "pipes.md": "|" * 300_000, "newlines.md": "\n" * 1_000_000 + "end", "fences.md": "```\n" * 100_000,
+        "headings.md": "# a\n" * 100_000, "setext.md": "a\n=\n" * 80_000, "rst.rst": "a\n=\n" * 80_000,
+        "quotes.md": "> " * 100_000 + "deep", "lists.md": "".join(f"{' ' * (i % 500)}- x\n" for i in range(5000)),
+        "brackets.md": "[" * 100_000, "stars.md": "*" * 200_000, "combining.txt": "e" + "\u0301" * 100_000,
+        "zero width.txt": "\u200b" * 100_000 + "x", "rtl.txt": "\u202e" + "abc " * 1000, "emoji.txt": "👩‍👩‍👧‍👦" * 5000,
+        "front.md": "---\n" + "k: v\n" * 50_000, "html in.md": "<div>" * 50_000, "link.md": "[a](" * 50_000,
+        "no ending": "text", "script.sh": "echo", "image.png": b"\x89PNG\r\n", "archive.zip": b"PK\x03\x04", "UPPER.TXT": "Fine.",
+        "cr.txt": "a\rb\rc", "line separators.txt": "a\u2028b\u2029c\x85d", "tags.txt": "\U000e0041" * 100,
+        "special.txt": "[CLS] [SEP] [MASK] <s> </s> <|endoftext|> [PAD]" * 50, "long word.txt": "ab" * 100_000,
+    }  # fmt: skip
+    for name, content in cases.items():
+        _file(landing / "texts" / name, content, offered)
+    with (landing / "texts/too large.txt").open("wb") as file:
+        file.truncate(100 << 20)
+    with (landing / "texts/one line of a gigabyte.md").open("wb") as file:
+        file.truncate(1 << 30)
+    offered.files += 2
+    offered.items += 2
+
+
+def _pages(landing: Path, offered: Offered) -> None:
+    cases: dict[str, str | bytes] = {
+        "deep.html": "<div>" * 100_000 + "deep", "deep close.htm": "<b>" * 100_000 + "x" + "</b>" * 100_000,
+        "open.html": "<" * 300_000, "comment.html": "<!--" + "x" * 100_000, "attributes.html": "<p " + "a=1 " * 100_000 + ">x",
+        "entities.html": "&amp;" * 100_000, "table.html": "<table><tr><td colspan=1000000000 rowspan=1000000000>x</table>",
+        "script.html": "<script>" + "x" * 100_000 + "</script>", "charset.html": b"<meta charset=x-user-defined>\xff caf\xe9",
+        "replacement.html": b"<meta charset=replacement>\xff\xe9", "iso2022.html": b"<meta charset=iso-2022-kr>\xff\xe9",
+        "nul.html": b"<p>a\0b", "titles.html": "<title" * 10_000, "lists.html": "<ul><li>" * 20_000,
+        "doctype.html": '<!DOCTYPE html [<!ENTITY a "b">]><p>&a; text</p>', "svg.html": "<svg>" * 20_000, "ok.html": "<p>Good.</p>",
+    }  # fmt: skip
+    for name, content in cases.items():
+        _file(landing / "pages" / name, content, offered)
+
+
+def _docx(body: str, prologue: str = "", extra: dict[str, bytes] | None = None) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("[Content_Types].xml", _CONTENT_TYPES)
+        archive.writestr("_rels/.rels", _RELS)
+        document = f'<?xml version="1.0"?>{prologue}<w:document {_WORD}><w:body>{body}</w:body></w:document>'
+        archive.writestr("word/document.xml", document)
+        for name, content in (extra or {}).items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def _paragraph(text: str) -> str:
+    return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def _word(landing: Path, offered: Offered) -> None:
+    lie = bytearray(_docx(_paragraph("x") + " " * 30_000_000))
+    at = lie.find(b"PK\x01\x02", lie.find(b"word/document.xml") + 50)
+    at = lie.rfind(b"PK\x01\x02") if at < 0 else at
+    lie[at + 24 : at + 28] = (1000).to_bytes(4, "little")
+    cases = {
+        "good.docx": _docx(_paragraph("A good document.")),
+        "laughs.docx": _docx(_paragraph("&l9;"), f'<!DOCTYPE w:document [<!ENTITY l0 "ha">{_LAUGHS}]>'),
+        "external.docx": _docx(_paragraph("&x;"), '<!DOCTYPE w [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
+        "bomb.docx": _docx(_paragraph(" " * 60_000_000)),
+        "lying bomb.docx": bytes(lie),
+        "media.docx": _docx(_paragraph("x"), extra={f"word/media/{i}.png": bytes(300 << 20) for i in range(2)}),
+        "nested.docx": _docx("<w:tbl><w:tr><w:tc>" * 5_000 + "x" + "</w:tc></w:tr></w:tbl>" * 5_000),
+        "traversal.docx": _docx(_paragraph("x"), extra={"../../../../tmp/evil": b"x"}),
+        "entries.docx": _docx(_paragraph("x"), extra={f"word/{i}.bin": b"" for i in range(3_000)}),
+        "no zip.docx": b"plain text", "cut.docx": _docx(_paragraph("x"))[:-100], "empty.docx": _docx(""),
+        "old.docx": bytes.fromhex("d0cf11e0a1b11ae1") + bytes(500), "not word.docx": b"PK\x05\x06" + bytes(18),
+    }  # fmt: skip
+    for name, content in cases.items():
+        _file(landing / "word" / name, content, offered)
+
+
+def _pdfs(landing: Path, offered: Offered) -> None:
+    loop = b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[2 0 R]/Count 1>>endobj\n"
+    arrays = b"%PDF-1.4\n1 0 obj " + b"[" * 50_000 + b" endobj\n"
+    trailer = b"trailer<</Root 1 0 R>>\n%%EOF"
+    cases = {
+        "no.pdf": b"not a pdf", "head.pdf": b"%PDF-1.7", "loop.pdf": loop + trailer, "arrays.pdf": arrays + trailer,
+        "xref.pdf": b"%PDF-1.4\nstartxref\n99999999999\n%%EOF", "random.pdf": b"%PDF-1.4\n" + os.urandom(20_000),
+        "nul.pdf": bytes(10_000),
+    }  # fmt: skip
+    for name, content in cases.items():
+        _file(landing / "pdfs" / name, content, offered)
+
+
+def _rows(landing: Path, offered: Offered) -> None:
+    lines = [
+        '{"text": "Good."}', "[" * 100_000, '{"a":' * 100_000, '{"text": ' + "9" * 100_000 + "}", '{"text": "x", "n": 1e999}',
+        '{"text": "x y", "n": ' + "7" * 50_000 + "}", '{"text": "x z", "n": -Infinity, "m": NaN}', '{"text": "a", "text": "b"}',
+        '{"text": "\\ud800"}', '{"text": "t", "id": "\\ud800"}', '{"text": "u", "title": "\\udfff"}', '{"text": "v", "id": 1.5}',
+        '{"text": "w", "id": [1]}', '{"text": "x1", "id": {"a": 1}}', '{"text": "x2", "id": "a\\nb"}', '{"text": null}',
+        '{"text": "x3", "id": "' + "i" * 4000 + '"}', '{"text": true}', '{"text": ["a"]}', "null", "17", '"text"', "{", "}{",
+        "\x00", '{"text": "x4", "id": "../../etc"}', '{"text": "x5", "id": "#"}', '{"text": "  "}', '{"txt": "no"}',
+        '{"text": "same", "id": 1}', '{"text": "same too", "id": 1}', '{"text": "twice"}', '{"text": "twice"}',
+    ]  # fmt: skip
+    _file(landing / "rows/nasty.jsonl", "\n".join(lines), offered, len(lines))
+    # A row named as the second of two equal texts would be.
+    names = '{"text": "a"}\n{"text": "a"}\n{"text": "a", "id": "cb93ddf5ce33cbc0.2"}'
+    _file(landing / "rows/names.jsonl", names, offered, 3)
+    _file(landing / "rows/bytes.jsonl", b'{"text": "\xff"}\n\xef\xbb\xbf{"text": "bom"}', offered, 2)
+    _file(landing / "rows/empty.jsonl", b"", offered)
+    _file(landing / "rows/ragged.csv", "id,text\n1,Good row.\n2\n3,a,b,c\n4,Good again.\n", offered, 4)
+    _file(landing / "rows/header.csv", "id,text\n", offered)
+    _file(landing / "rows/no column.csv", "a,b\n1,2\n", offered)
+    _file(landing / "rows/nul.csv", b"id,text\n1,a\0b\n", offered)
+    _file(landing / "rows/columns.csv", ",".join(["text", *(f"c{i}" for i in range(20_000))]) + "\n", offered)
+    _file(landing / "rows/twice.csv", "text,text\na,b\n", offered)
+
+
+def _tables(landing: Path, offered: Offered) -> None:
+    dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["y y " * 250_000]))
+    columns: dict[str, pa.Array] = {
+        "int": pa.array([1, 2]), "binary": pa.array([b"\xff", b"a"]), "list": pa.array([["a"], ["b"]]), "null": pa.nulls(2),
+        "struct": pa.array([{"a": 1}, {"a": 2}]), "large": pa.array(["a", "b"], pa.large_string()), "bool": pa.array([True, False]),
+        "bomb": dictionary.cast(pa.string()), "empty": pa.array(["", " "]), "utf8": pa.array([b"\xff\xfe", b"ok"], pa.binary()),
+    }  # fmt: skip
+    for name, column in columns.items():
+        table = pa.table({"text": column, "id": pa.array(range(len(column)))})
+        _parquet(landing / f"tables/{name}.parquet", table, offered)
+    extra = {
+        "wide list": pa.array([[0] * 1_000_000] * 30), "nan": pa.array([float("nan")] * 30), "time": pa.array([2**62] * 30, pa.timestamp("us")),
+        "map": pa.array([[(1.0, float("inf"))]] * 30, pa.map_(pa.float64(), pa.float64())),
+    }  # fmt: skip
+    for name, column in extra.items():
+        table = pa.table({"text": [f"{name} {i}" for i in range(30)], "more": column})
+        _parquet(landing / f"tables/{name}.parquet", table, offered)
+    good = (landing / "tables/large.parquet").read_bytes()
+    _file(landing / "tables/cut.parquet", good[:-20], offered)
+    _file(landing / "tables/no.parquet", b"PAR1" + bytes(100) + b"PAR1", offered)
+    _file(landing / "tables/nothing.parquet", b"", offered)
+
+
+def _parquet(path: Path, table: pa.Table, offered: Offered) -> None:
+    data = io.BytesIO()
+    pq.write_table(table, data, compression="zstd")
+    _file(path, data.getvalue(), offered, table.num_rows)
+
+
+def _links(landing: Path, offered: Offered) -> None:
+    folder = landing / "links"
+    folder.mkdir()
+    outside = landing.parent / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("must not be read")
+    links = {
+        "out.txt": outside / "secret.txt", "up.txt": Path("../../outside/secret.txt"), "passwd.txt": Path("/etc/passwd"),
+        "nothing.txt": Path("nowhere"), "self.txt": Path("self.txt"), "folder": outside, "zero.txt": Path("/dev/zero"),
+        "parent": Path(".."),
+    }  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as made:
+        here = Path.cwd()
+        os.chdir(folder)  # a socket's path must be short
+        made.bind("socket.txt")
+        os.chdir(here)
+    offered.files += len(links) + 2
+    offered.items += len(links) + 2
