@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterInvalidInvocationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from embed_assets.defs.dagster_internals import InstanceRef
@@ -38,7 +38,9 @@ def open_instance() -> Iterator[DagsterInstance]:
     with _opened(home) as instance:
         try:
             yield instance
-        except (SQLAlchemyError, sqlite3.Error) as error:
+        except (SQLAlchemyError, sqlite3.Error, DagsterInvalidInvocationError) as error:
+            if isinstance(error, DagsterInvalidInvocationError) and "instance migrate" not in str(error):
+                raise
             raise SettingsError(
                 f"Dagster's instance of {str(home)!r} can't be read or written: {_first_line(error)}; free some space, "
                 "or move its folder (.dagster) away and sync: the lake is recorded again, nothing is embedded again"
