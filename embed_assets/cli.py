@@ -111,11 +111,12 @@ def discover(as_json: bool) -> Answer:
     from embed_assets.defs.discovery import discover as discover_partitions
     from embed_assets.defs.discovery import list_partitions
     from embed_assets.defs.instance import open_instance
+    from embed_assets.defs.names import Names
     from embed_assets.defs.staleness import load_history
 
     pipeline = _pipeline()
     with open_instance() as instance:
-        partitions = list_partitions(instance, pipeline)
+        partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
         print_names("new", found.added)

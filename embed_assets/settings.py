@@ -53,6 +53,7 @@ class Settings(BaseSettings):
         None, ge=1, description="Keep the first so many dimensions and normalise again."
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off for a reason.")
+    allow_pickled_weights: bool = Field(False, description="Load weights that are no safetensors: they can run code.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps, ...")
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="Arithmetic of the model; auto is float32 on CPUs, bfloat16 on GPUs that have it."

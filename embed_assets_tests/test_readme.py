@@ -64,7 +64,7 @@ README_ORDER = [
     *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
     *("max_batch_tokens", "compile", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
     *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent", "name_prefix"),
-    *("compute", "trust_remote_code"),
+    *("compute", "trust_remote_code", "allow_pickled_weights"),
 ]
 
 

@@ -99,7 +99,7 @@ def observe_arrivals(
         return _skip(state, f"listing takes {state.listing_seconds:.1f} s: it is done less often")
     started = time.monotonic()
     try:
-        partitions = list_partitions(instance, pipeline, with_lake=False)
+        partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
     except SourceError as error:
         return _skip(state, str(error))
     state.listed_at, state.listing_seconds = now, round(time.monotonic() - started, 3)

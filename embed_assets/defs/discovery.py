@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dagster import DagsterInstance
 
-from embed_assets.corpus.source import SourcePartition
+from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import History
 from embed_assets.lake.reader import partition_keys
-from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
 from embed_assets.records import slices
-from embed_assets.stages.pipeline import Pipeline
 
 KEYS_PER_ADD = 10_000
 """Dagster's SQLite storage fails on more variables in one statement."""
@@ -30,16 +30,20 @@ class Discovery:
     emptied: list[str]
 
 
-def list_partitions(
-    instance: DagsterInstance, pipeline: Pipeline, with_lake: bool = True
-) -> dict[str, SourcePartition]:
-    """All partitions by key, of the source, and those whose files are gone: registered ones, and (`with_lake`) ones
-    that Dagster has forgotten but the lake still has rows of. Nothing is recorded."""
-    listed = pipeline.source.partitions()
-    known = set(instance.get_dynamic_partitions(Names.of(pipeline).partitions_name))
-    tables = (RAW, CHUNK_TABLE, pipeline.embeddings_table) if with_lake else ()
-    known.update(*(partition_keys(pipeline.lake, table) for table in tables))
-    return listed | {key: SourcePartition(key) for key in sorted(known - listed.keys())}
+def list_partitions(instance: DagsterInstance, source: Source, names: Names) -> dict[str, SourcePartition]:
+    """All partitions, of the source and registered ones whose files are gone, by key; nothing is recorded."""
+    listed = source.partitions()
+    gone = (key for key in instance.get_dynamic_partitions(names.partitions_name) if key not in listed)
+    return listed | {key: SourcePartition(key) for key in gone}
+
+
+def find_strays(lake: Lake, table: TableSpec, known: Collection[str]) -> list[str]:
+    """Partitions that the lake has rows of and neither the source nor Dagster knows.
+
+    They are left alone: perhaps it is the source, or the lake, that is the wrong one.
+    """
+    found = set().union(*(partition_keys(lake, spec) for spec in (RAW, CHUNK_TABLE, table)))
+    return sorted(found - set(known))
 
 
 def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], history: History) -> Discovery:

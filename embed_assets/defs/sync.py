@@ -12,7 +12,7 @@ from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.dagster_internals import RANGE_END_TAG, RANGE_START_TAG
-from embed_assets.defs.discovery import discover, list_partitions
+from embed_assets.defs.discovery import discover, find_strays, list_partitions
 from embed_assets.defs.names import Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.results import PartitionResult, RunObserver
@@ -76,7 +76,7 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
-    partitions = list_partitions(instance, pipeline)
+    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
     history = load_history(instance, pipeline)
     plans = _plans(history, pipeline, partitions.values())
     if not count:
@@ -130,8 +130,15 @@ def run_sync(
     """
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
-    partitions = list_partitions(instance, pipeline)
+    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
     _check_known(only, partitions)
+    if strays := find_strays(pipeline.lake, pipeline.embeddings_table, partitions):
+        _log.warning(
+            "%d partitions of the lake are neither in the source nor in Dagster (%s): left alone; "
+            "'embed-assets forget KEY' removes one",
+            len(strays),
+            ", ".join(map(repr, strays[:5])),
+        )
     history = load_history(instance, pipeline)
     discover(instance, partitions, history)
     plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))

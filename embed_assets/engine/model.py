@@ -70,6 +70,8 @@ class EmbeddingSpace:
     """"int8:<artifact hash>" for a quantized model."""
     trust_remote_code: bool = False
     """Whether code inside the model's directory may run; that code is then part of the fingerprint."""
+    allow_pickled_weights: bool = False
+    """Whether weights may be loaded that can run code."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,6 +137,7 @@ def resolve_space(
     query_prompt: str | None = None,
     truncate_dim: int | None = None,
     trust_remote_code: bool = False,
+    allow_pickled_weights: bool = False,
 ) -> EmbeddingSpace:
     """The embedding space that the settings name, from the model's files alone; the model is not loaded.
 
@@ -154,7 +157,7 @@ def resolve_space(
     return EmbeddingSpace(
         model,
         directory,
-        hash_weights(directory),
+        hash_weights(directory, allow_pickled_weights),
         hash_tokenizer(directory),
         hash_modules(directory, with_code=trust_remote_code),
         max_seq_length_of(directory),
@@ -162,6 +165,7 @@ def resolve_space(
         prompts.get("query", default) if query_prompt is None else prompts.get(query_prompt, query_prompt),
         truncate_dim,
         trust_remote_code=trust_remote_code,
+        allow_pickled_weights=allow_pickled_weights,
     )
 
 
@@ -195,7 +199,7 @@ def load_sentence_transformer(space: EmbeddingSpace, device: str) -> SentenceTra
             truncate_dim=space.truncate_dim,
             trust_remote_code=space.trust_remote_code,
             local_files_only=True,
-            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+            model_kwargs={"dtype": torch.float32, "use_safetensors": None if space.allow_pickled_weights else True},
         )
     except Exception as error:
         raise ModelError(
@@ -263,7 +267,7 @@ def _hub_directory(model: str, revision: str | None) -> Path:
 def _verify_weights(space: EmbeddingSpace) -> None:
     """Hash the weights again, without the cache, right before they are loaded."""
     assert space.directory is not None
-    files = weight_files(space.directory)
+    files = weight_files(space.directory, space.allow_pickled_weights)
     actual = {file: file_sha256(file, cached=False) for file in files}
     if hash_parts(p for f in files for p in (str(f.relative_to(space.directory)), actual[f])) != space.weights_hash:
         raise ModelError(

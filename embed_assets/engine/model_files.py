@@ -12,7 +12,7 @@ from embed_assets.errors import ModelError
 from embed_assets.records import hash_parts
 
 WEIGHT_PATTERNS = ("*.safetensors", "*/*.safetensors")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*/*.bin")
+_PICKLED = tuple(f"{folder}*.{ending}" for folder in ("", "*/") for ending in ("bin", "pt", "pth", "ckpt", "pkl"))
 _CONFIGS = (
     "modules.json",
     "config.json",
@@ -26,23 +26,33 @@ _IRRELEVANT_CONFIG = frozenset(
 )
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files, sorted. Raises ``ModelError`` when there are none."""
-    files = sorted({file for pattern in WEIGHT_PATTERNS for file in directory.glob(pattern)})
-    if files:
-        return files
-    pickled = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
-    found = f"only {pickled[0]!r}, which could run code when loaded" if pickled else "none"
-    raise ModelError(
-        f"a model needs weights as .safetensors, found {found} in {directory.name!r}; "
-        "convert it or choose another EMBED_MODEL"
-    )
+def weight_files(directory: Path, allow_pickled: bool = False) -> list[Path]:
+    """All files of weights, sorted: safetensors, and pickled ones where a module has no others and they are allowed.
+
+    Raises ``ModelError`` when there are none, or pickled ones that are not allowed: loading them can run code.
+    """
+    files = {file for pattern in WEIGHT_PATTERNS for file in directory.glob(pattern)}
+    safe = {file.parent for file in files}
+    pickled = sorted(f for pattern in _PICKLED for f in directory.glob(pattern) if f.parent not in safe)
+    if pickled and not allow_pickled:
+        raise ModelError(
+            f"a model needs weights as .safetensors, {str(pickled[0].relative_to(directory))!r} in {directory.name!r} "
+            "could run code when loaded; convert it, choose another EMBED_MODEL, or, if you trust who made it, set "
+            "EMBED_ALLOW_PICKLED_WEIGHTS=true"
+        )
+    if not files and not pickled:
+        raise ModelError(
+            f"a model needs weights as .safetensors, found none in {directory.name!r}; choose another EMBED_MODEL"
+        )
+    return sorted([*files, *pickled])
 
 
-def hash_weights(directory: Path) -> str:
+def hash_weights(directory: Path, allow_pickled: bool = False) -> str:
     """Hash over the names and contents of all weights."""
     return hash_parts(
-        part for file in weight_files(directory) for part in (str(file.relative_to(directory)), file_sha256(file))
+        part
+        for file in weight_files(directory, allow_pickled)
+        for part in (str(file.relative_to(directory)), file_sha256(file))
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
+_DRAWING = re.compile("\x1b\\[[0-9;]*m|↳")
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 _OWNER_PROPERTY = "embed_assets.name_prefix"
 
@@ -258,8 +260,9 @@ def lake_errors(what: str, root: str) -> Iterator[None]:
     try:
         yield
     except (DeltaError, BaseError, OSError, pa.ArrowException) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:600] if lines else type(error).__name__
+        # The libraries draw a tree of causes, in colors; what is of use may be in any of its lines.
+        plain = _DRAWING.sub(" ", str(error).partition("Debug source:")[0])
+        reason = " ".join(plain.split())[:600] or type(error).__name__
         full = any(sign in str(error) for sign in _DISK_FULL)
         advice = f"free some space in {root!r}" if full else f"check EMBED_LAKE={root!r} and its permissions"
         raise LakeError(f"{what}: {reason}; {advice}", may_pass=local_path(root) is None) from error

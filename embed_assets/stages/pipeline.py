@@ -65,6 +65,7 @@ class Pipeline:
             settings.query_prompt,
             settings.truncate_dim,
             settings.trust_remote_code,
+            settings.allow_pickled_weights,
         )
         lake = Lake.from_settings(settings)
         if settings.precision == "int8" and settings.device not in ("auto", "cpu"):

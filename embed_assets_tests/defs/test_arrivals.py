@@ -15,7 +15,7 @@ from embed_assets.defs import arrivals
 from embed_assets.defs.arrivals import observe_arrivals, seconds_until_settled, wait_until_settled
 from embed_assets.defs.discovery import list_partitions
 from embed_assets.defs.instance import open_instance
-from embed_assets.defs.names import AUTOMATED_TAG
+from embed_assets.defs.names import AUTOMATED_TAG, Names
 from embed_assets.defs.staleness import Record
 from embed_assets_tests.conftest import Project
 from embed_assets_tests.defs.dagster_runs import definitions
@@ -214,5 +214,5 @@ def test_partitions_without_files_are_listed_too(project: Project) -> None:
     project.write("a/one.md", "One.")
     with open_instance() as instance:
         instance.add_dynamic_partitions("corpus", ["gone"])
-        found = list_partitions(instance, project.pipeline())
+        found = list_partitions(instance, project.pipeline().source, Names())
     assert {key: len(partition.files) for key, partition in found.items()} == {"a": 1, "gone": 0}

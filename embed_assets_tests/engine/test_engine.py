@@ -171,6 +171,9 @@ def broken(model: Path, how: str) -> None:
         (model / "model.safetensors").unlink()
     elif how == "pickled":
         (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    elif how == "pickled module":
+        (model / "3_Dense").mkdir()
+        (model / "3_Dense/pytorch_model.bin").write_bytes(b"pickled")
     elif how == "no tokenizer":
         (model / "tokenizer.json").unlink()
     elif how == "broken tokenizer":
@@ -181,7 +184,8 @@ def broken(model: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no weights", "needs weights as .safetensors, found none"),
-        ("pickled", "pytorch_model.bin"),
+        ("pickled", "pytorch_model.bin.*EMBED_ALLOW_PICKLED_WEIGHTS"),
+        ("pickled module", "3_Dense/pytorch_model.bin"),
         ("no tokenizer", "has no tokenizer.json"),
         ("broken tokenizer", "no JSON"),
     ],
@@ -191,6 +195,29 @@ def test_unusable_models(sample_space: EmbeddingSpace, tmp_path: Path, how: str,
     broken(model, how)
     with pytest.raises(ModelError, match=message):
         resolve_space(str(model))
+
+
+def test_pickled_weights_are_loaded_only_when_they_are_allowed(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    model = copy_of(sample_space, tmp_path)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="could run code"):
+        resolve_space(str(model))
+    space = resolve_space(str(model), allow_pickled_weights=True)
+    assert load(space).dimension == 384
+
+
+def test_a_model_that_wants_to_run_its_own_code_is_refused(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
+    model = copy_of(sample_space, tmp_path)
+    modules = (model / "modules.json").read_text()
+    (model / "modules.json").write_text(modules.replace("sentence_transformers.models.Normalize", "evil.Normalize"))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError, match="third-party code"):
+        load(resolve_space(str(model)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_swapped_behind_our_back_are_refused(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
