@@ -37,6 +37,7 @@ bench: install
 
 torture: install
 	$(BIN)/python -m embed_assets_tests.torture $(ARGS)
+	$(BIN)/python -m embed_assets_tests.crowd
 
 clean:
 	rm -rf .venv .dagster landing lake

@@ -118,7 +118,7 @@ class Reader(threading.Thread):
 def torture(root: Path, kills: int, partitions: int, rows: int, texts_per_second: int, seed: int = 0) -> Report:
     """Kill that many syncs in an empty folder `root`; prints a line for each."""
     report, chance = Report(), random.Random(seed)
-    project = _new_project(root / "killed")
+    project = new_project(root / "killed")
     corpus = Corpus(project / "landing", partitions, rows, seed)
     reader = Reader(project / "lake", corpus, report)
     reader.start()
@@ -135,7 +135,7 @@ def torture(root: Path, kills: int, partitions: int, rows: int, texts_per_second
         print(f"kill {number}: after {after:.1f} s and {killed} texts; {again} in the rerun", flush=True)
     reader.stop()
     report.distinct_texts = len(corpus.all_texts)
-    quiet = _new_project(root / "quiet")
+    quiet = new_project(root / "quiet")
     shutil.copytree(project / "landing", quiet / "landing", dirs_exist_ok=True)
     _sync(quiet, _MODEL, Report())
     _compare(project, quiet, report)
@@ -144,7 +144,8 @@ def torture(root: Path, kills: int, partitions: int, rows: int, texts_per_second
     return report
 
 
-def _new_project(folder: Path) -> Path:
+def new_project(folder: Path) -> Path:
+    """A folder with the project's dagster.yaml and an empty landing zone."""
     (folder / "landing").mkdir(parents=True)
     shutil.copy(REPOSITORY / "dagster.yaml", folder)
     return folder

@@ -18,6 +18,7 @@ from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet
 from embed_assets.corpus.source import Source, SourceFile, SourcePartition
 from embed_assets.corpus.structure import find_structure
 from embed_assets.records import Document, Rejection
+from embed_assets.scratch import Seen
 
 REASONS: dict[str, str] = {
     "empty": "there is no text in it",
@@ -115,10 +116,9 @@ def _problem_of(text: str) -> str:
 
 def _read_rows(source: Source, file: SourceFile, ending: str, options: ParseOptions) -> Iterator[Row | BadRow]:
     """The rows of a table-like file, each with an id that no earlier row of the file has."""
-    keys: set[str] = set()
     repeats: dict[str, int] = {}
     is_empty = True
-    with source.open(file) as stream:
+    with source.open(file) as stream, Seen() as keys:
         for row in _ROW_FORMATS[ending][1](stream, options):
             is_empty = False
             if isinstance(row, Row):

@@ -10,8 +10,8 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from embed_assets.lake.scratch import DiskMap, scratch_errors, scratch_file
 from embed_assets.records import TIMESTAMP, VECTOR
+from embed_assets.scratch import DiskMap, scratch_errors, scratch_file
 
 VECTOR_ROWS = pa.schema(
     [

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import partition_keys, read_partition
-from embed_assets.lake.scratch import DiskMap
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
 from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
+from embed_assets.scratch import DiskMap
 
 
 @dataclass(slots=True)

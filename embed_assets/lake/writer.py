@@ -15,9 +15,9 @@ from deltalake.exceptions import CommitFailedError
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionState, content_version, partition_state, state_of
-from embed_assets.lake.scratch import scratch_errors, scratch_file
 from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
+from embed_assets.scratch import scratch_errors, scratch_file
 
 _COMMIT_ATTEMPTS = 20
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
@@ -26,8 +26,13 @@ _MAX_ROW_GROUP_BYTES = 32 << 20
 """A row group is what a reader holds at a time, so long texts make it short."""
 TARGET_FILE_BYTES = 32 << 20
 """A file is held in memory until it is complete; a third of the default saves about 100 MB."""
+_FEED_BYTES_PER_SECOND = 400e6
 # delta-rs buffers up to N batches for each of several files; with one of each, memory stays flat.
-_FLAT_MEMORY = {"DELTARS_WRITER_BATCH_CHANNEL_SIZE": "1", "DELTARS_MAX_CONCURRENT_WRITERS": "1"}
+_FLAT_MEMORY = {
+    "DELTARS_WRITER_BATCH_CHANNEL_SIZE": "1",
+    "DELTARS_MAX_CONCURRENT_WRITERS": "1",
+    "DELTARS_MAX_IN_FLIGHT_UPLOAD_BYTES": str(64 << 20),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +130,12 @@ def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
 
 
 def _read_staged(staged: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    """The rows, no faster than they can be written: delta-rs queues what comes faster, hundreds of megabytes of it."""
     staged.seek(0)
     with pa.ipc.open_stream(staged) as reader:
-        yield from reader
+        for batch in reader:
+            yield batch
+            time.sleep(batch.nbytes / _FEED_BYTES_PER_SECOND)
 
 
 def _commit(

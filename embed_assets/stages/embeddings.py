@@ -15,12 +15,12 @@ from embed_assets.engine.runner import Embedder
 from embed_assets.errors import LakeError
 from embed_assets.lake.inputs import Inputs
 from embed_assets.lake.reader import PartitionState, read_partition, read_rows, row_count, scan
-from embed_assets.lake.scratch import DiskMap
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text, utc_now
+from embed_assets.scratch import DiskMap
 from embed_assets.stages.rejections import Rejections, replace_rejections
 
 WINDOW_SECONDS = 15.0

@@ -11,7 +11,6 @@ import pyarrow as pa
 from embed_assets.errors import LakeError, SupersededError
 from embed_assets.lake.inputs import Inputs
 from embed_assets.lake.reader import read_partition
-from embed_assets.lake.scratch import scratch_errors, scratch_file
 from embed_assets.lake.tables import REJECTED, Lake
 from embed_assets.lake.writer import Provenance, replace_partition
 from embed_assets.records import (
@@ -21,6 +20,7 @@ from embed_assets.records import (
     is_chunk_of,
     utc_now,
 )
+from embed_assets.scratch import scratch_errors, scratch_file
 
 _ATTEMPTS = 20
 _ROWS_PER_BATCH = 4096

@@ -13,6 +13,7 @@ import pyarrow as pa
 from embed_assets.errors import LakeError
 
 _CACHE_KILOBYTES = 16_384
+_IN_MEMORY = 20_000
 
 
 def scratch_file() -> IO[bytes]:
@@ -74,3 +75,33 @@ class DiskMap:
     def __len__(self) -> int:
         [count] = self._database.execute("SELECT count(*) FROM rows").fetchone()
         return int(count)
+
+
+class Seen:
+    """Which strings were there before. The first ones are kept in memory, where files are many and small."""
+
+    def __init__(self) -> None:
+        self._first: set[str] = set()
+        self._others: DiskMap | None = None
+
+    def __enter__(self) -> Seen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._others is not None:
+            self._others.close()
+
+    def __contains__(self, item: str) -> bool:
+        return item in self._first or (self._others is not None and _key(item) in self._others)
+
+    def add(self, item: str) -> None:
+        """Remember it."""
+        if len(self._first) < _IN_MEMORY:
+            self._first.add(item)
+            return
+        self._others = self._others or DiskMap()
+        self._others.add([(_key(item),)])
+
+
+def _key(item: str) -> bytes:
+    return item.encode("utf-8", "surrogatepass")
