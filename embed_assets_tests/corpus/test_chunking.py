@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from embed_assets.corpus.chunking import ChunkOptions, split_document
 from embed_assets.corpus.chunking import Tokenizer as ChunkTokenizer
+from embed_assets.corpus.sections import MAX_SECTION_CHARACTERS
 from embed_assets.engine.model import resolve_space
 from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer
 from embed_assets.records import Chunk
@@ -258,3 +259,38 @@ def test_work_grows_with_the_text_not_with_its_square() -> None:
     recording = Recording()
     split_document(text, RST, recording, ChunkOptions(256))  # type: ignore[arg-type]
     assert recording.characters <= 1.1 * len(text)
+
+
+LONG = "\n\n".join(
+    f"# Part {i}\n\n" * (i % 500 == 0)
+    + f"Paragraph {i} of a long report, with {i * 7919 % 1000} of something. It goes on."
+    for i in range(20_000)
+)
+
+
+def test_sections_of_a_long_document_leave_no_trace_but_at_their_edges() -> None:
+    """Split by words, which is quick: text, order, headings and edits are as in short documents."""
+    options, words = ChunkOptions(64), tokenizer("words")
+    assert len(LONG) > MAX_SECTION_CHARACTERS
+    chunks = split_document(LONG, MARKDOWN, words, options)
+    check(LONG, chunks, words, options)
+    for chunk in chunks[:: len(chunks) // 50]:
+        first = int(chunk.text.split("Paragraph ")[1].split()[0])
+        assert chunk.heading_path == f"Part {first // 500 * 500}"
+    edited = LONG.replace("Paragraph 100 ", "Paragraph one hundred and something ", 1)
+    before, after = ({c.text for c in split_document(t, MARKDOWN, words, options)} for t in (LONG, edited))
+    assert len(before - after) <= 4
+
+
+@pytest.mark.parametrize("media_type", [MARKDOWN, RST, PLAIN])
+def test_long_documents_without_a_place_to_cut(media_type: str) -> None:
+    for text in ("x" * (MAX_SECTION_CHARACTERS + 5), "```\n" + "code\n" * 300_000, "\n" * 1_500_000 + "end"):
+        options = ChunkOptions(64)
+        check(text, split_document(text, media_type, tokenizer("words"), options), tokenizer("words"), options)
+
+
+def test_a_word_that_is_one_token_does_not_make_an_endless_chunk() -> None:
+    text = "ab" * 100_000
+    chunks = split_document(text, PLAIN, tokenizer("wordpiece"), ChunkOptions(64))
+    assert max(len(chunk.text) for chunk in chunks) <= 64 * 64
+    assert "".join(chunk.text for chunk in chunks) == text

@@ -12,7 +12,7 @@ import pytest
 
 from embed_assets.definitions import definitions_over
 from embed_assets.defs import arrivals
-from embed_assets.defs.arrivals import observe_arrivals, seconds_until_settled, wait_until_settled
+from embed_assets.defs.arrivals import Cursor, observe_arrivals, seconds_until_settled, wait_until_settled
 from embed_assets.defs.discovery import list_partitions
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import AUTOMATED_TAG, Names
@@ -216,3 +216,40 @@ def test_partitions_without_files_are_listed_too(project: Project) -> None:
         instance.add_dynamic_partitions("corpus", ["gone"])
         found = list_partitions(instance, project.pipeline().source, Names())
     assert {key: len(partition.files) for key, partition in found.items()} == {"a": 1, "gone": 0}
+
+
+def test_a_clock_that_is_set_back_stops_nothing(tick: Ticker) -> None:
+    tick.project.write("a/one.md", "One.")
+    assert tick() == ({"a"}, {"a"})
+    year = 365 * 24 * 3600.0
+    ahead = tick.now + year
+    tick.cursor = Cursor(ahead, 30.0, ahead, {"a": ahead}).dumps()
+    tick.project.write("b/one.md", "One.")
+    assert tick() == ({"b"}, {"b"})
+
+
+@pytest.mark.parametrize("cursor", ["garbage", "[]", '{"unknown": 1}'])
+def test_a_cursor_that_can_not_be_read_is_as_good_as_none(tick: Ticker, cursor: str) -> None:
+    tick.project.write("a/one.md", "One.")
+    tick.cursor = cursor
+    assert tick() == ({"a"}, {"a"})
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Pacific/Apia"])
+def test_changes_of_the_hour_move_no_document(project: Project, zone: str) -> None:
+    """Times of files around a change of the clocks, seen from the zone and from UTC, are the same times."""
+    changes = [1761440400 + 600 * i for i in range(-12, 12)]  # 2025-10-26 01:00 UTC
+    for i, at in enumerate(changes):
+        os.utime(project.write(f"a/{i}.md", f"Text {i}."), (at, at))
+    project.sync()
+    version = project.pipeline().source.partitions()["a"].version
+    project.monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert project.pipeline().source.partitions()["a"].version == version
+        assert project.sync()["partitions"]["a"]["state"] == "fresh"
+        times = {row["modified_at"].timestamp() for row in project.rows("modified_at", table="raw_documents")}
+        assert times == set(map(float, changes))
+    finally:
+        project.monkeypatch.delenv("TZ")
+        time.tzset()
