@@ -35,7 +35,7 @@ def hide_secrets(text: str) -> str:
 
 
 def _secrets() -> list[str]:
-    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and not name.startswith("EMBED_")}
     for name in ("EMBED_LAKE_OPTIONS", "EMBED_SOURCE_OPTIONS"):
         with contextlib.suppress(ValueError, AttributeError):
             options = json.loads(os.environ.get(name, "{}"))

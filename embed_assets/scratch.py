@@ -61,16 +61,21 @@ class DiskMap:
         """Take in rows, their key first; where a key is there already, its values stay."""
         with scratch_errors():
             self._database.execute("BEGIN")
-            self._database.executemany(self._insert, rows)
-            self._database.execute("COMMIT")
+            try:
+                self._database.executemany(self._insert, rows)
+            finally:
+                self._database.execute("COMMIT")
 
     def get(self, keys: Sequence[bytes | str]) -> Iterator[tuple[Any, ...] | None]:
         """The values of each key, or None."""
-        cursor = self._database.cursor()
-        return (cursor.execute(self._select, (key,)).fetchone() for key in keys)
+        with scratch_errors():
+            cursor = self._database.cursor()
+            for key in keys:
+                yield cursor.execute(self._select, (key,)).fetchone()
 
     def __contains__(self, key: bytes | str) -> bool:
-        return self._database.execute(self._select, (key,)).fetchone() is not None
+        with scratch_errors():
+            return self._database.execute(self._select, (key,)).fetchone() is not None
 
     def __len__(self) -> int:
         [count] = self._database.execute("SELECT count(*) FROM rows").fetchone()

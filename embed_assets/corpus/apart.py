@@ -20,6 +20,7 @@ from typing import IO
 
 from embed_assets.corpus.formats import FORMATS, MissingExtra
 from embed_assets.corpus.items import BadRow
+from embed_assets.errors import SourceError
 
 CPU_SECONDS = 60
 """Of the machine's time for one document; 20 MB of HTML take five."""
@@ -38,25 +39,41 @@ class ParserProcess:
         self._lock = threading.Lock()
 
     def parse(self, ending: str, data: bytes) -> tuple[str, str]:
-        """(text, title) of a document. Raises ``BadRow.Error`` or ``MissingExtra``."""
+        """(text, title) of a document.
+
+        Raises ``BadRow.Error`` or ``MissingExtra``; ``SourceError`` when the process fails for reasons of its own.
+        """
         with self._lock:
-            process = self._running()
-            assert process.stdin is not None and process.stdout is not None
-            watchdog = threading.Timer(_WALL_SECONDS, process.kill)
-            watchdog.start()
-            try:
-                _send(process.stdin, ending.encode(), data)
-                answer, text = _receive(process.stdout), _receive(process.stdout)
-            except (BrokenPipeError, EOFError):
-                raise BadRow.Error("too_costly", _cause_of_death(process)) from None
-            finally:
-                watchdog.cancel()
+            for is_last in (False, True):
+                try:
+                    answer, text = self._exchange(ending, data)
+                    break
+                except _Died as died:
+                    # Something else may have killed it: the document is to blame if it happens again.
+                    if died.is_limit or is_last:
+                        raise BadRow.Error("too_costly", str(died)) from None
         kind, *details = json.loads(answer)
         if kind == "parsed":
             return text.decode("utf-8", "surrogatepass"), details[0]
         if kind == "missing":
             raise MissingExtra(details[0])
         raise BadRow.Error(*details)
+
+    def _exchange(self, ending: str, data: bytes) -> tuple[bytes, bytes]:
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        watchdog = threading.Timer(_WALL_SECONDS, process.kill)
+        watchdog.start()
+        try:
+            _send(process.stdin, ending.encode(), data)
+            return _receive(process.stdout), _receive(process.stdout)
+        except (BrokenPipeError, EOFError):
+            raise _Died.of(process) from None
+        except BaseException:
+            self.close()  # what it would still answer must not be taken for the next document's
+            raise
+        finally:
+            watchdog.cancel()
 
     def close(self) -> None:
         """End the process."""
@@ -74,7 +91,18 @@ class ParserProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                start_new_session=True,  # Ctrl-C is for this process to handle
             )
+            assert self._process.stdout is not None
+            try:
+                _receive(self._process.stdout)
+            except EOFError:
+                status = self._process.wait()
+                raise SourceError(
+                    f"the process that reads HTML, PDF and Word ended with status {status} before its first document; "
+                    "see what 'python -m embed_assets.corpus.apart' says",
+                    may_pass=True,
+                ) from None
         return self._process
 
 
@@ -83,14 +111,23 @@ parser_process = ParserProcess()
 atexit.register(parser_process.close)
 
 
-def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
-    status = process.wait()
-    if status == -signal.SIGXCPU:
-        return f"reading it took more than {CPU_SECONDS} seconds; split or simplify it"
-    if status == -signal.SIGKILL:
-        return "the process that read it was killed, for lack of memory or after a quarter of an hour; split it"
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"reading it ended the parser with {how}, perhaps over {MEMORY_BYTES >> 30} GB of memory; split it"
+class _Died(Exception):
+    """The process ended while it worked on a document."""
+
+    def __init__(self, message: str, is_limit: bool) -> None:
+        super().__init__(message)
+        self.is_limit = is_limit
+        """One of ours, that is, and not something from outside."""
+
+    @classmethod
+    def of(cls, process: subprocess.Popen[bytes]) -> _Died:
+        """The cause of the process's death."""
+        status = process.wait()
+        if status == -signal.SIGXCPU:
+            return cls(f"reading it took more than {CPU_SECONDS} seconds; split or simplify it", True)
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        limit = f"perhaps over {MEMORY_BYTES >> 30} GB of memory"
+        return cls(f"reading it ended the parser with {how}, {limit}; split it", status == -signal.SIGABRT)
 
 
 def _send(stream: IO[bytes], *parts: bytes) -> None:
@@ -119,7 +156,9 @@ def _parse(ending: str, data: bytes) -> tuple[list[str], bytes]:
         return ["missing", ending], b""
     except BadRow.Error as error:
         return ["bad", error.row.reason, error.row.detail], b""
-    except MemoryError:
+    except Exception as error:
+        if not isinstance(error, MemoryError):
+            return ["bad", "broken_file", f"it could not be parsed: {type(error).__name__}: {error}"], b""
         return ["bad", "too_costly", f"reading it took more than {MEMORY_BYTES >> 30} GB of memory; split it"], b""
     return ["parsed", title], text.encode("utf-8", "surrogatepass")
 
@@ -128,6 +167,7 @@ def _serve() -> None:
     """In the process: parse until nothing more comes."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
+    _send(answers, b"ready")
     while True:
         try:
             ending, data = _receive(requests).decode(), _receive(requests)
@@ -141,12 +181,13 @@ def _serve() -> None:
 
 def _limit() -> None:
     """For the next document, as far as the system knows limits."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    with contextlib.suppress(ImportError):
         import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CPU_SECONDS + 1, hard))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        seconds = int(time.process_time()) + CPU_SECONDS + 1
+        for kind, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, MEMORY_BYTES)):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
 
 
 if __name__ == "__main__":

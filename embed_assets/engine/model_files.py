@@ -13,6 +13,8 @@ from embed_assets.records import hash_parts
 
 WEIGHT_PATTERNS = ("*.safetensors", "*/*.safetensors")
 _PICKLED = tuple(f"{folder}*.{ending}" for folder in ("", "*/") for ending in ("bin", "pt", "pth", "ckpt", "pkl"))
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"})
+"""What training leaves behind; nothing loads it."""
 _CONFIGS = (
     "modules.json",
     "config.json",
@@ -33,7 +35,9 @@ def weight_files(directory: Path, allow_pickled: bool = False) -> list[Path]:
     """
     files = {file for pattern in WEIGHT_PATTERNS for file in directory.glob(pattern)}
     safe = {file.parent for file in files}
-    pickled = sorted(f for pattern in _PICKLED for f in directory.glob(pattern) if f.parent not in safe)
+    modules = {directory, *(directory / str(m.get("path", "")) for m in _read_json_list(directory / "modules.json"))}
+    found = (f for pattern in _PICKLED for f in directory.glob(pattern) if f.parent in modules - safe)
+    pickled = sorted(f for f in found if f.name not in _NO_WEIGHTS)
     if pickled and not allow_pickled:
         raise ModelError(
             f"a model needs weights as .safetensors, {str(pickled[0].relative_to(directory))!r} in {directory.name!r} "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from embed_assets.errors import SupersededError
+from embed_assets.errors import LakeError, SupersededError
 from embed_assets.lake.reader import PartitionState, content_version, partition_state
 from embed_assets.lake.tables import Lake, TableSpec
 
@@ -29,7 +29,8 @@ class Inputs:
             if self._is_replaced(state):
                 raise SupersededError(
                     f"partition {self._key!r}: another run replaced its {state.table.path} while this one worked on "
-                    "the older ones, so this run's rows were not written; the newer ones stand, see 'embed-assets plan'"
+                    "the older ones, so its own were not written; the newer ones stand, see 'embed-assets plan'",
+                    may_pass=True,
                 )
 
     @contextlib.contextmanager
@@ -39,8 +40,13 @@ class Inputs:
             yield
         except SupersededError:
             raise
-        except Exception:
-            self.check()
+        except Exception as error:
+            try:
+                self.check()
+            except SupersededError:
+                raise
+            except LakeError:
+                raise error from None  # what can't be compared does not explain it
             raise
 
     def _is_replaced(self, state: PartitionState) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -27,10 +28,14 @@ from embed_assets.settings import local_path
 RETENTION = timedelta(hours=168)
 """Files that no version needs any more are kept so long: Delta's own default, for readers and runs that use them."""
 _CHECKPOINT_COMMITS = 10
-_PARTITIONS_PER_COMPACTION = 100
+_PARTITIONS_PER_COMPACTION = 1000
 _COMPACTION_ATTEMPTS = 5
-_ABANDONED = re.compile(r"#\d+$")
+_UNPACKED = 8
+"""How much larger rows are when unpacked, at most usually: it bounds what a reader holds."""
+_ABANDONED = re.compile(r"\.(parquet|json|arrow|crc)#\d+$")
 """Names of files that were being written to a local disk when their process died; nothing else removes them."""
+_FOLDERS = ("raw_documents", "rejected_documents", "chunks", "embeddings", "models")
+"""What is ours in the lake's folder; the documents may lie beside it."""
 
 
 @dataclass(slots=True)
@@ -172,7 +177,8 @@ def _compact(lake: Lake, table: TableSpec, keys: Sequence[str], small: dict[str,
     A commit to one of the partitions meanwhile makes this one fail, never the other way round: rows are not lost.
     """
     sizes = [size for key in keys for size in small[key]]
-    row_bytes = max(1, sum(size for size, _ in sizes) // max(1, sum(rows for _, rows in sizes)))
+    packed = sum(size for size, _ in sizes) // max(1, sum(rows for _, rows in sizes))
+    row_bytes = max(1, _UNPACKED * packed)
     for _ in range(_COMPACTION_ATTEMPTS):
         with lake_errors(f"the table {table.path!r} can't be compacted", lake.root):
             delta = DeltaTable(lake.uri(table), storage_options=lake.options or None)
@@ -187,7 +193,8 @@ def _compact(lake: Lake, table: TableSpec, keys: Sequence[str], small: dict[str,
             return 0
     if len(keys) == 1:
         return 1
-    return sum(_compact(lake, table, [key], small) for key in keys)
+    # The fewer partitions at a time, the fewer others there are to get into the way.
+    return sum(_compact(lake, table, part, small) for part in slices(keys, max(1, len(keys) // 10)))
 
 
 def _vacuum(delta: DeltaTable, retention: timedelta, dry_run: bool) -> list[str]:
@@ -209,7 +216,8 @@ def _abandoned_files(lake: Lake, age: timedelta) -> Iterator[str]:
     if root is None:
         return  # object stores show no file before it is complete
     before = (utc_now() - age).timestamp()
-    for folder, _, names in os.walk(root):
+    walks = (os.walk(root / folder) for folder in _FOLDERS)
+    for folder, _, names in itertools.chain.from_iterable(walks):
         for name in names:
             if _ABANDONED.search(name):
                 path = Path(folder, name)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import obstore
-from obstore.exceptions import UnknownConfigurationKeyError
+from obstore.exceptions import BaseError, UnknownConfigurationKeyError
 from obstore.store import LocalStore, from_url
 
 from embed_assets.settings import local_path
@@ -116,4 +116,6 @@ def _is_known(root: str, name: str, value: str) -> bool:
         _from_url(root, config={name: value})
     except UnknownConfigurationKeyError:
         return False
+    except BaseError:  # it is known, and not enough by itself
+        return True
     return True

@@ -176,7 +176,8 @@ def materialize_embeddings(
         # A vector that had to be made again must be committed, even if its row looks the same but for that.
         rewrite = rewrite or work.embedded > 0
         replaced = replace_partition(lake, table, key, rows, provenance, store.dimension, rewrite, read.check)
-        replace_rejections(lake, key, rejections, provenance, table.space)
+        own = Inputs(lake, key, [table], [replaced.state])
+        replace_rejections(lake, key, rejections, provenance, table.space, own.check)
         work.dropped += len(previous)
         work.rejected_chunks = rejections.count
     staging.clear()

@@ -63,7 +63,8 @@ def materialize_raw_documents(
 
         batches = document_batches(documents(), partition.key)
         replaced = replace_partition(lake, RAW, partition.key, batches, provenance, rewrite=rewrite, check=check)
-        replace_rejections(lake, partition.key, rejections, provenance)
+        own = Inputs(lake, partition.key, [RAW], [replaced.state])
+        replace_rejections(lake, partition.key, rejections, provenance, check=own.check)
         return RawDocuments(replaced, replaced.rows, rejections.count)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import pyarrow as pa
@@ -78,11 +77,20 @@ class Rejections:
 
 
 def replace_rejections(
-    lake: Lake, key: str, rejections: Rejections, provenance: Provenance, space: str | None = None
+    lake: Lake,
+    key: str,
+    rejections: Rejections,
+    provenance: Provenance,
+    space: str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Make `rejections` the partition's rejected documents, or (with `space`) the chunks that this space's model
-    can't embed. All other rows stay, those too that another run writes at the same time."""
+    can't embed. All other rows stay, those too that another run writes at the same time.
+
+    `check` raises when the rows are of older inputs than what another run wrote meanwhile.
+    """
     for attempt in range(_ATTEMPTS):
+        check()
         rows = Inputs(lake, key, [REJECTED])
         if space is not None and not rejections.count and not _has_own(lake, key, space):
             return
@@ -96,12 +104,15 @@ def replace_rejections(
 
 
 def _others(lake: Lake, key: str, space: str | None) -> Iterator[pa.RecordBatch]:
-    """The rows that stay. Files that can't be read hold none: what is written now mends them."""
-    with contextlib.suppress(LakeError):
+    """The rows that stay. Damaged files hold none: what is written now mends them."""
+    try:
         for batch in read_partition(lake, REJECTED, key, REJECTED_DOCUMENTS.names):
             kept = batch.filter(pa.array([not is_own for is_own in _is_own(batch, space)]))
             if kept.num_rows:
                 yield kept
+    except LakeError as error:
+        if error.may_pass:  # a storage that hiccups is no damage
+            raise
 
 
 def _has_own(lake: Lake, key: str, space: str) -> bool:

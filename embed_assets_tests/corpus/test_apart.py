@@ -13,24 +13,59 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embed_assets.corpus.apart import ParserProcess
+from embed_assets.corpus.apart import ParserProcess, _send
 from embed_assets.corpus.items import BadRow
 from embed_assets.corpus.options import ParseOptions
+from embed_assets.errors import SourceError
 from embed_assets_tests.corpus.test_parsing import read
 
+PAGE = b"<div><b>words and words</b></div>" * 1_000_000
 
-def test_a_process_that_dies_costs_one_document() -> None:
-    parser = ParserProcess()
+
+def kill_often(parser: ParserProcess, is_over: threading.Event, times: int) -> None:
+    while times and not is_over.wait(0.1):
+        if parser._process is not None and parser._process.poll() is None:
+            parser._process.kill()
+            times -= 1
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_process_that_is_killed_is_started_again_and_gives_up_after_the_second_time(times: int) -> None:
+    parser, is_over = ParserProcess(), threading.Event()
     assert parser.parse(".html", b"<title>T</title><p>One.</p>") == ("One.\n", "T")
-    running = parser._running()
-    threading.Timer(0.3, running.kill).start()
-    page = b"<div><b>words and words</b></div>" * 1_500_000
-    with pytest.raises(BadRow.Error) as caught:
-        for _ in range(20):
-            parser.parse(".html", page)
-    assert caught.value.row.reason == "too_costly"
+    killer = threading.Thread(target=kill_often, args=(parser, is_over, times))
+    killer.start()
+    if times == 1:
+        assert "words and words" in parser.parse(".html", PAGE)[0]
+    else:
+        with pytest.raises((BadRow.Error, SourceError)):
+            parser.parse(".html", PAGE)
+    is_over.set()
+    killer.join()
     assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"
     parser.close()
+
+
+def test_an_interrupted_exchange_gives_nobody_the_answer_of_another() -> None:
+    parser = ParserProcess()
+    parser.parse(".html", b"<p>Zero.</p>")
+    process = parser._running()
+    assert process.stdin is not None
+    _send(process.stdin, b".html", b"<p>One.</p>")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(parser)
+    assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"
+    parser.close()
+
+
+def interrupted(parser: ParserProcess) -> None:
+    """As if Ctrl-C came in the middle of what is sent."""
+
+    class Interrupts(bytes):
+        def __len__(self) -> int:
+            raise KeyboardInterrupt
+
+    parser.parse(".html", Interrupts(b"x"))
 
 
 def test_more_memory_than_there_is_for_one_document_is_a_rejection(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -136,11 +137,13 @@ class Flaky(Pipeline):
 
     failures = 0
 
-    def materialize_raw_documents(self, partition: SourcePartition, provenance: Provenance) -> RawDocuments:
+    def materialize_raw_documents(
+        self, partition: SourcePartition, provenance: Provenance, *options: Any
+    ) -> RawDocuments:
         if partition.key == "b" and Flaky.failures < 2:
             Flaky.failures += 1
             raise ConnectionResetError("the store hung up")
-        return super().materialize_raw_documents(partition, provenance)
+        return super().materialize_raw_documents(partition, provenance, *options)
 
 
 def test_a_store_that_hangs_up_is_tried_again_and_the_rest_is_not_done_twice(

@@ -174,6 +174,9 @@ def broken(model: Path, how: str) -> None:
     elif how == "pickled module":
         (model / "3_Dense").mkdir()
         (model / "3_Dense/pytorch_model.bin").write_bytes(b"pickled")
+        modules = json.loads((model / "modules.json").read_text())
+        modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+        (model / "modules.json").write_text(json.dumps(modules))
     elif how == "no tokenizer":
         (model / "tokenizer.json").unlink()
     elif how == "broken tokenizer":
