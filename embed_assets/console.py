@@ -90,9 +90,7 @@ def print_maintenance(done: Maintenance, dry_run: bool) -> None:
     if done.abandoned_files:
         stdout.print(f"{len(done.abandoned_files)} files that killed processes left unfinished", markup=False)
     for space in done.spaces:
-        use = "in use" if space.is_current else "not in use"
-        use = "removed" if space.name in done.removed_spaces else use
-        stdout.print(f"space {space.name}: {space.bytes / 1e6:,.1f} MB, {use}", markup=False)
+        stdout.print(f"space {space.name}: {space.bytes / 1e6:,.1f} MB, {done.use_of(space)}", markup=False)
     told = "nothing was changed" if dry_run else "done"
     stdout.print(f"{told}; files of the last {done.retention_hours:,.0f} hours are kept", markup=False)
     for work in done.tables:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,42 @@ def scratch_errors() -> Iterator[None]:
             f"a temporary file could not be written in {tempfile.gettempdir()!r}: {reason}; "
             "free some space there or set TMPDIR to a larger folder",
         ) from error
+
+
+class SpooledBatches:
+    """Record batches of one schema in a temporary file, to be read as often as need be."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._file = scratch_file()
+        self._stream = pa.ipc.new_stream(self._file, schema)
+        self._is_complete = False
+
+    def __enter__(self) -> SpooledBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Keep one more; not after they were read."""
+        with scratch_errors():
+            self._stream.write_batch(batch)
+
+    def complete(self) -> int:
+        """Write what is left; returns the bytes of all batches."""
+        with scratch_errors():
+            if not self._is_complete:
+                self._is_complete = True
+                self._stream.close()
+                self._file.flush()
+            return self._file.seek(0, io.SEEK_END)
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        self.complete()
+        self._file.seek(0)
+        with pa.ipc.open_stream(self._file) as stream:
+            yield from stream
 
 
 class DiskMap:

@@ -156,10 +156,10 @@ def _parse(ending: str, data: bytes) -> tuple[list[str], bytes]:
         return ["missing", ending], b""
     except BadRow.Error as error:
         return ["bad", error.row.reason, error.row.detail], b""
-    except Exception as error:
-        if not isinstance(error, MemoryError):
-            return ["bad", "broken_file", f"it could not be parsed: {type(error).__name__}: {error}"], b""
+    except MemoryError:
         return ["bad", "too_costly", f"reading it took more than {MEMORY_BYTES >> 30} GB of memory; split it"], b""
+    except Exception as error:
+        return ["bad", "broken_file", f"it could not be parsed: {type(error).__name__}: {error}"], b""
     return ["parsed", title], text.encode("utf-8", "surrogatepass")
 
 

@@ -68,11 +68,7 @@ def _metadata(done: Maintenance, dry_run: bool) -> dict[str, dg.MetadataValue | 
     names = [name for name in rows[0] if name != "error"] if rows else ["table"]
     lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
-    spaces = [
-        f"- `{s.name}`: {s.bytes / 1e6:,.1f} MB"
-        + (", in use" if s.is_current else ", removed" if s.name in done.removed_spaces else ", not in use")
-        for s in done.spaces
-    ]
+    spaces = [f"- `{space.name}`: {space.bytes / 1e6:,.1f} MB, {done.use_of(space)}" for space in done.spaces]
     return {
         "tables": dg.MetadataValue.md("\n".join(lines)),
         "spaces": dg.MetadataValue.md("\n".join(spaces) or "none"),

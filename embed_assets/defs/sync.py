@@ -18,7 +18,7 @@ from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.errors import PartitionError, UserError
-from embed_assets.lake.staging import STALE_WINDOWS, sweep_windows
+from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.stages.embeddings import Progress
 from embed_assets.stages.pipeline import Estimate, Pipeline
 
@@ -157,7 +157,7 @@ def run_sync(
             tags={RANGE_START_TAG: first, RANGE_END_TAG: last, PROCESS_TAG: this_process()},
         )
         _check_complete(collector, keys, run)
-    sweep_windows(pipeline.lake, pipeline.embeddings_table, STALE_WINDOWS)
+    remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))
     results = fresh | collector.results
     return SyncResult({key: results[key] for key in sorted(results)}, round(time.perf_counter() - started, 3))
 

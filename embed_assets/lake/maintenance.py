@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.staging import STALE_WINDOWS, stale_windows, sweep_windows
+from embed_assets.lake.reader import DataFile, data_files
+from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, lake_errors
 from embed_assets.lake.writer import TARGET_FILE_BYTES, writer_properties
 from embed_assets.records import slices, utc_now
@@ -78,6 +78,12 @@ class Maintenance:
     spaces: list[Space] = field(default_factory=list)
     removed_spaces: list[str] = field(default_factory=list)
 
+    def use_of(self, space: Space) -> str:
+        """What is, or was, done with a space."""
+        if space.name in self.removed_spaces:
+            return "removed"
+        return "in use" if space.is_current else "not in use"
+
     @property
     def failed(self) -> list[TableWork]:
         """Tables that could not be looked after."""
@@ -98,9 +104,9 @@ def maintain(
     longer than the longest run. Raises ``LakeError`` for a space that is not there or in use.
     """
     retention = max(retention, RETENTION)
-    _check_removable(lake, current, remove)
-    done = Maintenance(retention.total_seconds() / 3600)
     spaces = lake.spaces()
+    _check_removable(lake, spaces, current, remove)
+    done = Maintenance(retention.total_seconds() / 3600)
     kept = [space for space in spaces if space not in remove]
     for table in (RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in kept)):
         on_table(table.path)
@@ -122,8 +128,7 @@ def maintain(
     return done
 
 
-def _check_removable(lake: Lake, current: str, names: Sequence[str]) -> None:
-    spaces = lake.spaces()
+def _check_removable(lake: Lake, spaces: Sequence[str], current: str, names: Sequence[str]) -> None:
     for name in names:
         if name == current:
             raise LakeError(f"the space {name!r} is in use and can't be removed; change EMBED_MODEL first")
@@ -141,7 +146,8 @@ def _look_after(lake: Lake, table: TableSpec, retention: timedelta, dry_run: boo
     with lake_errors(f"the table {table.path!r} can't be maintained", lake.root):
         work.files_to_vacuum = len(_vacuum(delta, retention, dry_run=True))
     work.commits_since_checkpoint = int(delta.version()) - _last_checkpoint(lake, table)
-    work.stale_windows = len(stale_windows(lake, table, STALE_WINDOWS))
+    windows = stale_windows(lake, table)
+    work.stale_windows = len(windows)
     if dry_run:
         return True
     work.left_alone = sum(
@@ -153,31 +159,26 @@ def _look_after(lake: Lake, table: TableSpec, retention: timedelta, dry_run: boo
             _vacuum(delta, retention, dry_run=False)
         if work.commits_since_checkpoint >= _CHECKPOINT_COMMITS:
             delta.create_checkpoint()
-    sweep_windows(lake, table, STALE_WINDOWS)
+    remove_windows(lake, windows)
     return True
 
 
-def _small_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> dict[str, list[tuple[int, int]]]:
-    """(bytes, rows) of the small files, for each partition that has more than one."""
-    found: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
-        files = pa.table(delta.get_add_actions(flatten=True))
-    if not files.num_rows:
-        return {}
-    columns = (files[name].to_pylist() for name in ("partition.partition_key", "size_bytes", "num_records"))
-    for key, size, rows in zip(*columns, strict=True):
-        if size < TARGET_FILE_BYTES // 2:
-            found[key].append((size, rows))
-    return {key: sizes for key, sizes in found.items() if len(sizes) > 1}
+def _small_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> dict[str, list[DataFile]]:
+    """The small files of each partition that has more than one."""
+    found: defaultdict[str, list[DataFile]] = defaultdict(list)
+    for file in data_files(lake, table, delta):
+        if file.byte_size < TARGET_FILE_BYTES // 2:
+            found[file.partition_key].append(file)
+    return {key: files for key, files in found.items() if len(files) > 1}
 
 
-def _compact(lake: Lake, table: TableSpec, keys: Sequence[str], small: dict[str, list[tuple[int, int]]]) -> int:
+def _compact(lake: Lake, table: TableSpec, keys: Sequence[str], small: dict[str, list[DataFile]]) -> int:
     """Merge the partitions' small files; returns how many partitions were left alone, since others write to them.
 
     A commit to one of the partitions meanwhile makes this one fail, never the other way round: rows are not lost.
     """
-    sizes = [size for key in keys for size in small[key]]
-    packed = sum(size for size, _ in sizes) // max(1, sum(rows for _, rows in sizes))
+    files = [file for key in keys for file in small[key]]
+    packed = sum(file.byte_size for file in files) // max(1, sum(file.rows for file in files))
     row_bytes = max(1, _UNPACKED * packed)
     for _ in range(_COMPACTION_ATTEMPTS):
         with lake_errors(f"the table {table.path!r} can't be compacted", lake.root):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -83,11 +84,28 @@ def table_state(lake: Lake, table: TableSpec) -> TableState | None:
     delta = lake.open(table)
     if delta is None:
         return None
+    files = data_files(lake, table, delta)
+    keys = frozenset(file.partition_key for file in files)
+    return TableState(str(delta.metadata().id), int(delta.version()), keys, sum(file.rows for file in files))
+
+
+class DataFile(NamedTuple):
+    """A file of rows that a version of a table has."""
+
+    partition_key: str
+    path: str
+    byte_size: int
+    rows: int
+
+
+def data_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> list[DataFile]:
+    """All of an open table, from its log alone."""
     with lake_errors(f"the table {table.path!r} can't be read", lake.root):
         files = pa.table(delta.get_add_actions(flatten=True))
-        keys = frozenset(files.column("partition.partition_key").to_pylist()) if files.num_rows else frozenset()
-        rows = sum(files.column("num_records").to_pylist()) if files.num_rows else 0
-        return TableState(str(delta.metadata().id), int(delta.version()), keys, rows)
+    if not files.num_rows:
+        return []
+    names = ("partition.partition_key", "path", "size_bytes", "num_records")
+    return [DataFile(*row) for row in zip(*(files[name].to_pylist() for name in names), strict=True)]
 
 
 def table_version(lake: Lake, table: TableSpec) -> int | None:
@@ -127,11 +145,8 @@ def partition_states(lake: Lake, table: TableSpec, keys: Iterable[str]) -> dict[
     if delta is None:
         return {key: PartitionState(table, None) for key in keys}
     found: defaultdict[str, set[str]] = defaultdict(set)
-    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
-        files = pa.table(delta.get_add_actions(flatten=True))
-    if files.num_rows:
-        for key, path in zip(*(files[n].to_pylist() for n in ("partition.partition_key", "path")), strict=True):
-            found[key].add(_file_name(path))
+    for file in data_files(lake, table, delta):
+        found[file.partition_key].add(_file_name(file.path))
     version = int(delta.version())
     return {key: PartitionState(table, version, frozenset(found.get(key, ()))) for key in keys}
 

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import pyarrow as pa
@@ -70,20 +70,18 @@ class Staging:
         self._known.clear()
 
 
-def stale_windows(lake: Lake, table: TableSpec, age: timedelta) -> list[StoredFile]:
+def stale_windows(lake: Lake, table: TableSpec, age: timedelta = STALE_WINDOWS) -> list[StoredFile]:
     """Windows that were written so long ago: of killed runs after which nothing needed them."""
     before = utc_now() - age
     with lake_errors(f"the staged windows of {table.path!r} can't be listed", lake.root):
         return [file for file in lake.storage.files(_folder(table)) if file.modified_at < before]
 
 
-def sweep_windows(lake: Lake, table: TableSpec, age: timedelta) -> list[StoredFile]:
-    """Remove windows that were written so long ago; returns them."""
-    swept = stale_windows(lake, table, age)
-    with lake_errors(f"the staged windows of {table.path!r} can't be removed", lake.root):
-        for file in swept:
+def remove_windows(lake: Lake, windows: Iterable[StoredFile]) -> None:
+    """Remove some of `stale_windows`."""
+    with lake_errors("stale staged windows can't be removed", lake.root):
+        for file in windows:
             lake.storage.delete(file.path)
-    return swept
 
 
 def _folder(table: TableSpec) -> str:

@@ -116,6 +116,6 @@ def _is_known(root: str, name: str, value: str) -> bool:
         _from_url(root, config={name: value})
     except UnknownConfigurationKeyError:
         return False
-    except BaseError:  # it is known, and not enough by itself
-        return True
+    except BaseError:
+        pass  # it is known, and not enough by itself
     return True

@@ -179,8 +179,11 @@ class Lake:
         except LakeError as error:
             with contextlib.suppress(OSError, BaseError):  # then the library's own reason must do
                 if problem := diagnose_log(self.storage, path):
-                    raise LakeError(f"the table {path!r} in the lake {self.root!r} is damaged: {problem}") from error
+                    raise self._damaged(path, problem) from error
             raise
+
+    def _damaged(self, path: str, problem: str) -> LakeError:
+        return LakeError(f"the table {path!r} in the lake {self.root!r} is damaged: {problem}")
 
     def check_usable(self, embeddings: TableSpec) -> None:
         """Raise ``LakeError`` now rather than once per partition when the lake is another corpus's, a table in it is
@@ -198,7 +201,7 @@ class Lake:
             with lake_errors(f"the log of the table {table.path!r} can't be listed", self.root):
                 problem = find_empty_commit(self.storage, table.path)
             if problem:
-                raise LakeError(f"the table {table.path!r} in the lake {self.root!r} is damaged: {problem}")
+                raise self._damaged(table.path, problem)
             columns = set(pa.schema(delta.schema().to_arrow()).names)
             if columns != set(table.schema.names):
                 differing = ", ".join(sorted(columns ^ set(table.schema.names)))

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
 
 import pyarrow as pa
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
@@ -17,7 +16,7 @@ from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionState, content_version, partition_state, state_of
 from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
-from embed_assets.scratch import scratch_errors, scratch_file
+from embed_assets.scratch import SpooledBatches
 
 _COMMIT_ATTEMPTS = 20
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
@@ -82,9 +81,12 @@ def replace_partition(
     the table was brought up to date: what is committed to the partition after that makes the attempt fail.
     Raises ``LakeError`` when the table can't be written.
     """
-    with scratch_file() as staged:
+    with SpooledBatches(table.schema) as staged:
         content = ContentVersion(CONTENT_COLUMNS[table.kind])
-        _stage(staged, table.schema, batches, content)
+        for batch in batches:
+            content.add(batch)
+            staged.add(batch)
+        byte_size = staged.complete()
         data_version, rows = content.hexdigest(), content.row_count
         delta = lake.open(table)
         if delta is None and not rows:
@@ -105,20 +107,9 @@ def replace_partition(
             },
             max_commit_retries=100,
         )
-        row_bytes = max(1, staged.tell() // max(1, rows))
+        row_bytes = max(1, byte_size // max(1, rows))
         _commit(lake, table, delta, key, staged, properties, writer_properties(table, row_bytes), check)
         return Replaced(data_version, rows, True, state_of(delta, table, key), str(delta.metadata().id))
-
-
-def _stage(file: IO[bytes], schema: pa.Schema, batches: Iterable[pa.RecordBatch], content: ContentVersion) -> None:
-    stream = pa.ipc.new_stream(file, schema)
-    for batch in batches:
-        content.add(batch)
-        with scratch_errors():
-            stream.write_batch(batch)
-    with scratch_errors():
-        stream.close()
-        file.flush()
 
 
 def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
@@ -129,13 +120,11 @@ def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
         return False
 
 
-def _read_staged(staged: IO[bytes]) -> Iterator[pa.RecordBatch]:
+def _paced(staged: SpooledBatches) -> Iterator[pa.RecordBatch]:
     """The rows, no faster than they can be written: delta-rs queues what comes faster, hundreds of megabytes of it."""
-    staged.seek(0)
-    with pa.ipc.open_stream(staged) as reader:
-        for batch in reader:
-            yield batch
-            time.sleep(batch.nbytes / _FEED_BYTES_PER_SECOND)
+    for batch in staged:
+        yield batch
+        time.sleep(batch.nbytes / _FEED_BYTES_PER_SECOND)
 
 
 def _commit(
@@ -143,7 +132,7 @@ def _commit(
     table: TableSpec,
     delta: DeltaTable,
     key: str,
-    staged: IO[bytes],
+    staged: SpooledBatches,
     properties: CommitProperties,
     written_as: WriterProperties,
     check: Callable[[], None],
@@ -157,7 +146,7 @@ def _commit(
             try:
                 write_deltalake(
                     delta,
-                    pa.RecordBatchReader.from_batches(table.schema, _read_staged(staged)),
+                    pa.RecordBatchReader.from_batches(table.schema, _paced(staged)),
                     mode="overwrite",
                     predicate=partition_predicate(key),
                     target_file_size=TARGET_FILE_BYTES,

@@ -297,53 +297,39 @@ def _rows(
     with DiskMap("uri", "title") as documents:
         for batch in read_partition(lake, RAW, key, ["document_id", "uri", "title"]):
             documents.add(zip(*(column.to_pylist() for column in batch.columns), strict=True))
-        yield from _joined(lake, table, key, prompt, inputs, documents, previous, work, rejections)
-
-
-def _joined(
-    lake: Lake,
-    table: TableSpec,
-    key: str,
-    prompt: str,
-    inputs: _Inputs,
-    documents: DiskMap,
-    previous: DiskMap,
-    work: Work,
-    rejections: Rejections,
-) -> Iterator[pa.RecordBatch]:
-    for batch in read_partition(lake, CHUNK_TABLE, key, _CHUNK_COLUMNS):
-        hashes = [hash_text(prompt + text) for text in batch.column("text").to_pylist()]
-        origins = list(documents.get(batch.column("document_id").to_pylist()))
-        if None in origins:
-            lost = batch.column("document_id")[origins.index(None)].as_py()
-            raise LakeError(
-                f"partition {key!r}: the chunks of {lost!r} have no document in raw_documents; "
-                "materialize raw_documents and chunks again"
-            )
-        if inputs.rejected:
-            for rejection in _rejections(table.space, batch, hashes, inputs.rejected, origins):
-                rejections.add(rejection)
-            kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
-            batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
-            origins = [origins[i] for i in kept]
-            if not hashes:
-                continue
-        chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
-        stored = inputs.store.get(hashes)
-        ids = [bytes.fromhex(chunk_id) for chunk_id in chunk["chunk_id"].to_pylist()]
-        work.dropped -= sum(row is not None for row in previous.get(ids))
-        work.chunks += batch.num_rows
-        work.truncated += sum(stored.is_truncated)
-        columns = chunk | {
-            "partition_key": pa.array([key] * batch.num_rows, pa.string()),
-            "uri": pa.array([origin[0] for origin in origins if origin], pa.string()),
-            "title": pa.array([origin[1] for origin in origins if origin], pa.string()),
-            "is_truncated": pa.array(stored.is_truncated, pa.bool_()),
-            "input_hash": pa.array(hashes, pa.string()),
-            "embedding": vector_array(stored.vectors),
-            "embedded_at": pa.array(stored.embedded_at, pa.int64()).cast(TIMESTAMP),
-        }
-        yield pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
+        for batch in read_partition(lake, CHUNK_TABLE, key, _CHUNK_COLUMNS):
+            hashes = [hash_text(prompt + text) for text in batch.column("text").to_pylist()]
+            origins = list(documents.get(batch.column("document_id").to_pylist()))
+            if None in origins:
+                lost = batch.column("document_id")[origins.index(None)].as_py()
+                raise LakeError(
+                    f"partition {key!r}: the chunks of {lost!r} have no document in raw_documents; "
+                    "materialize raw_documents and chunks again"
+                )
+            if inputs.rejected:
+                for rejection in _rejections(table.space, batch, hashes, inputs.rejected, origins):
+                    rejections.add(rejection)
+                kept = [i for i, input_hash in enumerate(hashes) if input_hash not in inputs.rejected]
+                batch, hashes = batch.take(pa.array(kept, pa.int64())), [hashes[i] for i in kept]
+                origins = [origins[i] for i in kept]
+                if not hashes:
+                    continue
+            chunk = {name: batch.column(name) for name in _CHUNK_COLUMNS}
+            stored = inputs.store.get(hashes)
+            ids = [bytes.fromhex(chunk_id) for chunk_id in chunk["chunk_id"].to_pylist()]
+            work.dropped -= sum(row is not None for row in previous.get(ids))
+            work.chunks += batch.num_rows
+            work.truncated += sum(stored.is_truncated)
+            columns = chunk | {
+                "partition_key": pa.array([key] * batch.num_rows, pa.string()),
+                "uri": pa.array([origin[0] for origin in origins if origin], pa.string()),
+                "title": pa.array([origin[1] for origin in origins if origin], pa.string()),
+                "is_truncated": pa.array(stored.is_truncated, pa.bool_()),
+                "input_hash": pa.array(hashes, pa.string()),
+                "embedding": vector_array(stored.vectors),
+                "embedded_at": pa.array(stored.embedded_at, pa.int64()).cast(TIMESTAMP),
+            }
+            yield pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
 
 
 def _rejections(

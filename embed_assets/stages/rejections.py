@@ -19,7 +19,7 @@ from embed_assets.records import (
     is_chunk_of,
     utc_now,
 )
-from embed_assets.scratch import scratch_errors, scratch_file
+from embed_assets.scratch import SpooledBatches
 
 _ATTEMPTS = 20
 _ROWS_PER_BATCH = 4096
@@ -30,17 +30,15 @@ class Rejections:
 
     def __init__(self, key: str) -> None:
         self._key, self._now = key, utc_now()
-        self._file = scratch_file()
-        self._stream = pa.ipc.new_stream(self._file, REJECTED_DOCUMENTS)
+        self._rows = SpooledBatches(REJECTED_DOCUMENTS)
         self._waiting: list[Rejection] = []
-        self._is_complete = False
         self.count = 0
 
     def __enter__(self) -> Rejections:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, *args: object) -> None:
+        self._rows.__exit__(*args)
 
     def add(self, rejection: Rejection) -> None:
         """Keep one more."""
@@ -51,13 +49,9 @@ class Rejections:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All of them as rows of rejected_documents; none can be added afterwards."""
-        if not self._is_complete:
-            self._is_complete = True
+        if self._waiting:
             self._write()
-            self._stream.close()
-        self._file.seek(0)
-        with pa.ipc.open_stream(self._file) as stream:
-            yield from stream
+        yield from self._rows
 
     def _write(self) -> None:
         rows = [
@@ -71,8 +65,7 @@ class Rejections:
             }
             for rejection in self._waiting
         ]
-        with scratch_errors():
-            self._stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=REJECTED_DOCUMENTS))
+        self._rows.add(pa.RecordBatch.from_pylist(rows, schema=REJECTED_DOCUMENTS))
         self._waiting.clear()
 
 

@@ -20,7 +20,7 @@ from embed_assets.errors import LakeError, SupersededError
 from embed_assets.lake.inputs import Inputs
 from embed_assets.lake.reader import content_version, partition_keys, read_partition, scan, table_version
 from embed_assets.lake.search import search
-from embed_assets.lake.staging import Staging, sweep_windows
+from embed_assets.lake.staging import Staging, remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of, partition_predicate
 from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_batch
 from embed_assets.lake.verify import verify
@@ -235,10 +235,12 @@ def test_staged_windows_survive_and_are_cleared(lake: Lake) -> None:
 def test_only_windows_of_long_ago_are_swept(lake: Lake) -> None:
     staging = Staging(lake, SPACE, "a")
     staging.write(vector_batch([hash_text("a")], unit(1), np.zeros(1, bool), utc_now()))
-    assert sweep_windows(lake, SPACE, timedelta(hours=1)) == []
+    assert stale_windows(lake, SPACE, timedelta(hours=1)) == []
     [file] = Path(lake.root, SPACE.path, "_staging").iterdir()
     os.utime(file, (1, 1))
-    assert [f.path for f in sweep_windows(lake, SPACE, timedelta(hours=1))] == [f"{SPACE.path}/_staging/{file.name}"]
+    stale = stale_windows(lake, SPACE, timedelta(hours=1))
+    assert [f.path for f in stale] == [f"{SPACE.path}/_staging/{file.name}"]
+    remove_windows(lake, stale)
     assert list(staging.read()) == []
 
 
