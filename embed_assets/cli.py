@@ -28,7 +28,7 @@ from embed_assets.console import (
     stderr,
     stdout,
 )
-from embed_assets.errors import UserError
+from embed_assets.errors import SettingsError, UserError
 from embed_assets.settings import load_settings
 
 _TUNING_CHUNKS = 192
@@ -131,21 +131,33 @@ def discover(as_json: bool) -> Answer:
 @click.option(
     "--count", is_flag=True, help="Also count chunks and tokens and estimate the time, by reading and splitting."
 )
-def plan(as_json: bool, count: bool) -> Answer:
+@click.option("--device", metavar="NAME", help="With --count: what it takes on T4, L4, A10, A10G, A100, H100 or CPU.")
+@click.option(
+    "--devices", default=1, show_default=True, type=click.IntRange(min=1), help="How many of them (CPU: cores)."
+)
+@click.option("--price", type=click.FloatRange(min=0), help="Of one of them for an hour, in any currency.")
+def plan(as_json: bool, count: bool, device: str | None, devices: int, price: float | None) -> Answer:
     """Show what is missing or stale, why, and (with --count) what it will cost. Changes nothing."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import make_plan
 
+    if device is None and (price is not None or devices != 1):
+        raise SettingsError("--devices and --price are about a device, got none; name it with --device")
+    if device is not None and not count:
+        raise SettingsError(f"--device needs the tokens to be counted, got --device {device} alone; add --count")
     pipeline = _pipeline()
     with open_instance() as instance, stderr.status("reading, splitting and counting" if count else "planning"):
         made = make_plan(instance, pipeline, count)
     rows, seconds = [_plan_row(p) for p in made.partitions], made.estimated_seconds
+    capacity = None if device is None else _capacity(pipeline, made, device, devices, price)
     if not as_json:
-        print_plan(rows, count, seconds)
+        print_plan(rows, count, seconds, capacity)
     answer: dict[str, object] = {"partitions": rows, "space": pipeline.space.name}
     if count:
         totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens")
         answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}
+    if capacity is not None:
+        answer["capacity"] = asdict(capacity)
     return Answer(answer)
 
 
@@ -164,7 +176,9 @@ def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
     if not pipeline.is_calibrated:
         with stderr.status("quantizing the model to int8 on a sample of the documents, once"):
             pipeline = pipeline.calibrated()
-    with open_instance() as instance, ConsoleObserver(stderr) as observer:
+    # Only the answer goes to stdout, whatever libraries print meanwhile.
+    aside = contextlib.redirect_stdout(sys.stderr)
+    with open_instance() as instance, ConsoleObserver(stderr) as observer, aside:
         result = run_sync(instance, pipeline, lambda inner: definitions_over(pipeline, inner), observer, partitions)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     if not as_json:
@@ -338,6 +352,16 @@ def _pipeline_over(folder: Path | None, **settings: str) -> Iterator[Any]:
             write_sample(Path(temporary))
         source = load_settings(source=str(folder or temporary), partition_by="folder", **settings)
         yield Pipeline.from_settings(source)
+
+
+def _capacity(pipeline: Any, made: Any, device: str, devices: int, price: float | None) -> Any:
+    """What the counted texts take on a device."""
+    from embed_assets.engine.capacity import cost_of_space, estimate_capacity
+
+    estimates = [p.estimate for p in made.partitions if p.estimate is not None]
+    tokens, texts = sum(e.tokens for e in estimates), sum(e.to_embed for e in estimates)
+    cost, precision = cost_of_space(pipeline.model_space), pipeline.settings.precision
+    return estimate_capacity(cost, tokens, tokens / max(1, texts), device, precision, devices, price)
 
 
 def _plan_row(plan: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from embed_assets.engine.benchmark import Report
+    from embed_assets.engine.capacity import Capacity
     from embed_assets.engine.tuning import Tuning
     from embed_assets.lake.maintenance import Maintenance
 
@@ -33,7 +34,9 @@ class WarningLines(logging.Handler):
         stderr.print(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow", markup=False, soft_wrap=True)
 
 
-def print_plan(rows: Sequence[dict[str, Any]], count: bool, seconds: float | None) -> None:
+def print_plan(
+    rows: Sequence[dict[str, Any]], count: bool, seconds: float | None, capacity: Capacity | None = None
+) -> None:
     """The rows of `plan --json` as a table, with numbers if they were counted."""
     counts = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens") if count else ()
     shown = _table("partition", "state", "why", numbers=[name.removeprefix("chunks_") for name in counts])
@@ -53,6 +56,25 @@ def print_plan(rows: Sequence[dict[str, Any]], count: bool, seconds: float | Non
         f"{due} of {len(rows)} partitions to materialize"
         + (f", {sum(r['tokens'] for r in rows):,} tokens{time}" if count else "")
     )
+    if capacity is not None:
+        _print_capacity(capacity)
+
+
+def _print_capacity(capacity: Capacity) -> None:
+    """What it takes on a device, in words."""
+    price = "" if capacity.cost is None else f", {capacity.cost:,.2f} at {capacity.price_per_hour:g} an hour each"
+    stdout.print(
+        f"on {capacity.devices} x {capacity.device} ({capacity.about}): {_span(capacity.hours)}, "
+        f"{capacity.device_hours:,.3g} device hours{price}; estimated at {capacity.tokens_per_second:,.0f}/s each",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _span(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:,.1f} s"
+    return f"{hours * 60:,.1f} min" if hours < 1 else f"{hours:,.1f} h"
 
 
 def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds: float) -> None:

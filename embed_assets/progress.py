@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -33,6 +34,7 @@ class ConsoleObserver:
         self._last_line = time.monotonic()
         self._remaining = RemainingTime()
         self._texts = 0
+        self._lock = threading.Lock()
         self._partitions = 0
         self._task = self._bar.add_task("reading", total=1.0)
 
@@ -59,7 +61,12 @@ class ConsoleObserver:
 
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         """A window was embedded: count it."""
-        self._texts += texts
+        with self._lock:  # several partitions are embedded at once
+            self._texts += texts
+
+    def on_news(self, line: str) -> None:
+        """A line, above the bar."""
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A partition is finished: say so at once if it failed."""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -78,7 +78,26 @@ class Settings(BaseSettings):
     name_prefix: str = Field(
         "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Put before the assets' names: one corpus of several."
     )
-    compute: Literal["local"] = Field("local", description="Where the model runs.")
+    compute: Literal["local", "ray"] = Field("local", description="Where the model runs: in this process, or on Ray.")
+    ray_address: str | None = Field(
+        None,
+        validation_alias=AliasChoices("embed_ray_address", "ray_address"),
+        description="host:port of the head, or auto; default RAY_ADDRESS, else a local Ray for the run.",
+    )
+    ray_replicas: str = Field(
+        "auto",
+        pattern=r"^(auto|[1-9]\d{0,4}(-[1-9]\d{0,4})?)$",
+        description="Copies of the model: N, MIN-MAX (Ray adds and removes), or auto: up to what fits the cluster.",
+    )
+    ray_gpus_per_replica: Annotated[float | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=0, description="GPUs of a replica; 0.25 puts four on each; auto is 1 where there are GPUs."
+    )
+    ray_cpus_per_replica: AutoInt = Field(
+        None, ge=1, description="CPUs of a replica; auto is 1 beside a GPU, else up to 4."
+    )
+    ray_wait_seconds: float = Field(
+        120.0, gt=0, description="How long to wait for the first replica's place on the cluster (seconds)."
+    )
 
     @field_validator("source", "lake")
     @classmethod
@@ -87,6 +106,36 @@ class Settings(BaseSettings):
             # The value itself must not be shown: it is about to be in logs, in the tables and in the UI.
             raise PydanticCustomError("login", "a URL must not hold a login; put it into the environment")
         return place
+
+    @field_validator("ray_address")
+    @classmethod
+    def _is_no_client_address(cls, address: str | None) -> str | None:
+        if address is not None and ("://" in address or not address.strip()):
+            raise ValueError("must be host:port or auto; instead of Ray Client (ray://), submit a Ray job")
+        return address
+
+    @field_validator("ray_gpus_per_replica")
+    @classmethod
+    def _is_share_or_whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("must be a share of one GPU, or a whole number of them")
+        return gpus
+
+    @field_validator("ray_replicas")
+    @classmethod
+    def _is_range(cls, replicas: str) -> str:
+        least, _, most = replicas.partition("-")
+        if most and int(least) > int(most):
+            raise ValueError("the least must not be above the most")
+        return replicas
+
+    @property
+    def replica_range(self) -> tuple[int, int] | None:
+        """RAY_REPLICAS as numbers: at least and at most; None for auto."""
+        if self.ray_replicas == "auto":
+            return None
+        least, _, most = self.ray_replicas.partition("-")
+        return int(least), int(most or least)
 
     @model_validator(mode="after")
     def _overlap_is_smaller_than_chunk(self) -> Settings:
@@ -116,7 +165,7 @@ def _describe(problem: object) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message
-    field = str(problem["loc"][0])
+    field = str(problem["loc"][0]).removeprefix("embed_")
     variable = f"EMBED_{field.upper()}"
     # Options may hold credentials, and so may a URL with a login.
     shown = "" if field.endswith("_options") or problem["type"] == "login" else f"={problem['input']!r}"

@@ -51,7 +51,11 @@ def test_every_command_is_listed_with_options_that_exist() -> None:
 
 
 def test_every_setting_is_listed_and_exists() -> None:
-    listed = re.findall(r"^\| `EMBED_(\w+)` \| (?:`([^`]*)`)?", README, re.MULTILINE)
+    listed = [
+        setting
+        for page in (README, (REPOSITORY / "docs" / "ray.md").read_text("utf-8"))
+        for setting in re.findall(r"^\| `EMBED_(\w+)` \| (?:`([^`]*)`)?", page, re.MULTILINE)
+    ]
     assert [name.lower() for name, _ in listed] == [f for f in README_ORDER if f in Settings.model_fields]
     assert {name.lower() for name, _ in listed} == set(Settings.model_fields)
     defaults = {name.lower(): default for name, default in listed if default}
@@ -65,6 +69,7 @@ README_ORDER = [
     *("max_batch_tokens", "compile", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
     *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent", "name_prefix"),
     *("compute", "trust_remote_code", "allow_pickled_weights"),
+    *("ray_address", "ray_replicas", "ray_gpus_per_replica", "ray_cpus_per_replica", "ray_wait_seconds"),
 ]
 
 

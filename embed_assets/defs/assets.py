@@ -106,8 +106,19 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
             recorder.observed(partitions[key])
     checker = Checker(pipeline, names, recorder.checked, context.selected_asset_check_keys)
     reporter = Reporter(pipeline, history)
+    compute = pipeline.open_compute()
     return CorpusRun(
-        pipeline, observer, context.run.run_id, recorder, reporter, checker, partitions, raw, keys, selected
+        pipeline,
+        compute,
+        observer,
+        context.run.run_id,
+        recorder,
+        reporter,
+        checker,
+        partitions,
+        raw,
+        keys,
+        selected,
     )
 
 

@@ -1,17 +1,19 @@
-"""What the step does: bring a run's partitions up to date, one after the other, and record what was made."""
+"""What the step does: bring a run's partitions up to date, one by one or several at once, and record what was made."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import dagster as dg
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.checks import Checker
+from embed_assets.defs.lanes import lanes_for
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.report import Made, Reporter
@@ -20,11 +22,13 @@ from embed_assets.defs.staleness import History, Status
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.writer import Provenance, Replaced
-from embed_assets.stages.embeddings import Work
+from embed_assets.stages.embeddings import Embeddings, Work
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.raw_documents import RawDocuments
+from embed_assets.stages.windows import Compute
 
 _log = logging.getLogger(__name__)
+_SECONDS_BETWEEN_NEWS = 2.0
 
 
 @dataclass(slots=True)
@@ -37,6 +41,9 @@ class _Prepared:
     """Per asset that ran, why."""
     raw: RawDocuments | None = None
     chunks: Replaced | None = None
+    embeddings: Embeddings | None = None
+    result: PartitionResult = field(default_factory=lambda: PartitionResult("fresh"))
+    """Its numbers so far."""
     error: Exception | None = None
     """Why it went no further."""
 
@@ -52,6 +59,8 @@ class CorpusRun:
     """One run over some partitions and some of the three assets."""
 
     pipeline: Pipeline
+    compute: Compute
+    """Where texts are embedded. It is closed when the partitions are done."""
     observer: RunObserver
     run_id: str
     recorder: Recorder
@@ -71,35 +80,61 @@ class CorpusRun:
     def materialize(self) -> dict[str, Exception]:
         """Bring every partition up to date; returns the errors of those that failed, by key.
 
-        While one partition embeds, the next one is read and chunked by another thread.
+        While partitions are embedded, one or as many as `compute` likes, the next one is read and chunked by another
+        thread. All that is recorded is recorded by this one.
         """
         failures: dict[str, Exception] = {}
         self.observer.on_start({key: self.partitions[key].byte_size for key in self.keys})
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead, self.pipeline.lake.session():
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead,
+            lanes_for(self.compute) as lanes,
+            contextlib.closing(self.compute),
+            self.pipeline.lake.session(),
+        ):
             upcoming = ahead.submit(self._prepare, self.keys[0]) if self.keys else None
+            under_way: dict[Future[_Prepared], str] = {}
             for following, key in zip([*self.keys[1:], None], self.keys, strict=True):
                 assert upcoming is not None
                 current = upcoming
                 wait([current])
                 if following is not None:
                     upcoming = ahead.submit(self._prepare, following)
-                try:
-                    result = self._finish(key, current.result())
-                except (ModelError, SettingsError):
-                    raise  # a model that can't be loaded is no partition's fault
-                except Exception as error:
-                    failures[key] = error
-                    result = PartitionResult("failed", error=describe(error))
-                    if not isinstance(error, UserError):
-                        trace = "".join(traceback.format_exception(error))
-                        _log.error("partition %r failed unexpectedly\n%s", key, hide_secrets(trace))
-                self.observer.on_partition(key, result)
+                with self._failing(key, failures):
+                    under_way[self._begin(key, current.result(), lanes)] = key
+                while len(under_way) >= self.compute.partitions_in_flight:
+                    self._end_first(under_way, failures)
+            while under_way:
+                self._end_first(under_way, failures)
         self.recorder.drain()
         for key, unwritten in self.recorder.errors.items():
             if key not in failures:
                 failures[key] = unwritten
                 self.observer.on_partition(key, PartitionResult("failed", error=describe(unwritten)))
         return failures
+
+    def _end_first(self, under_way: dict[Future[_Prepared], str], failures: dict[str, Exception]) -> None:
+        """Wait until a partition is embedded, and record it."""
+        finished, _ = wait(under_way, _SECONDS_BETWEEN_NEWS, FIRST_COMPLETED)
+        for line in self.compute.news():
+            self.observer.on_news(line)
+        for future in finished:
+            key = under_way.pop(future)
+            with self._failing(key, failures):
+                self.observer.on_partition(key, self._end(key, future.result()))
+
+    @contextlib.contextmanager
+    def _failing(self, key: str, failures: dict[str, Exception]) -> Iterator[None]:
+        """An error in here is the partition's, unless it is about the model."""
+        try:
+            yield
+        except (ModelError, SettingsError):
+            raise  # a model that can't be loaded is no partition's fault
+        except Exception as error:
+            failures[key] = error
+            if not isinstance(error, UserError):
+                trace = "".join(traceback.format_exception(error))
+                _log.error("partition %r failed unexpectedly\n%s", key, hide_secrets(trace))
+            self.observer.on_partition(key, PartitionResult("failed", error=describe(error)))
 
     def confirm(self, keys: Iterable[str]) -> None:
         """Record the present state of partitions again, whether they were made in this run or before.
@@ -146,40 +181,51 @@ class CorpusRun:
             prepared.chunks = self.pipeline.materialize_chunks(key, provenance, prepared.written, rewrite)
             prepared.versions["chunks"] = prepared.chunks.data_version
 
-    def _finish(self, key: str, prepared: _Prepared) -> PartitionResult:
-        """Record and check what was prepared, embed if that is selected and due, and record and check that."""
-        result = self.history.known_result(key)
+    def _begin(self, key: str, prepared: _Prepared, lanes: Executor) -> Future[_Prepared]:
+        """Record and check what was prepared, and have it embedded if that is selected and due."""
+        result = prepared.result = self.history.known_result(key)
         if prepared.raw is not None:
             result.documents, result.rejected = prepared.raw.documents, prepared.raw.rejected
-            self._record("raw_documents", key, prepared, prepared.raw.replaced, result)
+            self._record("raw_documents", key, prepared, prepared.raw.replaced)
         if prepared.chunks is not None:
             result.chunks = result.reused = prepared.chunks.rows
-            self._record("chunks", key, prepared, prepared.chunks, result)
+            self._record("chunks", key, prepared, prepared.chunks)
         if prepared.error is not None:
             raise prepared.error
-        if self._is_due("embeddings", key, prepared):
-            self._embed(key, prepared, result)
-        if prepared.reasons:
-            result.state = "materialized"
-        return result
-
-    def _embed(self, key: str, prepared: _Prepared, result: PartitionResult) -> None:
+        if not self._is_due("embeddings", key, prepared):
+            done: Future[_Prepared] = Future()
+            done.set_result(prepared)
+            return done
         if "chunks" not in prepared.reasons:  # made by another run: asked again whether they are worth embedding
             self.checker.check("chunks", key, {})
-        embedded = self.pipeline.materialize_embeddings(
+        return lanes.submit(self._embed, key, prepared)
+
+    def _embed(self, key: str, prepared: _Prepared) -> _Prepared:
+        """In a lane: what takes long."""
+        prepared.embeddings = self.pipeline.materialize_embeddings(
             key,
             self._provenance("embeddings", prepared),
+            self.compute,
             lambda texts, tokens: self.observer.on_window(key, texts, tokens),
             lambda progress: self.observer.on_progress(key, progress),
             rewrite=self.history.is_marked_for_repair("embeddings", key),
             known=prepared.written,
         )
-        prepared.versions["embeddings"] = embedded.replaced.data_version
-        work = embedded.work
-        result.chunks, result.embedded, result.reused = work.chunks, work.embedded, work.reused
-        result.dropped, result.tokens = work.dropped, work.engine.tokens
-        result.rejected_chunks = work.rejected_chunks
-        self._record("embeddings", key, prepared, embedded.replaced, result, work)
+        return prepared
+
+    def _end(self, key: str, prepared: _Prepared) -> PartitionResult:
+        """Record and check what was embedded."""
+        result = prepared.result
+        if prepared.embeddings is not None:
+            work, replaced = prepared.embeddings.work, prepared.embeddings.replaced
+            prepared.versions["embeddings"] = replaced.data_version
+            result.chunks, result.embedded, result.reused = work.chunks, work.embedded, work.reused
+            result.dropped, result.tokens = work.dropped, work.engine.tokens
+            result.rejected_chunks = work.rejected_chunks
+            self._record("embeddings", key, prepared, replaced, work)
+        if prepared.reasons:
+            result.state = "materialized"
+        return result
 
     def _is_due(self, asset: str, key: str, prepared: _Prepared) -> bool:
         """The asset is selected, and missing or stale. Raises ``PartitionError`` when its inputs were never made."""
@@ -212,14 +258,14 @@ class CorpusRun:
         key: str,
         prepared: _Prepared,
         replaced: Replaced,
-        result: PartitionResult,
         work: Work | None = None,
     ) -> None:
         """Record a materialization, then ask the asset's checks about it.
 
         Raises ``PartitionError`` when a blocking one says no.
         """
-        made = Made(asset, key, prepared.reasons[asset], replaced, result, work or Work())
+        facts, report = self.compute.facts, self.compute.report if work else None
+        made = Made(asset, key, prepared.reasons[asset], replaced, prepared.result, facts, work or Work(), report)
         self.recorder.materialized(
             asset,
             key,

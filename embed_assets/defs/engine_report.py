@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dagster as dg
+
 from embed_assets.defs.recording import MetadataValue
 from embed_assets.engine.engine import EngineFacts
 from embed_assets.engine.metrics import advise
+from embed_assets.engine.ray import PoolReport
 from embed_assets.stages.embeddings import Work
 
 
-def engine_metadata(work: Work, facts: EngineFacts) -> dict[str, MetadataValue]:
+def engine_metadata(work: Work, facts: EngineFacts, report: PoolReport | None) -> dict[str, MetadataValue]:
     """What the engine did for a partition, how fast, on what; and if it embedded anything, what bounded it."""
     stats = work.engine
     metadata: dict[str, MetadataValue] = {
@@ -21,7 +24,28 @@ def engine_metadata(work: Work, facts: EngineFacts) -> dict[str, MetadataValue]:
     }
     if stats.tokens:
         metadata |= _details(work, facts)
+        if report is not None and report.workers:
+            # `stats` has the seconds of all workers together: their average, not what the cluster does.
+            metadata |= {"tokens_per_second": report.tokens_per_second, **_workers(report)}
     return metadata
+
+
+def _workers(report: PoolReport) -> dict[str, MetadataValue]:
+    """Who did it: all workers that ran, since the run began."""
+    rows = [
+        dg.TableRecord(
+            {"worker": w.place, "tokens": w.tokens, "tokens/s": w.tokens_per_second, "busy %": w.busy_percent}
+        )
+        for w in report.workers
+    ]
+    return {
+        "ray_cluster": str(report),
+        "ray_dashboard": dg.MetadataValue.url(report.dashboard) if report.dashboard else "none",
+        "ray_workers": len(report.workers),
+        "ray_nodes": len(report.nodes),
+        "ray_utilization_percent": round(sum(w.busy_percent for w in report.workers) / len(report.workers), 1),
+        "ray_tokens_per_second_per_worker": dg.MetadataValue.table(rows),
+    }
 
 
 def _details(work: Work, facts: EngineFacts) -> dict[str, MetadataValue]:

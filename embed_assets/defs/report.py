@@ -13,6 +13,8 @@ from embed_assets.defs.pictures import draw_map, draw_token_lengths
 from embed_assets.defs.recording import MetadataValue, peak_memory_bytes
 from embed_assets.defs.results import PartitionResult
 from embed_assets.defs.staleness import History
+from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.ray import PoolReport
 from embed_assets.lake.reader import read_partition
 from embed_assets.lake.tables import CHUNK_TABLE
 from embed_assets.lake.writer import Replaced
@@ -33,7 +35,10 @@ class Made:
     replaced: Replaced
     result: PartitionResult
     """The partition's numbers so far."""
+    facts: EngineFacts
     work: Work = field(default_factory=Work)
+    report: PoolReport | None = None
+    """What workers elsewhere did in this run."""
 
 
 class Reporter:
@@ -58,7 +63,7 @@ class Reporter:
             "dropped": work.dropped,
             "truncated": work.truncated,
             "rejected_chunks": work.rejected_chunks,
-            **engine_metadata(work, self._pipeline.engine_facts),
+            **engine_metadata(work, made.facts, made.report),
             "space": self._pipeline.space.name,
             "peak_memory_bytes": peak_memory_bytes(),
             "is_committed": int(replaced.is_committed),

@@ -36,7 +36,10 @@ class PartitionResult:
 
 
 class RunObserver(Protocol):
-    """Hears of a run's progress; called from the run's thread, must return quickly."""
+    """Hears of a run's progress; must return quickly.
+
+    `on_progress` and `on_window` are called by the threads that embed partitions, the others by the run's.
+    """
 
     def on_start(self, sizes: Mapping[str, int]) -> None:
         """A run begins over partitions of these sizes, in bytes of their files."""
@@ -52,6 +55,10 @@ class RunObserver(Protocol):
 
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A partition is finished, or has failed."""
+        ...
+
+    def on_news(self, line: str) -> None:
+        """Something about where the model runs."""
         ...
 
 

@@ -34,6 +34,10 @@ class LogObserver:
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         """No line of its own: `on_progress` tells."""
 
+    def on_news(self, line: str) -> None:
+        """A line."""
+        self._log.info(line)
+
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A line per partition."""
         self._remaining.finish(partition_key)

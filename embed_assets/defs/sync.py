@@ -178,6 +178,9 @@ class _Collector:
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         self._observer.on_window(partition_key, texts, tokens)
 
+    def on_news(self, line: str) -> None:
+        self._observer.on_news(line)
+
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         # After a retry of the step, what the first attempt made is fresh.
         if result.state != "fresh" or partition_key not in self.results:

@@ -66,6 +66,8 @@ class EngineFacts:
     """Library and path, once the model is loaded."""
     ceiling_gflops: float = 0.0
     """What the device multiplies at most, in billions of operations per second; 0 when not known."""
+    dimension: int = 0
+    """Length of a vector, once the model is loaded."""
 
 
 class Engine:
@@ -86,7 +88,12 @@ class Engine:
             return configured(self._options)
         backend = self._embedder.backend
         return EngineFacts(
-            backend.device, backend.precision, self._embedder.max_batch_tokens, backend.name, self._ceiling_gflops
+            backend.device,
+            backend.precision,
+            self._embedder.max_batch_tokens,
+            backend.name,
+            self._ceiling_gflops,
+            backend.dimension,
         )
 
     @property

@@ -25,13 +25,29 @@ _MOST_WORKERS = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+@dataclass(slots=True)
+class _Limits:
+    """What this process may take of the machine."""
+
+    cores: int | None = None
+    gpu_share: float = 1.0
+
+
+_limits = _Limits()
+
+
+def limit_resources(cores: int | None, gpu_share: float) -> None:
+    """From now on, take no more than so many cores and that share of the GPU's memory; others have the rest."""
+    _limits.cores, _limits.gpu_share = cores, gpu_share
+
+
 def available_cores() -> int:
-    """Cores this process may use: its affinity, and a container's quota."""
+    """Cores this process may use: its affinity, a container's quota, and what `limit_resources` said."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))
-    return max(1, cores)
+    return max(1, min(cores, _limits.cores or cores))
 
 
 def cpu_workers() -> int:
@@ -110,7 +126,8 @@ class Device:
         if self.kind == "cuda":
             import torch
 
-            return int(torch.cuda.mem_get_info(self.name)[0])
+            free, total = torch.cuda.mem_get_info(self.name)
+            return int(min(free, _limits.gpu_share * total - torch.cuda.memory_reserved(self.name)))
         return None
 
     def reset_peak(self) -> None:
@@ -168,6 +185,9 @@ def resolve_device(setting: str) -> Device:
                 "neither was found; set EMBED_DEVICE=auto"
             )
         index = device.index or 0
+        if _limits.gpu_share < 1:
+            # What one replica takes too much would fail another one, that could not help it by smaller batches.
+            torch.cuda.set_per_process_memory_fraction(_limits.gpu_share, index)
         return Device(name, "cuda", torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
     return Device(name, device.type, f"{cpu_name()} x {available_cores()}")
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pyarrow as pa
 
+from embed_assets.errors import LakeError
 from embed_assets.lake.storage import StoredFile
 from embed_assets.lake.tables import Lake, TableSpec, lake_errors
 from embed_assets.lake.vectors import VECTOR_ROWS
@@ -32,18 +33,34 @@ class Staging:
     """
 
     def __init__(self, lake: Lake, table: TableSpec, key: str) -> None:
-        self._lake, self._folder, self._name = lake, _folder(table), hash_text(key)
+        self._lake, self._folder, self._name, self.key = lake, _folder(table), hash_text(key), key
         self._known: set[str] = set()
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Keep a window; whole or not at all."""
-        buffer = io.BytesIO()
-        with pa.ipc.new_stream(buffer, batch.schema) as stream:
-            stream.write_batch(batch)
-        path = f"{self._folder}/{self._name}-{uuid.uuid4().hex}.arrow"
+        self.write_bytes(bytes_of(batch), uuid.uuid4().hex)
+
+    def write_bytes(self, data: bytes, name: str) -> None:
+        """The same for `bytes_of` a window, under a name of the caller's: written again, it takes the first's place."""
+        path = self._path(name)
         with lake_errors(f"the window {path!r} can't be staged", self._lake.root):
-            self._lake.storage.write(path, buffer.getbuffer())
-        self._known.add(path)
+            self._lake.storage.write(path, data)
+        self.adopt(name)
+
+    def adopt(self, name: str) -> None:
+        """Clear the window of that name with the others; another process has written it."""
+        self._known.add(self._path(name))
+
+    def read_window(self, name: str) -> pa.RecordBatch | None:
+        """The window of that name; None where there is none, or it is damaged."""
+        try:
+            with lake_errors(f"the window {name!r} can't be read", self._lake.root):
+                return next(iter(batches_of(self._lake.storage.read(self._path(name)))), None)
+        except (LakeError, ValueError):
+            return None
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{self._name}-{name}.arrow"
 
     def read(self) -> Iterator[pa.RecordBatch]:
         """All windows kept by earlier attempts at the partition; those that are damaged are as good as none."""
@@ -53,7 +70,7 @@ class Staging:
                     continue
                 self._known.add(file.path)
                 try:
-                    yield from _batches(self._lake.storage.read(file.path))
+                    yield from batches_of(self._lake.storage.read(file.path))
                 except FileNotFoundError:
                     continue  # another run committed the partition meanwhile
                 except (pa.ArrowException, OSError, ValueError) as error:
@@ -88,8 +105,16 @@ def _folder(table: TableSpec) -> str:
     return f"{table.path}/_staging"
 
 
-def _batches(data: bytes) -> list[pa.RecordBatch]:
-    """The file's batches; all of them or an error."""
+def bytes_of(batch: pa.RecordBatch) -> bytes:
+    """A batch as the bytes of an Arrow file: columns are buffers in it, vectors little-endian float32."""
+    buffer = io.BytesIO()
+    with pa.ipc.new_stream(buffer, batch.schema) as stream:
+        stream.write_batch(batch)
+    return buffer.getvalue()
+
+
+def batches_of(data: bytes) -> list[pa.RecordBatch]:
+    """The batches of a window's bytes; all of them or an error."""
     with pa.ipc.open_stream(io.BytesIO(data)) as stream:
         batches = list(stream)
     for batch in batches:

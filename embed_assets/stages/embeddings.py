@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -11,22 +10,18 @@ from itertools import chain
 import pyarrow as pa
 
 from embed_assets.engine.metrics import EngineStats
-from embed_assets.engine.runner import Embedder
 from embed_assets.errors import LakeError
 from embed_assets.lake.inputs import Inputs
 from embed_assets.lake.reader import PartitionState, read_partition, read_rows, row_count, scan
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec, dimension_of
-from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_array, vector_batch
+from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_array
 from embed_assets.lake.writer import Provenance, Replaced, replace_partition
-from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text, utc_now
+from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text
 from embed_assets.scratch import DiskMap
 from embed_assets.stages.rejections import Rejections, replace_rejections
+from embed_assets.stages.windows import Compute, Window
 
-WINDOW_SECONDS = 15.0
-"""About the work of a window. Two are under way at a time, so that a kill costs at most thirty seconds of work."""
-MAX_WINDOW_TEXTS = 16_384
-_FIRST_WINDOW_TEXTS = 256
 _CHUNK_COLUMNS = (
     "chunk_id",
     "document_id",
@@ -62,10 +57,6 @@ class Progress:
         return min(1.0, self.texts / self.expected) if self.expected else 1.0
 
 
-GetEmbedder = Callable[[Sequence[str], int], Embedder]
-"""Gives the model, for some of the texts that are to be embedded and about how many they are."""
-
-
 @dataclass(slots=True)
 class Work:
     """What embedding a partition came to."""
@@ -99,18 +90,6 @@ class Embeddings:
 
 
 @dataclass(slots=True)
-class _Window:
-    """How many texts are embedded together."""
-
-    size: int = _FIRST_WINDOW_TEXTS
-
-    def adapt(self, texts: int, seconds: float) -> None:
-        """Let the next window take about `WINDOW_SECONDS`, growing at most fourfold at a time."""
-        wanted = int(texts / max(seconds, 1e-3) * WINDOW_SECONDS)
-        self.size = max(1, min(wanted, self.size * 4, MAX_WINDOW_TEXTS))
-
-
-@dataclass(slots=True)
 class _Inputs:
     """What is known of the inputs of a partition's chunks, by their hash."""
 
@@ -130,7 +109,7 @@ def materialize_embeddings(
     table: TableSpec,
     key: str,
     prompt: str,
-    get_embedder: GetEmbedder,
+    compute: Compute,
     provenance: Provenance,
     reuse_versions: Sequence[int],
     on_window: Callable[[int, int], None],
@@ -140,7 +119,7 @@ def materialize_embeddings(
 ) -> Embeddings:
     """Give every chunk of the partition its vector and make them the partition's rows, in one commit.
 
-    The model is asked for (`get_embedder`) only when a text has no vector: in the partition, in windows staged by
+    The model is started only when a text has no vector: in the partition, in windows staged by
     an attempt that was killed, or in `reuse_versions` of the whole table. Windows are staged as they finish;
     then `on_window` hears how many texts a window had, and how many tokens were embedded so far. In between,
     `on_progress` hears every few seconds how far it is.
@@ -153,25 +132,27 @@ def materialize_embeddings(
         for batch in staging.read():
             store.add(batch)
         inputs = _Inputs(store)
-        window = _Window()
-        windows = _to_embed(lake, table, key, prompt, inputs, reuse_versions, window)
+        most = max(1, row_count(lake, CHUNK_TABLE, key) - len(store))
+        windows = _to_embed(lake, table, key, prompt, inputs, reuse_versions, compute, most)
         first = next(windows, None)
         if first is not None:
             started = time.perf_counter()
-            expected = max(len(first), row_count(lake, CHUNK_TABLE, key) - len(store))
-            embedder = _checked(get_embedder(list(first.values()), expected), lake, table, store)
+            expected = max(len(first.texts), most)
+            embedder = compute.start(list(first.texts.values()), expected)
+            _check_dimension(embedder.dimension, lake, table, store)
             ready = time.perf_counter()
             work.startup_seconds = ready - started
 
             def on_tick(texts: int, tokens: int) -> None:
                 on_progress(Progress(texts, expected, tokens, time.perf_counter() - ready))
 
-            for finished in _embed_windows(embedder, chain([first], windows), inputs, window, work, on_tick):
-                if finished.num_rows:
-                    staging.write(finished)
-                    store.add(finished)
-                inputs.under_way.difference_update(finished.column("input_hash").to_pylist())
-                on_window(finished.num_rows, work.engine.tokens)
+            for finished in embedder.embed(chain([first], windows), staging, on_tick):
+                store.add(finished.batch)
+                inputs.rejected |= finished.rejected
+                inputs.under_way.difference_update(finished.window.texts)
+                work.engine.add(finished.stats)
+                work.embedded += finished.batch.num_rows
+                on_window(finished.batch.num_rows, work.engine.tokens)
         rows = _rows(lake, table, key, prompt, inputs, previous, work, rejections)
         # A vector that had to be made again must be committed, even if its row looks the same but for that.
         rewrite = rewrite or work.embedded > 0
@@ -207,77 +188,53 @@ def _to_embed(
     prompt: str,
     inputs: _Inputs,
     reuse_versions: Sequence[int],
-    window: _Window,
-) -> Iterator[dict[str, str]]:
-    """Windows of inputs by their hash that the model must embed: no vector is stored, or was in `reuse_versions`."""
-    for found in _missing(lake, key, prompt, inputs, window):
+    compute: Compute,
+    expected: int,
+) -> Iterator[Window]:
+    """Windows of inputs that the model must embed: no vector is stored, or was in `reuse_versions`."""
+    for found in _missing(lake, key, prompt, inputs, compute, expected):
         for version in reuse_versions:
             inputs.store.add_table(read_rows(lake, table, "input_hash", list(found), VECTOR_COLUMNS, version))
             found = {input_hash: text for input_hash, text in found.items() if input_hash not in inputs.store}
         if found:
             inputs.under_way.update(found)
-            yield found
+            yield Window(found)
 
 
-def _missing(lake: Lake, key: str, prompt: str, inputs: _Inputs, window: _Window) -> Iterator[dict[str, str]]:
+def _missing(
+    lake: Lake, key: str, prompt: str, inputs: _Inputs, compute: Compute, expected: int
+) -> Iterator[dict[str, str]]:
     """Windows of inputs by their hash that have no vector in the store; identical ones once."""
     found: dict[str, str] = {}
-    for batch in read_partition(lake, CHUNK_TABLE, key, ["text"]):
-        for text in batch.column("text").to_pylist():
+    tokens = 0
+    for batch in read_partition(lake, CHUNK_TABLE, key, ["text", "token_count"]):
+        for text, count in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             input_text = prompt + text
             input_hash = hash_text(input_text)
             if input_hash not in found and inputs.is_missing(input_hash):
                 found[input_hash] = input_text
-                if len(found) >= window.size:
+                tokens += count
+                if compute.is_full(len(found), tokens, expected):
                     yield found
-                    found = {}
+                    found, tokens = {}, 0
     if found:
         yield found
 
 
-def _embed_windows(
-    embedder: Embedder,
-    windows: Iterator[dict[str, str]],
-    inputs: _Inputs,
-    window: _Window,
-    work: Work,
-    on_tick: Callable[[int, int], None],
-) -> Iterator[pa.RecordBatch]:
-    """The windows' vectors as batches with `VECTOR_COLUMNS`; what the model can't embed goes to `inputs.rejected`."""
-    sent: deque[list[str]] = deque()
-
-    def texts() -> Iterator[list[str]]:
-        for found in windows:
-            sent.append(list(found))
-            yield list(found.values())
-
-    for embedded in embedder.embed_windows(texts(), on_tick):
-        hashes = sent.popleft()
-        window.adapt(len(hashes), embedded.stats.seconds)
-        inputs.rejected |= {hashes[row]: reason for row, reason in embedded.rejected.items()}
-        kept = [row for row in range(len(hashes)) if row not in embedded.rejected]
-        work.engine.add(embedded.stats)
-        work.embedded += len(kept)
-        yield vector_batch(
-            [hashes[row] for row in kept], embedded.vectors[kept], embedded.is_truncated[kept], utc_now()
-        )
-
-
-def _checked(embedder: Embedder, lake: Lake, table: TableSpec, store: VectorStore) -> Embedder:
-    """The embedder, unless the space's table or its staged windows hold vectors of another length."""
+def _check_dimension(dimension: int, lake: Lake, table: TableSpec, store: VectorStore) -> None:
+    """Raise ``LakeError`` where the space's table or its staged windows hold vectors of another length."""
     delta = lake.open(table)
     stored = None if delta is None else dimension_of(delta)
-    if stored not in (None, embedder.dimension):
+    if stored not in (None, dimension):
         raise LakeError(
             f"a space's vectors must all have one dimension: the table {table.path!r} has {stored}, the model gives "
-            f"{embedder.dimension}; move the table away or set EMBED_MODEL and EMBED_TRUNCATE_DIM as they were"
+            f"{dimension}; move the table away or set EMBED_MODEL and EMBED_TRUNCATE_DIM as they were"
         )
-    if store.dimension not in (None, embedder.dimension):
+    if store.dimension not in (None, dimension):
         raise LakeError(
             f"a space's vectors must all have one dimension: windows staged in '{lake.uri(table)}/_staging' have "
-            f"{store.dimension}, the model gives {embedder.dimension}; remove that folder"
+            f"{store.dimension}, the model gives {dimension}; remove that folder"
         )
-    return embedder
 
 
 def _rows(

@@ -14,6 +14,8 @@ from embed_assets.engine.engine import Engine, EngineFacts, EngineOptions, confi
 from embed_assets.engine.model import EmbeddingSpace, resolve_space
 from embed_assets.engine.openvino_backend import load_int8_backend
 from embed_assets.engine.quantization import CALIBRATION_TEXTS, QuantizedModel, quantize
+from embed_assets.engine.ray_cluster import RayOptions, require_ray
+from embed_assets.engine.ray_process import RayProcess
 from embed_assets.errors import LakeError, ModelError, SettingsError
 from embed_assets.lake.models import keep_model, read_model
 from embed_assets.lake.reader import PartitionState, read_partition, table_version
@@ -24,7 +26,9 @@ from embed_assets.settings import Settings
 from embed_assets.stages.chunks import SourceText, chunk_batches, materialize_chunks, stored_texts
 from embed_assets.stages.embeddings import Embeddings, Progress, known_inputs, materialize_embeddings
 from embed_assets.stages.raw_documents import RawDocuments, materialize_raw_documents
+from embed_assets.stages.remote import RayCompute, WorkerRecipe, code_version, lake_id
 from embed_assets.stages.sampling import sample_chunks
+from embed_assets.stages.windows import Compute, LocalCompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class Pipeline:
             raise SettingsError(
                 f"EMBED_PRECISION=int8 runs on CPUs, got EMBED_DEVICE={settings.device!r}; set EMBED_DEVICE=cpu"
             )
+        if settings.compute == "ray":
+            require_ray()
         return cls(
             settings,
             Source.from_settings(settings),
@@ -133,8 +139,31 @@ class Pipeline:
 
     @property
     def engine_facts(self) -> EngineFacts:
-        """Where and how the model runs; as configured, while it is not loaded."""
+        """Where and how the model runs in this process; as configured, while it is not loaded."""
         return self.engine.facts if self.is_calibrated else configured(self._engine_options)
+
+    def open_compute(self) -> Compute:
+        """Where a run's texts are embedded, by EMBED_COMPUTE. To be closed at the run's end."""
+        if self.settings.compute == "local":
+            return LocalCompute(lambda: self.engine, lambda: self.engine_facts)
+        settings = self.settings
+        options = RayOptions(
+            settings.ray_address,
+            settings.replica_range,
+            settings.ray_gpus_per_replica,
+            settings.ray_cpus_per_replica,
+            settings.ray_wait_seconds,
+            "cpu" if settings.precision == "int8" or self.model_space.directory is None else settings.device,
+        )
+        return RayCompute(RayProcess(self._worker_recipe, options), configured(self._engine_options))
+
+    def _worker_recipe(self) -> WorkerRecipe:
+        """These settings, with places that mean the same in any folder."""
+        directory, settings = self.model_space.directory, self.settings
+        model = settings.model if ":" in settings.model or directory is None else str(directory.absolute())
+        given = settings.model_copy(update={"lake": self.lake.root, "model": model, "compute": "local"})
+        fields = given.model_dump(exclude_defaults=True)
+        return WorkerRecipe(fields, self.space.name, self.embeddings_table, lake_id(self.lake), code_version())
 
     @property
     def _engine_options(self) -> EngineOptions:
@@ -178,13 +207,15 @@ class Pipeline:
         self,
         key: str,
         provenance: Provenance,
+        compute: Compute | None = None,
         on_window: Callable[[int, int], None] = lambda texts, tokens: None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         rewrite: bool = False,
         known: Sequence[PartitionState] = (),
     ) -> Embeddings:
-        """Give the partition's chunks their vectors; `on_window` hears of each window's texts and the tokens so far,
-        `on_progress` every few seconds how far it is.
+        """Give the partition's chunks their vectors, by `compute` or else in this process.
+
+        `on_window` hears of each window's texts and the tokens so far, `on_progress` every few seconds how far it is.
 
         `rewrite` commits the rows even if the table seems to hold them already; `known` is how documents and chunks
         lie in their tables, as far as that is known.
@@ -194,7 +225,7 @@ class Pipeline:
             self.embeddings_table,
             key,
             self.space.prompt,
-            lambda texts, expected: self.engine.embedder_for(texts, expected),
+            compute or LocalCompute(lambda: self.engine, lambda: self.engine_facts),
             provenance,
             self._reuse_versions(),
             on_window,

@@ -1,0 +1,255 @@
+"""What feeds a Ray dataset while it runs: an actor that holds the work, and a source that reads from it.
+
+A dataset's input is usually known before it starts. Ours comes partition by partition, as they are read and chunked,
+and the workers, which took long to load the model, should stay for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from embed_assets.engine.engine import EngineFacts
+
+WORK = pa.schema([pa.field("number", pa.int64(), False), pa.field("content", pa.large_binary(), False)])
+"""A piece of work, one row: its number, and what a worker makes something of."""
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """What is known of one worker."""
+
+    worker: str
+    """Ray's id of the actor; it stays the same when the actor is started again."""
+    node: str
+    """Ray's id of its machine."""
+    place: str
+    """Address of its machine, and its process there."""
+    is_ready: bool = False
+    starts_in_vain: int = 0
+    """Times it was started since it had last loaded the model."""
+    texts: int = 0
+    tokens: int = 0
+    busy_seconds: float = 0.0
+    ready_since: float = 0.0
+    """Seconds of the feed's clock."""
+    facts: EngineFacts | None = None
+
+
+@dataclass(slots=True)
+class FeedStatus:
+    """What happened so far."""
+
+    now: float
+    """Seconds of the feed's clock."""
+    workers: list[WorkerState]
+    failure: str | None = None
+    """Why the model can't be loaded."""
+    may_pass: bool = False
+
+
+@dataclass(slots=True)
+class _Work:
+    content: list[Any]
+    """The reference to the bytes, in a list so that Ray hands it on as it is."""
+    place: int
+    """Its last place in the order."""
+    worker: str = ""
+    """Who is at it."""
+    since: float | None = None
+    """When somebody began or ended with it."""
+    put_again: float = 0.0
+    is_begun: bool = False
+    deaths: int = 0
+    """Workers that were lost while they were at it."""
+    last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a worker is to do with a piece of work."""
+
+    is_skipped: bool = False
+    """Another worker is at it, or it is done."""
+    is_retry: bool = False
+    """It was begun before."""
+    deaths: int = 0
+    last_error: str = ""
+    """What the last worker reported before it ended itself."""
+
+
+@dataclass(slots=True)
+class Feed:
+    """The actor. Readers find work by its place in an order that only grows, so that one that is started again gets
+    the same once more.
+
+    Ray tries again what a lost worker was given, but only on that worker, for which there may be no room any more. So
+    work that is late is put into the order again; whoever comes to it first does it.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    _work: dict[int, _Work] = field(default_factory=dict)
+    _order: list[int] = field(default_factory=list)
+    _count: int = 0
+    _is_closed: bool = False
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _workers: dict[str, WorkerState] = field(default_factory=dict)
+    _last_begun: tuple[int, float] = (-1, 0.0)
+    """The furthest place at which work was begun, and when."""
+    _slowest: float = 0.0
+    """Seconds of the work that took longest."""
+    _failure: str | None = None
+    _may_pass: bool = False
+
+    async def put(self, content: list[Any]) -> int:
+        """Add a piece of work; returns its number."""
+        async with self._changed:
+            number = self._count
+            self._count += 1
+            self._work[number] = _Work(content, len(self._order))
+            self._order.append(number)
+            self._changed.notify_all()
+            return number
+
+    async def close(self) -> None:
+        """No more work will come."""
+        async with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    async def get(self, place: int) -> tuple[int, list[Any]] | None:
+        """Number of and reference to the work at a place, as soon as there is some; no reference when it is done, None
+        at the end."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: place < len(self._order) or self._is_closed)
+        if place >= len(self._order):
+            return None
+        number = self._order[place]
+        work = self._work.get(number)
+        return number, [] if work is None else work.content
+
+    async def forget(self, number: int) -> None:
+        """The result of a piece of work has arrived."""
+        self._work.pop(number, None)
+
+    async def start(self, worker: str, node: str, place: str) -> None:
+        """A worker begins to load the model."""
+        state = self._workers.setdefault(worker, WorkerState(worker, node, place))
+        state.node, state.place, state.is_ready = node, place, False
+        state.starts_in_vain += 1
+
+    async def ready(self, worker: str, facts: EngineFacts) -> None:
+        """A worker has loaded the model."""
+        state = self._workers[worker]
+        state.facts, state.is_ready, state.starts_in_vain = facts, True, 0
+        state.ready_since = state.ready_since or self.clock()
+
+    async def fail(self, message: str, may_pass: bool) -> None:
+        """A worker can't load the model."""
+        self._failure, self._may_pass = message, may_pass
+
+    async def begin(self, worker: str, number: int) -> Turn:
+        """A worker comes to a piece of work."""
+        work = self._work.get(number)
+        if work is None or work.worker not in ("", worker):
+            return Turn(is_skipped=True)
+        work.deaths += work.worker == worker  # it was started anew
+        turn = Turn(False, work.is_begun, work.deaths, work.last_error)
+        work.worker, work.since, work.is_begun = worker, self.clock(), True
+        self._last_begun = max(self._last_begun, (work.place, work.since))
+        return turn
+
+    async def report(self, number: int, error: str) -> None:
+        """A worker is about to give up on a piece of work, and to be started again."""
+        if number in self._work:
+            self._work[number].last_error = error
+
+    async def finish(
+        self, worker: str, number: int, texts: int, tokens: int, seconds: float, facts: EngineFacts
+    ) -> None:
+        """A worker has done a piece of work of so many texts and tokens; its result is on the way."""
+        state = self._workers[worker]
+        state.texts += texts
+        state.tokens += tokens
+        state.busy_seconds += seconds
+        state.facts = facts
+        self._slowest = max(self._slowest, seconds)
+        if number in self._work:
+            self._work[number].worker, self._work[number].since = "", self.clock()
+
+    async def status(self) -> FeedStatus:
+        """What happened so far."""
+        return FeedStatus(self.clock(), list(self._workers.values()), self._failure, self._may_pass)
+
+    async def put_late_again(self, living: Collection[str], patience: float) -> list[int]:
+        """Put work into the order again whose worker's node is not among the `living`, or that is late; returns it.
+
+        Late is what takes four times as long as anything did, what others overtook, and a result that does not arrive;
+        none of it before `patience` seconds.
+        """
+        now = self.clock()
+        again: list[int] = []
+        for number, work in self._work.items():
+            owner = self._workers.get(work.worker)
+            is_orphan = owner is not None and owner.node not in living
+            if now - work.put_again < patience or not (is_orphan or self._is_late(work, now, patience)):
+                continue
+            work.deaths += is_orphan
+            work.worker, work.put_again, work.place = "", now, len(self._order)
+            self._order.append(number)
+            again.append(number)
+        if again:
+            async with self._changed:
+                self._changed.notify_all()
+        return again
+
+    def _is_late(self, work: _Work, now: float, patience: float) -> bool:
+        if work.worker:
+            longest = max(6 * patience, 4 * self._slowest) if self._slowest else 60 * patience
+            return work.since is not None and now - work.since > longest
+        if work.since is not None:
+            return now - work.since > patience
+        furthest, when = self._last_begun
+        return furthest > work.place and now - when > patience
+
+
+def read_feed(feed: Any) -> Iterator[pa.Table]:
+    """Tables of one row from the feed actor, in its order, until it is closed.
+
+    One for every place: a reader that is started again must give as many as before. Work that is done has no content.
+    """
+    import ray
+
+    place = 0
+    while (found := ray.get(feed.get.remote(place))) is not None:
+        number, content = found
+        yield work_row(number, ray.get(content[0]) if content else b"")
+        place += 1
+
+
+def work_row(number: int, content: bytes) -> pa.Table:
+    """A row of `WORK`."""
+    return pa.table([pa.array([number], pa.int64()), pa.array([content], pa.large_binary())], schema=WORK)
+
+
+def feed_source(feed: Any) -> Any:
+    """A Ray Data source that reads the feed in one task."""
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class FeedSource(Datasource):  # type: ignore[misc]
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[Any]:
+            unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+            return [ReadTask(lambda: read_feed(feed), unknown)]
+
+    return FeedSource()

@@ -1,0 +1,278 @@
+"""The process that is the driver of a Ray cluster, apart from the run's.
+
+Ray takes over signals and the environment, prints to stdout, and ends its process when the cluster's head is lost. None
+of that may happen to a run, which has partitions to finish, and to say what went wrong.
+
+    run's process ◀─ pipe ─▶ this one: RayPool ◀─▶ cluster
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe
+from typing import IO, Any
+
+from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.ray import PATIENCE_SECONDS, PoolReport, RayPool
+from embed_assets.engine.ray_cluster import RayOptions
+from embed_assets.engine.ray_worker import Done, Recipe
+from embed_assets.errors import EmbeddingError, hide_secrets
+
+_CLOSE_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+_MAIN = "from embed_assets.engine.ray_process import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    recipe: Recipe
+    options: RayOptions
+    patience_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    number: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _AskReport:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    facts: EngineFacts | None
+    most_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    number: int
+    result: Done | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class _Over:
+    error: Exception
+
+
+class RayProcess:
+    """Workers on a Ray cluster, as `RayPool` has them, driven by a process that starts when `start` is called first.
+
+    Usable from many threads. After `close`, or when the cluster is lost, all pieces of work end with an error.
+    """
+
+    def __init__(
+        self, make_recipe: Callable[[], Recipe], options: RayOptions, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        self._make_recipe, self._options, self._patience_seconds = make_recipe, options, patience_seconds
+        self._lock = threading.RLock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection[Any, Any] | None = None
+        self._output: IO[bytes] | None = None
+        self._count = 0
+        self._futures: dict[int, Future[Done]] = {}
+        self._error: Exception | None = None
+        self._has_ended = threading.Event()
+        self._is_ready = threading.Event()
+        self._has_report = threading.Event()
+        self._report: PoolReport | None = None
+        self.most_replicas = 1
+        """Workers there will be at most; 1 before the start."""
+        self.facts: EngineFacts | None = None
+        """Where and how the model runs on a worker; None before the first has loaded it."""
+
+    def start(self) -> None:
+        """Connect, and wait until a worker has loaded the model.
+
+        Raises ``SettingsError`` when there is no cluster or no room on it, ``ModelError`` when the model can't be
+        loaded, ``EmbeddingError`` when the cluster was lost.
+        """
+        with self._lock:
+            self.check()
+            if self._process is None:
+                self._begin()
+        self._is_ready.wait()
+        self.check()
+
+    def submit(self, content: bytes) -> Future[Done]:
+        """Have a piece of work done by any worker. Call `start` before."""
+        future: Future[Done] = Future()
+        with self._lock:
+            self.check()
+            self._count += 1
+            self._futures[self._count] = future
+            self._send(_Submit(self._count, content))
+        return future
+
+    def check(self) -> None:
+        """Raise what ended it, if it is over."""
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def report(self) -> PoolReport | None:
+        """What the cluster did so far; None before the start."""
+        if self._process is not None and self._error is None:
+            self._has_report.clear()
+            self._send(_AskReport())
+            self._has_report.wait(_ANSWER_SECONDS)
+        return self._report
+
+    def close(self) -> None:
+        """End all work, the workers, and a local Ray."""
+        self._end(EmbeddingError("embedding was stopped before the window was finished; start it again"))
+        if self._process is None or self._pipe is None:
+            return
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # Ray ends what such a process leaves
+            self._process.wait()
+        self._has_ended.wait()
+        self._pipe.close()
+
+    def _begin(self) -> None:
+        self._pipe, other = Pipe()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _MAIN, str(other.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            pass_fds=[other.fileno()],
+            start_new_session=True,  # Ctrl-C is for this process to handle
+        )
+        other.close()
+        threading.Thread(target=self._listen, name="ray", daemon=True).start()
+        self._send(_Start(self._make_recipe(), _with_present_cluster(self._options), self._patience_seconds))
+
+    def _send(self, message: object) -> None:
+        assert self._pipe is not None
+        with self._lock, contextlib.suppress(OSError):  # whoever listens hears of the end
+            self._pipe.send(message)
+
+    def _listen(self) -> None:
+        """In a thread: take what the process says, until its end."""
+        assert self._pipe is not None and self._process is not None
+        try:
+            while True:
+                self._take(self._pipe.recv())
+        except (EOFError, OSError):
+            status = self._process.wait()
+            self._end(
+                EmbeddingError(
+                    f"the process that drives Ray ended with status {status} ({self._last_words()}); "
+                    "windows that were finished are kept, run again",
+                    may_pass=True,
+                )
+            )
+        finally:
+            self._has_ended.set()
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, _Ready):
+            self.facts, self.most_replicas = message.facts, message.most_replicas
+            self._is_ready.set()
+        elif isinstance(message, _Finished):
+            with self._lock:
+                future = self._futures.pop(message.number, None)
+            if future is None:
+                return  # everything was ended meanwhile
+            if isinstance(message.result, Exception):
+                future.set_exception(message.result)
+            else:
+                future.set_result(message.result)
+        elif isinstance(message, _Over):
+            self._end(message.error)
+        elif isinstance(message, PoolReport):
+            self._report = message
+            self._has_report.set()
+
+    def _end(self, error: Exception) -> None:
+        """End everything that is under way with an error; the first one counts."""
+        with self._lock:
+            self._error = self._error or error
+            futures, self._futures = list(self._futures.values()), {}
+        for future in futures:
+            future.set_exception(self._error)
+        self._is_ready.set()
+        self._has_report.set()
+
+    def _last_words(self) -> str:
+        """The last line that the process printed."""
+        assert self._output is not None
+        self._output.seek(0)
+        lines = [line for line in self._output.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return hide_secrets(lines[-1].strip()[:300]) if lines else "it said nothing"
+
+
+def _with_present_cluster(options: RayOptions) -> RayOptions:
+    """The options, with the address of the cluster that this process is connected to, as a resource may have done."""
+    ray = sys.modules.get("ray")
+    if ray is None or options.address is not None or not ray.is_initialized():
+        return options
+    return replace(options, address=str(ray.get_runtime_context().gcs_address))
+
+
+def serve(pipe: Connection[Any, Any]) -> None:
+    """In the process: a pool over the pipe, until its end."""
+    start: _Start = pipe.recv()
+    lock = threading.Lock()
+
+    def send(message: object) -> None:
+        with lock, contextlib.suppress(OSError):
+            pipe.send(message)
+
+    pool = RayPool(start.recipe, start.options, start.patience_seconds, lambda error: send(_Over(error)))
+    reader = threading.Thread(target=_obey, args=(pipe, pool, send), name="pipe", daemon=True)
+    reader.start()
+    # By the main thread: what Ray starts ends with the thread that starts it.
+    try:
+        pool.start()
+    except Exception as error:
+        send(_Over(error))
+    else:
+        send(_Ready(pool.facts, pool.most_replicas))
+    reader.join()
+    pool.close()
+
+
+def _obey(pipe: Connection[Any, Any], pool: RayPool, send: Callable[[object], None]) -> None:
+    """In a thread: do what comes over the pipe, until its end or None."""
+    with contextlib.suppress(EOFError, OSError):
+        while (message := pipe.recv()) is not None:
+            if isinstance(message, _AskReport) and (report := pool.report) is not None:
+                send(report)
+            elif isinstance(message, _Submit):
+                _submit(pool, message, send)
+    pool.stop()  # also when it still waits for its start
+
+
+def _submit(pool: RayPool, message: _Submit, send: Callable[[object], None]) -> None:
+    def tell(future: Future[Done]) -> None:
+        send(_Finished(message.number, future.exception() or future.result()))  # type: ignore[arg-type]
+
+    try:
+        pool.submit(message.content).add_done_callback(tell)
+    except Exception as error:
+        send(_Finished(message.number, error))
+
+
+def main() -> None:
+    """The process; its argument is the pipe's file descriptor."""
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # whatever Ray's threads still wait for

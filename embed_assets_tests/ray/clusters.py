@@ -1,0 +1,78 @@
+"""Ray clusters of several nodes on this machine, and workers to try them with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.metrics import EngineStats
+from embed_assets.engine.ray_worker import Done
+from embed_assets.errors import ModelError
+
+STORE_BYTES = 100 << 20
+FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 1)
+
+
+@contextlib.contextmanager
+def ray_cluster(nodes: int, cpus: int = 1) -> Iterator[Any]:
+    """A cluster of a head without CPUs and so many nodes; has ``address``, ``remove_node`` and ``worker_nodes``."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options})
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=cpus, wait=False, **options)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        for node in [*cluster.worker_nodes, cluster.head_node]:
+            if node is not None:
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+        os.environ.pop("RAY_AUTH_MODE", None)
+
+
+@dataclass(frozen=True)
+class EchoRecipe:
+    """Workers that give back what they get; some contents have them do something else."""
+
+    log: str = ""
+    """File to which every piece of work is written that is begun."""
+    error: str = ""
+    """Why the model can't be loaded."""
+    dies_at_start: bool = False
+
+    def open(self) -> EchoWorker:
+        if self.error:
+            raise ModelError(self.error)
+        if self.dies_at_start:
+            os._exit(1)
+        return EchoWorker(self.log)
+
+
+class EchoWorker:
+    facts = FACTS
+
+    def __init__(self, log: str) -> None:
+        self._log = log
+
+    def run(self, content: bytes, is_retry: bool) -> Done:
+        if self._log:
+            with open(self._log, "ab") as file:
+                file.write(content + b"\n")
+        name, _, seconds = content.partition(b" ")
+        if name == b"die":
+            os._exit(1)
+        if name == b"break":
+            raise ZeroDivisionError("the device is gone")
+        if name == b"refuse":
+            raise ModelError("not this one")
+        time.sleep(float(seconds or 0))
+        return Done(content, "retry" if is_retry else "", EngineStats(texts=1, tokens=10, seconds=0.1))

@@ -1,0 +1,207 @@
+"""The feed's rules, without Ray: who does what, what is put again, and what a reader sees."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from embed_assets.engine.ray_cluster import Cluster, Node, RayOptions, Replicas, check_room, plan_replicas
+from embed_assets.engine.ray_feed import Feed
+from embed_assets.errors import SettingsError
+from embed_assets.settings import load_settings
+from embed_assets_tests.ray.clusters import FACTS
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(coroutine)
+
+
+async def feed_with(clock: Clock, work: int, workers: str = "ab") -> Feed:
+    feed = Feed(clock)
+    for worker in workers:
+        await feed.start(worker, f"node-{worker}", "here")
+        await feed.ready(worker, FACTS)
+    for number in range(work):
+        assert await feed.put([f"ref{number}"]) == number
+    return feed
+
+
+def test_a_reader_that_starts_again_sees_as_many_places_and_no_content_of_what_is_done() -> None:
+    async def scenario() -> None:
+        feed = await feed_with(Clock(), 3)
+        await feed.forget(1)
+        await feed.close()
+        assert [await feed.get(place) for place in range(4)] == [(0, ["ref0"]), (1, []), (2, ["ref2"]), None]
+
+    run(scenario())
+
+
+def test_a_reader_waits_for_work() -> None:
+    async def scenario() -> None:
+        feed = Feed()
+        waiting = asyncio.create_task(feed.get(0))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await feed.put(["ref"])
+        assert await waiting == (0, ["ref"])
+
+    run(scenario())
+
+
+def test_work_is_done_by_one_worker_at_a_time_and_never_again_when_it_has_arrived() -> None:
+    async def scenario() -> None:
+        feed = await feed_with(Clock(), 1)
+        assert not (await feed.begin("a", 0)).is_skipped
+        assert (await feed.begin("b", 0)).is_skipped
+        await feed.forget(0)
+        assert (await feed.begin("b", 0)).is_skipped
+
+    run(scenario())
+
+
+def test_a_worker_that_comes_again_has_died() -> None:
+    async def scenario() -> None:
+        feed = await feed_with(Clock(), 1)
+        assert (await feed.begin("a", 0)).deaths == 0
+        await feed.report(0, "no memory")
+        turn = await feed.begin("a", 0)
+        assert (turn.deaths, turn.is_retry, turn.last_error) == (1, True, "no memory")
+
+    run(scenario())
+
+
+def test_the_work_of_a_lost_node_is_put_again_and_done_by_another_worker() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 2)
+        await feed.begin("a", 0)
+        await feed.begin("b", 1)
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == []
+        assert await feed.put_late_again(["node-b"], 10.0) == [0]
+        assert await feed.put_late_again(["node-b"], 10.0) == [], "once is enough for a while"
+        assert await feed.get(2) == (0, ["ref0"])
+        turn = await feed.begin("b", 0)
+        assert (turn.is_skipped, turn.is_retry, turn.deaths) == (False, True, 1)
+
+    run(scenario())
+
+
+def test_work_that_lies_with_a_lost_worker_is_put_again_when_others_overtake_it() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 3)
+        await feed.begin("a", 1)
+        clock.now += 5
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == []
+        clock.now += 6
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0], "2 is behind 1, and may wait"
+
+    run(scenario())
+
+
+def test_a_result_that_does_not_arrive_is_asked_for_again() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 1)
+        await feed.begin("a", 0)
+        await feed.finish("a", 0, 5, 50, 2.0, FACTS)
+        clock.now += 11
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0]
+        assert (await feed.begin("b", 0)).is_retry
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("slowest", "late_after"), [(0.0, 600), (2.0, 60), (40.0, 160)])
+def test_a_straggler_is_given_to_others_as_well(slowest: float, late_after: float) -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 2)
+        if slowest:
+            await feed.begin("b", 1)
+            await feed.finish("b", 1, 5, 50, slowest, FACTS)
+            await feed.forget(1)
+        await feed.begin("a", 0)
+        clock.now += late_after - 1
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == []
+        clock.now += 2
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0]
+        assert (await feed.begin("b", 0)).deaths == 0, "it is slow, not dead"
+
+    run(scenario())
+
+
+def nodes(*offers: tuple[float, float]) -> list[Node]:
+    return [Node(str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(offers)]
+
+
+@pytest.mark.parametrize(
+    ("offers", "options", "expected"),
+    [
+        ([(2, 0)], RayOptions(), Replicas(1, 1, 2, 0.0)),
+        ([(64, 0), (64, 0)], RayOptions(), Replicas(1, 32, 4, 0.0)),
+        ([(0, 0), (1, 0), (16, 0)], RayOptions(), Replicas(1, 17, 1, 0.0)),
+        ([(8, 0), (16, 4)], RayOptions(), Replicas(1, 4, 1, 1.0)),
+        ([(8, 0), (16, 4)], RayOptions(device="cpu"), Replicas(1, 6, 4, 0.0)),
+        ([(16, 4)], RayOptions(gpus_per_replica=0.25), Replicas(1, 16, 1, 0.25)),
+        ([(8, 4)], RayOptions(gpus_per_replica=0.25), Replicas(1, 8, 1, 0.25)),
+        ([(16, 1), (16, 1)], RayOptions(gpus_per_replica=2), Replicas(1, 1, 1, 2.0)),
+        ([(8, 0)], RayOptions(device="cuda"), Replicas(1, 1, 1, 1.0)),
+        ([(8, 0)], RayOptions(replicas=(2, 5), cpus_per_replica=3), Replicas(2, 5, 3, 0.0)),
+    ],
+)
+def test_replicas_that_fit(offers: list[tuple[float, float]], options: RayOptions, expected: Replicas) -> None:
+    assert plan_replicas(nodes(*offers), options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (RayOptions(device="cuda:1"), "Ray gives each replica its GPU"),
+        (RayOptions(device="cpu", gpus_per_replica=0.5), "EMBED_RAY_GPUS_PER_REPLICA=0.5"),
+        (RayOptions(device="cuda", gpus_per_replica=0), "needs a GPU"),
+    ],
+)
+def test_settings_that_contradict_each_other(options: RayOptions, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        plan_replicas(nodes((8, 1)), options)
+
+
+def test_a_local_ray_without_a_gpu_says_so_at_once() -> None:
+    local, offers = Cluster("127.0.0.1:1", "", True), nodes((2, 0))
+    with pytest.raises(SettingsError, match="0 GPUs"):
+        check_room(local, offers, plan_replicas(offers, RayOptions(device="cuda")))
+    check_room(Cluster("host:1", "", False), offers, Replicas(1, 1, 1, 1.0))  # a cluster may grow
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ray_address": "ray://host:10001"}, "EMBED_RAY_ADDRESS='ray://host:10001': must be host:port"),
+        ({"ray_gpus_per_replica": "1.5"}, "EMBED_RAY_GPUS_PER_REPLICA='1.5': must be a share of one GPU"),
+        ({"ray_replicas": "4-2"}, "EMBED_RAY_REPLICAS='4-2': the least"),
+        ({"ray_replicas": "some"}, "EMBED_RAY_REPLICAS='some'"),
+    ],
+)
+def test_settings_of_ray_are_checked(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(**settings)
+    assert words in str(error.value)
+
+
+def test_the_address_is_ours_or_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:1")
+    assert load_settings().ray_address == "head:1"
+    monkeypatch.setenv("EMBED_RAY_ADDRESS", "head:2")
+    assert load_settings().ray_address == "head:2"
+    assert load_settings(ray_replicas="3").replica_range == (3, 3)
+    assert load_settings(ray_replicas="2-5").replica_range == (2, 5)

@@ -1,0 +1,116 @@
+"""Workers on a real cluster of three nodes: what they survive, and what is said when they don't."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embed_assets.engine.ray_cluster import RayOptions
+from embed_assets.engine.ray_process import RayProcess
+from embed_assets.errors import EmbeddingError, ModelError, SettingsError, UserError
+from embed_assets_tests.ray.clusters import FACTS, EchoRecipe, ray_cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with ray_cluster(nodes=2) as made:
+        yield made
+
+
+def pool(cluster: Any, recipe: EchoRecipe, **options: Any) -> RayProcess:
+    return RayProcess(lambda: recipe, replace(RayOptions(cluster.address), **options), patience_seconds=2.0)
+
+
+def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: Path) -> None:
+    log = tmp_path / "begun"
+    workers = pool(cluster, EchoRecipe(str(log)))
+    try:
+        assert workers.report is None
+        workers.start()
+        assert workers.facts == FACTS
+        assert workers.most_replicas == 2
+        contents = [b"die", b"break", b"refuse", *(b"w%d 0.05" % i for i in range(60))]
+        futures = [workers.submit(content) for content in contents]
+        assert [f.result(90).content for f in futures[3:]] == contents[3:]
+        with pytest.raises(EmbeddingError, match=r"4 workers died of the same window .*want of memory"):
+            futures[0].result(90)
+        with pytest.raises(EmbeddingError, match=r"4 workers died of .*ZeroDivisionError: the device is gone"):
+            futures[1].result(90)
+        with pytest.raises(EmbeddingError, match="not this one"):
+            futures[2].result(90)
+        begun = log.read_bytes().splitlines()
+        assert [begun.count(c) for c in (b"die", b"break", b"refuse")] == [4, 4, 1]
+        report = workers.report
+        assert report is not None
+        assert sum(worker.tokens for worker in report.workers) >= 600
+        assert len(report.nodes) == 3
+        assert "2 workers of 1 CPUs" in str(report)
+    finally:
+        workers.close()
+    with pytest.raises(EmbeddingError, match="stopped"):
+        workers.submit(b"late")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "kind", "words"),
+    [
+        (EchoRecipe(error="no such model"), {}, ModelError, r"no such model \(on .* pid \d+\)"),
+        (EchoRecipe(dies_at_start=True), {"replicas": (1, 1)}, EmbeddingError, "was started 5 times and died"),
+        (
+            EchoRecipe(),
+            {"device": "cuda", "wait_seconds": 3.0},
+            SettingsError,
+            "no worker fits: .* 2 CPUs and 0 GPUs",
+        ),
+    ],
+)
+def test_what_can_never_run_says_why(
+    cluster: Any, recipe: EchoRecipe, options: dict[str, Any], kind: type[UserError], words: str
+) -> None:
+    workers = pool(cluster, recipe, **options)
+    try:
+        with pytest.raises(kind, match=words):
+            workers.start()
+    finally:
+        workers.close()
+
+
+def test_nobody_listens_at_the_address() -> None:
+    workers = RayProcess(lambda: EchoRecipe(), RayOptions("127.0.0.1:1"))
+    try:
+        with pytest.raises(SettingsError, match=r"no connection to EMBED_RAY_ADDRESS='127.0.0.1:1'"):
+            workers.start()
+    finally:
+        workers.close()
+
+
+def test_the_process_that_drives_ray_is_killed(cluster: Any) -> None:
+    workers = pool(cluster, EchoRecipe())
+    try:
+        workers.start()
+        future = workers.submit(b"slow 60")
+        assert workers._process is not None
+        workers._process.kill()
+        with pytest.raises(EmbeddingError, match=r"ended with status -9.*run again"):
+            future.result(20)
+    finally:
+        workers.close()
+
+
+def test_the_head_is_lost() -> None:
+    with ray_cluster(nodes=1) as cluster:
+        workers = pool(cluster, EchoRecipe())
+        try:
+            workers.start()
+            future = workers.submit(b"slow 300")
+            time.sleep(1)
+            cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+            with pytest.raises(EmbeddingError, match=r"was lost|gave up|ended with status"):
+                future.result(50)
+        finally:
+            workers.close()

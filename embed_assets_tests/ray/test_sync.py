@@ -1,0 +1,115 @@
+"""`sync` on a Ray cluster: the same tables as in one process, also when a node is lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embed_assets.defs.instance import open_instance
+from embed_assets_tests.conftest import SAMPLE_MODEL, Project
+from embed_assets_tests.defs.dagster_runs import latest
+from embed_assets_tests.ray.clusters import ray_cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with ray_cluster(nodes=2) as made:
+        yield made
+
+
+def write_documents(project: Project, partitions: int, documents: int) -> None:
+    """Pages of the language reference; texts of their own in each partition."""
+    pages = sorted(topics)
+    for n in range(partitions * documents):
+        page = topics[pages[n % len(pages)]]
+        project.write(f"p{n % partitions}/{pages[n % len(pages)]}.md", f"# {n}\n\n{page}")
+
+
+def table(project: Project) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows by key, without what time made of them."""
+    rows = project.rows()
+    for row in rows:
+        del row["embedded_at"]
+    return {(row["partition_key"], row["chunk_id"]): row for row in rows}
+
+
+def assert_same(mine: dict[tuple[str, str], dict[str, Any]], other: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert mine.keys() == other.keys()
+    for key, row in mine.items():
+        a, b = np.array(row.pop("embedding")), np.array(other[key].pop("embedding"))
+        assert a @ b > 0.99999
+        assert row == other[key]
+
+
+def test_the_table_is_the_local_engines_row_for_row(project: Project, cluster: Any) -> None:
+    project.set(MODEL=SAMPLE_MODEL, MAX_BATCH_TOKENS="1024")
+    write_documents(project, partitions=3, documents=3)
+    local = project.sync()
+    expected = table(project)
+    project.set(LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, REUSE="partition")
+    project.monkeypatch.setenv("DAGSTER_HOME", str(project.root / "home"))
+    (project.root / "home").mkdir()
+    remote = project.sync()
+    for name in ("embedded", "reused", "dropped", "tokens"):
+        assert remote[name] == local[name]
+    assert_same(table(project), expected)
+    assert project.json("verify")["ok"]
+    assert project.sync()["embedded"] == 0
+    assert list((project.root / "other").rglob("_staging/*")) == []
+
+
+def test_metadata_tells_who_did_it(project: Project, cluster: Any) -> None:
+    project.set(COMPUTE="ray", RAY_ADDRESS=cluster.address, RAY_REPLICAS="2")
+    write_documents(project, partitions=2, documents=6)
+    assert not [r for r in project.sync()["partitions"].values() if r["error"]]
+    with open_instance() as instance:
+        metadata = latest(instance, "embeddings", "p0").metadata
+    assert 1 <= metadata["ray_workers"].value <= 2
+    assert metadata["ray_nodes"].value == 3
+    assert cluster.address in metadata["ray_cluster"].value
+    assert metadata["tokens_per_second"].value > 0
+    assert 0 < metadata["ray_utilization_percent"].value <= 100
+    assert len(metadata["ray_tokens_per_second_per_worker"].records) == metadata["ray_workers"].value
+
+
+def test_a_lost_node_costs_its_windows(project: Project) -> None:
+    write_documents(project, partitions=4, documents=12)
+    project.set(MODEL="fake:16", CHUNK_TOKENS="64")
+    local = project.sync()
+    expected = table(project)
+    with ray_cluster(nodes=3) as cluster:
+        project.set(MODEL="fake:16~250", LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, RAY_REPLICAS="3")
+        project.monkeypatch.setenv("DAGSTER_HOME", str(project.root / "home"))
+        (project.root / "home").mkdir()
+        process = project.start_sync()
+        try:
+            until = time.monotonic() + 60
+            while len(list((project.root / "other").rglob("_staging/*.arrow"))) < 3 and time.monotonic() < until:
+                time.sleep(0.1)
+            cluster.worker_nodes.pop().kill_all_processes(check_alive=False, allow_graceful=False)
+            stdout, stderr = process.communicate(timeout=150)
+        finally:
+            process.kill()
+    assert process.returncode == 0, stderr
+    result = json.loads(stdout)
+    assert result["embedded"] == local["embedded"]
+    assert_same(table(project), expected)
+    assert list((project.root / "other").rglob("_staging/*")) == []
+
+
+def test_without_the_extra_everything_works_and_asking_for_ray_says_what_to_install(project: Project) -> None:
+    write_documents(project, partitions=1, documents=1)
+    with project.monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)  # what an import finds where it is not installed
+        assert project.sync()["embedded"] > 0
+        project.set(COMPUTE="ray")
+        error = project.json("sync", exit_code=1)["error"]
+    assert "pip install 'embed-assets[ray]'" in error
+    assert "\n" not in error
