@@ -17,6 +17,8 @@ from embed_assets.defs.names import ASSETS
 from embed_assets_tests.conftest import REPOSITORY, Project, topic
 from embed_assets_tests.defs.dagster_runs import dagster_says, materialize, we_say
 
+SHARED = ("deploy/postgres.yaml", "deploy/many-workers.yaml", "deploy/ray.yaml")
+
 
 def as_postgres(*command: str | Path) -> None:
     """Run a server's tool: as the user `postgres` where we are root, which it refuses to be."""
@@ -89,7 +91,7 @@ def test_without_the_database_it_is_one_line(project: Project, monkeypatch: pyte
 def test_every_instance_file_keeps_what_the_step_relies_on() -> None:
     import yaml
 
-    for file in [REPOSITORY / name for name in ("dagster.yaml", "deploy/postgres.yaml", "deploy/many-workers.yaml")]:
+    for file in [REPOSITORY / name for name in ("dagster.yaml", *SHARED)]:
         settings = yaml.safe_load(file.read_text())
         assert settings["concurrency"]["pools"]["default_limit"] >= 1
         assert settings["concurrency"]["pools"]["granularity"] == "op"
@@ -99,3 +101,20 @@ def test_every_instance_file_keeps_what_the_step_relies_on() -> None:
             "retry_on_asset_or_op_failure": False,
         }
         assert settings["telemetry"] == {"enabled": False}
+
+
+def test_runs_become_jobs_of_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+    from dagster._serdes import ConfigurableClassData
+
+    monkeypatch.setenv("RAY_JOBS_ADDRESS", "http://127.0.0.1:8265")
+    settings = yaml.safe_load((REPOSITORY / "deploy/ray.yaml").read_text())["run_launcher"]
+    launcher = ConfigurableClassData(settings["module"], settings["class"], yaml.dump(settings["config"])).rehydrate()
+    assert launcher.address == "http://127.0.0.1:8265"
+    assert "EMBED_COMPUTE=ray" in launcher.env_vars
+    cluster = yaml.safe_load((REPOSITORY / "deploy/kuberay.yaml").read_text())
+    assert cluster["kind"] == "RayCluster"
+    [workers] = cluster["spec"]["workerGroupSpecs"]
+    [container] = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["envFrom"] == cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["envFrom"]
