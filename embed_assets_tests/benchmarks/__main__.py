@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from embed_assets_tests.benchmarks import bench_chunking, bench_embedding, bench_memory, bench_quality
+from embed_assets_tests.benchmarks import bench_chunking, bench_embedding, bench_memory, bench_quality, bench_ray
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     bench_chunking.run(folder)
     bench_quality.run(folder)
     bench_embedding.run(folder)
+    bench_ray.run(folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,12 +19,14 @@ from embed_assets.engine.hardware import available_cores
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE
 from embed_assets.records import hash_text
+from embed_assets.sample import write_sample
 from embed_assets.settings import load_settings
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.windows import Compute, Window
 from embed_assets_tests.ray.clusters import STORE_BYTES
 
 BATCH = 64
+_TEXTS, _CHUNK_TOKENS = 5000, 96
 _PLAIN_TEXTS = 1500
 """The plain script is slow, and as slow from the first batch to the last."""
 
@@ -103,8 +106,17 @@ class Subject:
         return tokens, seconds
 
 
-def run(texts: Sequence[str], rounds: int = 3, **settings: str) -> None:
-    """Print the table."""
+def run(folder: Path | None, rounds: int = 2) -> None:
+    """Print the table, for up to 5,000 chunks of the documents in a folder, by default the sample corpus."""
+    with tempfile.TemporaryDirectory() as sample:
+        if folder is None:
+            write_sample(Path(sample))
+        source = load_settings(source=str(folder or sample), chunk_tokens=_CHUNK_TOKENS)
+        compare(Pipeline.from_settings(source).sample_chunks(_TEXTS), rounds)
+
+
+def compare(texts: Sequence[str], rounds: int, **settings: str) -> None:
+    """Print the table for these texts."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 

@@ -27,7 +27,7 @@ from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.windows import Compute, Window
 from embed_assets_tests.ray.clusters import ray_cluster
 
-WORDS = 6
+TOKENS_PER_TEXT = 9
 BGE_BASE = ModelCost(12 * 12 * 768 * 768, 12 * 768)
 
 
@@ -54,7 +54,7 @@ def windows_of(compute: Compute, partition: int, chunks: int) -> Iterator[Window
     for n in range(chunks):
         text = f"chunk {n} of partition {partition} is here"
         found[hash_text(text)] = text
-        if compute.is_full(len(found), len(found) * WORDS, chunks):
+        if compute.is_full(len(found), len(found) * TOKENS_PER_TEXT, chunks):
             yield Window(found)
             found = {}
     if found:
@@ -63,7 +63,9 @@ def windows_of(compute: Compute, partition: int, chunks: int) -> Iterator[Window
 
 def simulate(partitions: int, chunks: int, nodes: int) -> Simulated:
     """Embed so many partitions of so many chunks each on a cluster of so many nodes."""
-    plan = estimate_capacity(BGE_BASE, partitions * chunks * WORDS, WORDS, "A100", devices=8, price_per_hour=1.5)
+    plan = estimate_capacity(
+        BGE_BASE, partitions * chunks * TOKENS_PER_TEXT, TOKENS_PER_TEXT, "A100", devices=8, price_per_hour=1.5
+    )
     with tempfile.TemporaryDirectory() as folder, ray_cluster(nodes) as cluster:
         settings = load_settings(
             lake=folder, model="fake:8", compute="ray", ray_address=cluster.address, ray_replicas=str(nodes)
