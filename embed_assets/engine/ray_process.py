@@ -77,6 +77,8 @@ class RayProcess:
     ) -> None:
         self._make_recipe, self._options, self._patience_seconds = make_recipe, options, patience_seconds
         self._lock = threading.RLock()
+        # Apart from the other: whoever waits for the pipe must not keep what comes over it from being taken.
+        self._sending = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
         self._output: IO[bytes] | None = None
@@ -111,8 +113,9 @@ class RayProcess:
         with self._lock:
             self.check()
             self._count += 1
-            self._futures[self._count] = future
-            self._send(_Submit(self._count, content))
+            number = self._count
+            self._futures[number] = future
+        self._send(_Submit(number, content))
         return future
 
     def check(self) -> None:
@@ -134,8 +137,10 @@ class RayProcess:
         self._end(EmbeddingError("embedding was stopped before the window was finished; start it again"))
         if self._process is None or self._pipe is None:
             return
-        with contextlib.suppress(OSError):
-            self._pipe.send(None)
+        if self._sending.acquire(timeout=_ANSWER_SECONDS):  # else somebody waits for a process that hears nothing
+            with contextlib.suppress(OSError):
+                self._pipe.send(None)
+            self._sending.release()
         try:
             self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -143,6 +148,8 @@ class RayProcess:
             self._process.wait()
         self._has_ended.wait()
         self._pipe.close()
+        if self._output is not None:
+            self._output.close()
 
     def _begin(self) -> None:
         self._pipe, other = Pipe()
@@ -162,7 +169,7 @@ class RayProcess:
 
     def _send(self, message: object) -> None:
         assert self._pipe is not None
-        with self._lock, contextlib.suppress(OSError):  # whoever listens hears of the end
+        with self._sending, contextlib.suppress(OSError):  # whoever listens hears of the end
             self._pipe.send(message)
 
     def _listen(self) -> None:

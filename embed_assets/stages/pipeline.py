@@ -162,7 +162,7 @@ class Pipeline:
         directory, settings = self.model_space.directory, self.settings
         model = settings.model if ":" in settings.model or directory is None else str(directory.absolute())
         given = settings.model_copy(update={"lake": self.lake.root, "model": model, "compute": "local"})
-        fields = given.model_dump(exclude_defaults=True)
+        fields = given.model_dump()  # all of them: the environment of a worker's machine has no say
         return WorkerRecipe(fields, self.space.name, self.embeddings_table, lake_id(self.lake), code_version())
 
     @property

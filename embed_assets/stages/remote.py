@@ -61,7 +61,7 @@ class WorkerRecipe:
     """What a worker on another machine needs to do this process's work."""
 
     settings: dict[str, object]
-    """Fields of `Settings` that differ from their defaults."""
+    """All fields of `Settings`."""
     space: str
     """Name of the space that the settings must lead to."""
     table: TableSpec

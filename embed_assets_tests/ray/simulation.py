@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from embed_assets.engine.capacity import Capacity, estimate_capacity
-from embed_assets.engine.hardware import resident_bytes
+from embed_assets.engine.hardware import reset_peak_memory, resident_bytes
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE
@@ -86,6 +86,7 @@ def simulate(partitions: int, chunks: int, nodes: int) -> Simulated:
                 return texts, tokens, windows
 
             assert embedder.dimension == 8
+            reset_peak_memory()
             before, started = resident_bytes(), time.perf_counter()
             with ThreadPoolExecutor(compute.most_partitions) as lanes:
                 counts = [sum(column) for column in zip(*lanes.map(embed, range(partitions)), strict=True)]

@@ -44,7 +44,9 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         with pytest.raises(EmbeddingError, match="not this one"):
             futures[2].result(90)
         begun = log.read_bytes().splitlines()
-        assert [begun.count(c) for c in (b"die", b"break", b"refuse")] == [4, 4, 1]
+        # Once more for each time that a new worker took so long to start that the work was given to another one.
+        assert 4 <= begun.count(b"die") <= 8 and 4 <= begun.count(b"break") <= 8
+        assert begun.count(b"refuse") == 1
         report = workers.report
         assert report is not None
         assert sum(worker.tokens for worker in report.workers) >= 600
