@@ -121,7 +121,6 @@ class RayPool:
         self._is_closed = threading.Event()
         self._status = FeedStatus(0.0, [])
         self._nodes: list[Node] = []
-        self._threads: list[threading.Thread] = []
 
     @property
     def most_replicas(self) -> int:
@@ -203,9 +202,7 @@ class RayPool:
         self._cluster = cluster
         dataset = self._dataset(here)
         for name, target in (("ray-results", lambda: self._collect(dataset)), ("ray-watch", self._watch)):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            threading.Thread(target=target, name=name, daemon=True).start()
 
     def _dataset(self, here: dict[str, str]) -> Any:
         """Feed and workers as a dataset whose rows are results."""

@@ -16,7 +16,6 @@ from typing import Any
 from embed_assets.engine.hardware import available_cores
 from embed_assets.errors import EmbeddingError, SettingsError, hide_secrets
 
-_log = logging.getLogger(__name__)
 _TOKEN = Path.home() / ".ray" / "auth_token"
 _MOST_CORES = 4
 """A replica on CPUs takes no more unless told to: a model's batches do not speed up beyond, more replicas do."""

@@ -145,7 +145,7 @@ class Pipeline:
     def open_compute(self) -> Compute:
         """Where a run's texts are embedded, by EMBED_COMPUTE. To be closed at the run's end."""
         if self.settings.compute == "local":
-            return LocalCompute(lambda: self.engine, lambda: self.engine_facts)
+            return self._in_this_process()
         settings = self.settings
         options = RayOptions(
             settings.ray_address,
@@ -156,6 +156,9 @@ class Pipeline:
             "cpu" if settings.precision == "int8" or self.model_space.directory is None else settings.device,
         )
         return RayCompute(RayProcess(self._worker_recipe, options), configured(self._engine_options))
+
+    def _in_this_process(self) -> LocalCompute:
+        return LocalCompute(lambda: self.engine, lambda: self.engine_facts)
 
     def _worker_recipe(self) -> WorkerRecipe:
         """These settings, with places that mean the same in any folder."""
@@ -225,7 +228,7 @@ class Pipeline:
             self.embeddings_table,
             key,
             self.space.prompt,
-            compute or LocalCompute(lambda: self.engine, lambda: self.engine_facts),
+            compute or self._in_this_process(),
             provenance,
             self._reuse_versions(),
             on_window,

@@ -158,8 +158,10 @@ class RayCompute:
 
     def news(self) -> list[str]:
         """Where the workers are, once, and then every few seconds how fast each is."""
-        report, now = self._pool.report, time.monotonic()
-        if report is None or now < self._next_news:
+        now = time.monotonic()
+        # Asked for only when it is due: the answer comes from the cluster.
+        report = self._pool.report if now >= self._next_news else None
+        if report is None:
             return []
         lines = [str(report)] if self._next_news == 0 else []
         self._next_news = now + _SECONDS_BETWEEN_NEWS

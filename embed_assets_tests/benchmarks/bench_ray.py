@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ import pyarrow as pa
 from embed_assets.engine.hardware import available_cores
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE
-from embed_assets.records import hash_text
 from embed_assets.sample import write_sample
 from embed_assets.settings import load_settings
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.windows import Compute, Window
-from embed_assets_tests.ray.clusters import STORE_BYTES
+from embed_assets_tests.ray.clusters import STORE_BYTES, windows_of
 
 BATCH = 64
 _TEXTS, _CHUNK_TOKENS = 5000, 96
@@ -67,19 +65,6 @@ def plain_script(model: str, texts: Sequence[str], actors: int) -> float:
     return float(done["ended"].max() - done["started"].min())
 
 
-def windows_of(compute: Compute, texts: Sequence[str], tokens: Sequence[int]) -> Iterator[Window]:
-    found: dict[str, str] = {}
-    total = 0
-    for text, count in zip(texts, tokens, strict=True):
-        found[hash_text(text)] = text
-        total += count
-        if compute.is_full(len(found), total, len(texts)):
-            yield Window(found)
-            found, total = {}, 0
-    if found:
-        yield Window(found)
-
-
 class Subject:
     """The engine, here or there."""
 
@@ -99,7 +84,7 @@ class Subject:
         staging = Staging(self._pipeline.lake, self._pipeline.embeddings_table, "p")
         embedder = self.compute.start(list(texts), len(self._texts))
         started = time.perf_counter()
-        windows = windows_of(self.compute, texts, self._tokens[: len(texts)])
+        windows = windows_of(self.compute, zip(texts, self._tokens, strict=False), len(texts))
         tokens = sum(done.stats.tokens for done in embedder.embed(windows, staging, lambda texts, tokens: None))
         seconds = time.perf_counter() - started
         staging.clear()

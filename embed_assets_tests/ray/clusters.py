@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from embed_assets.engine.engine import EngineFacts
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray_worker import Done
 from embed_assets.errors import ModelError
+from embed_assets.records import hash_text
+from embed_assets.stages.windows import Compute, Window
 
 STORE_BYTES = 100 << 20
 FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 1)
@@ -37,6 +39,20 @@ def ray_cluster(nodes: int, cpus: int = 1) -> Iterator[Any]:
             if node is not None:
                 node.kill_all_processes(check_alive=False, allow_graceful=False)
         os.environ.pop("RAY_AUTH_MODE", None)
+
+
+def windows_of(compute: Compute, texts: Iterable[tuple[str, int]], expected: int) -> Iterator[Window]:
+    """Texts with their tokens in windows, cut as the stage cuts them."""
+    found: dict[str, str] = {}
+    tokens = 0
+    for text, count in texts:
+        found[hash_text(text)] = text
+        tokens += count
+        if compute.is_full(len(found), tokens, expected):
+            yield Window(found)
+            found, tokens = {}, 0
+    if found:
+        yield Window(found)
 
 
 @dataclass(frozen=True)

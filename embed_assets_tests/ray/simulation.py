@@ -21,11 +21,9 @@ from embed_assets.engine.hardware import reset_peak_memory, resident_bytes
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE
-from embed_assets.records import hash_text
 from embed_assets.settings import load_settings
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.windows import Compute, Window
-from embed_assets_tests.ray.clusters import ray_cluster
+from embed_assets_tests.ray.clusters import ray_cluster, windows_of
 
 TOKENS_PER_TEXT = 9
 BGE_BASE = ModelCost(12 * 12 * 768 * 768, 12 * 768)
@@ -48,17 +46,9 @@ class Simulated:
     """For bge-base on 8 A100, as `plan --count` would print it."""
 
 
-def windows_of(compute: Compute, partition: int, chunks: int) -> Iterator[Window]:
-    """A partition's texts, made up as they are asked for, in windows as the stage makes them."""
-    found: dict[str, str] = {}
-    for n in range(chunks):
-        text = f"chunk {n} of partition {partition} is here"
-        found[hash_text(text)] = text
-        if compute.is_full(len(found), len(found) * TOKENS_PER_TEXT, chunks):
-            yield Window(found)
-            found = {}
-    if found:
-        yield Window(found)
+def texts_of(partition: int, chunks: int) -> Iterator[tuple[str, int]]:
+    """A partition's texts with their tokens, made up as they are asked for."""
+    return ((f"chunk {n} of partition {partition} is here", TOKENS_PER_TEXT) for n in range(chunks))
 
 
 def simulate(partitions: int, chunks: int, nodes: int) -> Simulated:
@@ -80,7 +70,9 @@ def simulate(partitions: int, chunks: int, nodes: int) -> Simulated:
                 staging = Staging(pipeline.lake, pipeline.embeddings_table, f"p{partition}")
                 texts = tokens = windows = 0
                 one = compute.start(["a text"], chunks)
-                for done in one.embed(windows_of(compute, partition, chunks), staging, lambda texts, tokens: None):
+                for done in one.embed(
+                    windows_of(compute, texts_of(partition, chunks), chunks), staging, lambda texts, tokens: None
+                ):
                     texts, tokens, windows = texts + done.batch.num_rows, tokens + done.stats.tokens, windows + 1
                 staging.clear()
                 return texts, tokens, windows
