@@ -55,9 +55,8 @@ class ConsoleObserver:
 
     def on_progress(self, partition_key: str, progress: Progress) -> None:
         """Show how far, how fast and how long still."""
-        remaining = self._remaining.seconds(partition_key, progress.share)
-        share = self._remaining.share(partition_key, progress.share)
-        self._show(describe_progress(partition_key, progress, remaining), share, always=False)
+        self._remaining.progress(partition_key, progress.share)
+        self._show(describe_progress(partition_key, progress, self._remaining.seconds), always=False)
 
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         """A window was embedded: count it."""
@@ -71,17 +70,15 @@ class ConsoleObserver:
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A partition is finished: say so at once if it failed."""
         self._partitions += 1
-        self._remaining.finish(partition_key)
-        share = self._remaining.share()
+        self._remaining.progress(partition_key, 1.0)
         if result.error is not None:
-            self._show(f"{partition_key}: failed", share, always=True)
+            self._show(f"{partition_key}: failed", always=True)
         else:
-            text = f"{self._partitions:,} partitions done, {self._texts:,} texts embedded"
-            self._show(text, share, always=False)
+            self._show(f"{self._partitions:,} partitions done, {self._texts:,} texts embedded", always=False)
 
-    def _show(self, text: str, share: float, always: bool) -> None:
+    def _show(self, text: str, always: bool) -> None:
         if self._is_terminal:
-            self._bar.update(self._task, description=text, completed=share)
+            self._bar.update(self._task, description=text, completed=self._remaining.share)
         elif always or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._console.print(text, markup=False, soft_wrap=True)

@@ -17,6 +17,10 @@ def _none_if_auto(value: object) -> object:
     return None if value in ("auto", "") else value
 
 
+def _none_if_blank(value: object) -> object:
+    return (value.strip() or None) if isinstance(value, str) else value
+
+
 _LOGIN = re.compile(r"://[^/@]*:[^/@]*@")
 AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
 
@@ -79,7 +83,7 @@ class Settings(BaseSettings):
         "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Put before the assets' names: one corpus of several."
     )
     compute: Literal["local", "ray"] = Field("local", description="Where the model runs: in this process, or on Ray.")
-    ray_address: str | None = Field(
+    ray_address: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
         None,
         validation_alias=AliasChoices("embed_ray_address", "ray_address"),
         description="host:port of the head, or auto; default RAY_ADDRESS, else a local Ray for the run.",
@@ -107,13 +111,6 @@ class Settings(BaseSettings):
             raise PydanticCustomError("login", "a URL must not hold a login; put it into the environment")
         return place
 
-    @field_validator("ray_address")
-    @classmethod
-    def _is_no_client_address(cls, address: str | None) -> str | None:
-        if address is not None and ("://" in address or not address.strip()):
-            raise ValueError("must be host:port or auto; instead of Ray Client (ray://), submit a Ray job")
-        return address
-
     @field_validator("ray_gpus_per_replica")
     @classmethod
     def _is_share_or_whole(cls, gpus: float | None) -> float | None:
@@ -136,6 +133,16 @@ class Settings(BaseSettings):
             return None
         least, _, most = self.ray_replicas.partition("-")
         return int(least), int(most or least)
+
+    @model_validator(mode="after")
+    def _address_is_of_a_head(self) -> Settings:
+        # With local compute it is none of ours: Ray's own commands take other forms in RAY_ADDRESS.
+        if self.compute == "ray" and "://" in (self.ray_address or ""):
+            raise ValueError(
+                f"EMBED_RAY_ADDRESS, or else RAY_ADDRESS, must be host:port or auto, got {self.ray_address!r}; "
+                "set EMBED_RAY_ADDRESS, or submit the run as a Ray job"
+            )
+        return self
 
     @model_validator(mode="after")
     def _overlap_is_smaller_than_chunk(self) -> Settings:

@@ -217,13 +217,15 @@ def test_progress_estimates_the_time_that_remains() -> None:
     now = [0.0]
     remaining = RemainingTime(lambda: now[0])
     remaining.start({"a": 100, "b": 300})
-    assert remaining.seconds("a", 0.0) is None
+    assert remaining.seconds is None
     now[0] = 10.0
-    assert remaining.seconds("a", 0.5) == pytest.approx(70)
-    remaining.finish("a")
-    assert remaining.seconds("b", 0.0) == pytest.approx(30)
-    remaining.finish("b")
-    assert remaining.seconds("b", 1.0) == 0.0
+    remaining.progress("a", 0.5)
+    assert remaining.seconds == pytest.approx(70)
+    remaining.progress("b", 0.25)
+    assert remaining.seconds == pytest.approx(22), "partitions that are under way together both count"
+    remaining.progress("a", 1.0)
+    remaining.progress("b", 1.0)
+    assert remaining.seconds == 0.0
     line = describe_progress("a", Progress(1234, 5000, 99_000, 10.0), 70.0)
     assert line == "a: 1,234 of at most 5,000 texts embedded, 9,900 tokens/s, about 70 s left"
     assert describe_progress("a", Progress(0, 0, 0, 0.0), None).endswith("0 tokens/s")

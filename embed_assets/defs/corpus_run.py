@@ -13,7 +13,6 @@ import dagster as dg
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.checks import Checker
-from embed_assets.defs.lanes import lanes_for
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.report import Made, Reporter
@@ -23,12 +22,13 @@ from embed_assets.errors import ModelError, PartitionError, SettingsError, UserE
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.embeddings import Embeddings, Work
+from embed_assets.stages.lanes import lanes_for
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.raw_documents import RawDocuments
 from embed_assets.stages.windows import Compute
 
 _log = logging.getLogger(__name__)
-_SECONDS_BETWEEN_NEWS = 2.0
+_WAIT_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -93,18 +93,23 @@ class CorpusRun:
         ):
             upcoming = ahead.submit(self._prepare, self.keys[0]) if self.keys else None
             under_way: dict[Future[_Prepared], str] = {}
-            for following, key in zip([*self.keys[1:], None], self.keys, strict=True):
+            for place, key in enumerate(self.keys):
                 assert upcoming is not None
-                current = upcoming
-                wait([current])
-                if following is not None:
-                    upcoming = ahead.submit(self._prepare, following)
+                current, rest = upcoming, range(place + 1, len(self.keys))
+                while not current.done():
+                    self._end_finished(under_way, failures, current)
+                lost = self._lost() if rest else None
+                if rest and lost is None:
+                    upcoming = ahead.submit(self._prepare, self.keys[place + 1])
                 with self._failing(key, failures):
                     under_way[self._begin(key, current.result(), lanes)] = key
                 while len(under_way) >= self.compute.partitions_in_flight:
-                    self._end_first(under_way, failures)
+                    self._end_finished(under_way, failures)
+                if lost is not None:
+                    self._fail_all((self.keys[other] for other in rest), lost, failures)
+                    break
             while under_way:
-                self._end_first(under_way, failures)
+                self._end_finished(under_way, failures)
         self.recorder.drain()
         for key, unwritten in self.recorder.errors.items():
             if key not in failures:
@@ -112,12 +117,31 @@ class CorpusRun:
                 self.observer.on_partition(key, PartitionResult("failed", error=describe(unwritten)))
         return failures
 
-    def _end_first(self, under_way: dict[Future[_Prepared], str], failures: dict[str, Exception]) -> None:
-        """Wait until a partition is embedded, and record it."""
-        finished, _ = wait(under_way, _SECONDS_BETWEEN_NEWS, FIRST_COMPLETED)
+    def _lost(self) -> UserError | None:
+        """Why no text will be embedded any more."""
+        try:
+            self.compute.check()
+        except UserError as error:
+            return error
+        return None
+
+    def _fail_all(self, keys: Iterable[str], error: UserError, failures: dict[str, Exception]) -> None:
+        """No use in reading what can't be embedded."""
+        for key in keys:
+            with self._failing(key, failures):
+                raise error
+
+    def _end_finished(
+        self,
+        under_way: dict[Future[_Prepared], str],
+        failures: dict[str, Exception],
+        *others: Future[_Prepared],
+    ) -> None:
+        """Wait a while for a partition to be embedded, or one of the others; record what is."""
+        finished, _ = wait([*under_way, *others], _WAIT_SECONDS, FIRST_COMPLETED)
         for line in self.compute.news():
             self.observer.on_news(line)
-        for future in finished:
+        for future in finished.difference(others):
             key = under_way.pop(future)
             with self._failing(key, failures):
                 self.observer.on_partition(key, self._end(key, future.result()))
@@ -264,7 +288,8 @@ class CorpusRun:
 
         Raises ``PartitionError`` when a blocking one says no.
         """
-        facts, report = self.compute.facts, self.compute.report if work else None
+        report = self.compute.report if work else None
+        facts = self.compute.facts
         made = Made(asset, key, prepared.reasons[asset], replaced, prepared.result, facts, work or Work(), report)
         self.recorder.materialized(
             asset,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import dagster as dg
 import numpy as np
 
-from embed_assets.defs.engine_report import engine_metadata
+from embed_assets.defs.engine_report import engine_metadata, speed_of
 from embed_assets.defs.pictures import draw_map, draw_token_lengths
 from embed_assets.defs.recording import MetadataValue, peak_memory_bytes
 from embed_assets.defs.results import PartitionResult
@@ -115,7 +115,8 @@ def _summary(made: Made) -> str:
     elif made.asset == "chunks":
         lines.append(f"- {result.documents:,} documents split into {replaced.rows:,} chunks")
     else:
-        speed = f", {work.engine.tokens:,} tokens at {work.engine.tokens_per_second:,.0f}/s" if work.embedded else ""
+        rate = speed_of(work, made.report)
+        speed = f", {work.engine.tokens:,} tokens at {rate:,.0f}/s" if work.embedded else ""
         lines.append(f"- {work.embedded:,} texts embedded{speed}")
         lines.append(f"- {work.reused:,} vectors reused, {work.dropped:,} rows dropped")
         if work.rejected_chunks:

@@ -68,26 +68,29 @@ class RemainingTime:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._sizes: Mapping[str, int] = {}
-        self._done: set[str] = set()
+        self._shares: dict[str, float] = {}
+        """How much of each partition is done, from 0 to 1."""
         self._started = clock()
 
     def start(self, sizes: Mapping[str, int]) -> None:
         """A run begins over partitions of these sizes."""
-        self._sizes, self._done, self._started = sizes, set(), self._clock()
+        self._sizes, self._shares, self._started = sizes, {}, self._clock()
 
-    def finish(self, partition_key: str) -> None:
-        """A partition is finished."""
-        self._done.add(partition_key)
+    def progress(self, partition_key: str, share: float) -> None:
+        """So much of a partition is done; 1 when it is finished. From any thread."""
+        self._shares[partition_key] = share
 
-    def share(self, partition_key: str = "", partition_share: float = 0.0) -> float:
-        """Of the run's bytes, from 0 to 1, when `partition_share` of a partition is done."""
+    @property
+    def share(self) -> float:
+        """Of the run's bytes, from 0 to 1."""
         total = sum(self._sizes.values())
-        done = sum(self._sizes.get(key, 0) for key in self._done) + partition_share * self._sizes.get(partition_key, 0)
+        done = sum(share * self._sizes.get(key, 0) for key, share in list(self._shares.items()))
         return min(1.0, done / total) if total else 0.0
 
-    def seconds(self, partition_key: str, partition_share: float) -> float | None:
+    @property
+    def seconds(self) -> float | None:
         """Seconds until the end; None while nothing is done."""
-        share = self.share(partition_key, partition_share)
+        share = self.share
         return (self._clock() - self._started) * (1 - share) / share if share else None
 
 

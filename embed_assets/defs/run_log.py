@@ -26,10 +26,10 @@ class LogObserver:
 
     def on_progress(self, partition_key: str, progress: Progress) -> None:
         """A line every few seconds."""
+        self._remaining.progress(partition_key, progress.share)
         if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            remaining = self._remaining.seconds(partition_key, progress.share)
-            self._log.info(describe_progress(partition_key, progress, remaining))
+            self._log.info(describe_progress(partition_key, progress, self._remaining.seconds))
 
     def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
         """No line of its own: `on_progress` tells."""
@@ -40,7 +40,7 @@ class LogObserver:
 
     def on_partition(self, partition_key: str, result: PartitionResult) -> None:
         """A line per partition."""
-        self._remaining.finish(partition_key)
+        self._remaining.progress(partition_key, 1.0)
         if result.error is not None:
             self._log.error(f"{partition_key}: failed: {result.error}")
         else:

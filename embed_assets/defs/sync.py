@@ -92,22 +92,26 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
 
 def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> float | None:
-    """How long the model would take for so many tokens: at the speed recorded last in this space, else at a probe's."""
+    """How long the model would take for so many tokens: at the speed recorded last in this space, by the same kind of
+    compute, else at a probe's; None where that can't be told."""
     if not tokens:
         return 0.0
     records = history.records["embeddings"].values()
     speeds = [
         (record.storage_id, record.counts["tokens_per_second"])
         for record in records
-        if record.code_version == pipeline.space.name and record.counts.get("tokens_per_second")
+        if record.code_version == pipeline.space.name
+        and record.counts.get("tokens_per_second")
+        and ("ray_workers" in record.counts) == (pipeline.settings.compute == "ray")
     ]
     speed = max(speeds)[1] if speeds else _probe_speed(pipeline)
     return round(tokens / speed, 1) if speed else None
 
 
 def _probe_speed(pipeline: Pipeline) -> float:
-    """Tokens per second of the model on a few texts of about a chunk's length; 0 when it was not made yet."""
-    if not pipeline.is_calibrated:
+    """Tokens per second of the model on a few texts of about a chunk's length; 0 when it was not made yet, or runs
+    elsewhere."""
+    if not pipeline.is_calibrated or pipeline.settings.compute != "local":
         return 0.0
     words = pipeline.chunk_options.max_tokens // 2
     texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]

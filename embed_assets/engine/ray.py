@@ -1,8 +1,9 @@
 """Scale-out: the same model on the workers of a Ray cluster.
 
-    submit ─▶ feed ─▶ [Ray Data: map_batches over an actor pool] ─▶ futures
+    submit ─▶ feed ─▶ [Ray Data: map_batches over an actor pool] ─▶ results
 
-Ray schedules, retries, scales and holds back; here is only what it can't know: what a worker is, and when to give up.
+Ray schedules, scales, holds back, and starts again; here is only what it can't know: what a worker is, and when to give
+up.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from embed_assets.engine.ray_cluster import (
     lost,
     no_room,
     plan_replicas,
+    workers_lost,
 )
 from embed_assets.engine.ray_feed import Feed, FeedStatus, WorkerState, feed_source
 from embed_assets.engine.ray_worker import Done, RayWorker, Recipe
@@ -51,19 +52,23 @@ PATIENCE_SECONDS = 10.0
 """After which a lost worker's windows, or those that others overtook, are given to others."""
 _MOST_STARTS = 4
 """A worker that was started so often and never did anything won't do anything."""
+_SHOWN_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
     """What one worker did."""
 
-    place: str
-    """Address and process."""
+    address: str
+    """Of its machine, and its process there."""
     tokens: int
     tokens_per_second: float
     """While it was busy."""
     busy_percent: float
     """Of the time since it had loaded the model."""
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.tokens_per_second:,.0f} tokens/s, {self.busy_percent:.0f} % busy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,15 @@ class PoolReport:
     nodes: list[Node]
     replicas: Replicas
     workers: list[WorkerReport]
-    """Those that ran."""
+    """Those that ran, the slowest first."""
+    starting: int
+    """Workers that load the model."""
+    tokens_per_second: float
+    """Of all workers together, in the time in which any was at work."""
+    windows_given_again: int
+    """Windows that were given to another worker, for theirs was lost or late."""
+    facts: EngineFacts | None
+    """Where and how the model runs on a worker that has loaded it."""
 
     def __str__(self) -> str:
         replicas, cpus, gpus = self.replicas, sum(n.cpus for n in self.nodes), sum(n.gpus for n in self.nodes)
@@ -85,52 +98,68 @@ class PoolReport:
         )
 
     def describe_workers(self) -> str:
-        """One line: how many ran, how fast and how busy each is."""
-        each = [f"{w.place}: {w.tokens_per_second:,.0f} tokens/s, {w.busy_percent:.0f} % busy" for w in self.workers]
-        return f"{len(each)} workers, {self.tokens_per_second:,.0f} tokens/s: {'; '.join(each)}"
+        """One line: how many ran, how fast they are together, and how fast and how busy the slowest are each."""
+        if not self.workers:
+            return f"{self.starting} workers load the model" if self.starting else "no worker has a place yet"
+        shown = self.workers[:_SHOWN_WORKERS]
+        each = "; ".join(map(str, shown))
+        slowest = " the slowest:" if len(self.workers) > len(shown) else ""
+        again = f"; {self.windows_given_again} windows were given again" if self.windows_given_again else ""
+        return f"{len(self.workers)} workers, {self.tokens_per_second:,.0f} tokens/s;{slowest} {each}{again}"
 
     @property
-    def tokens_per_second(self) -> float:
-        """Of all workers together, while they are busy."""
-        return sum(worker.tokens_per_second for worker in self.workers)
+    def utilization_percent(self) -> float:
+        """How busy the workers were on average."""
+        return round(sum(w.busy_percent for w in self.workers) / len(self.workers), 1) if self.workers else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A piece of work is done, or can't be."""
+
+    number: int
+    result: Done | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """All is over: no more pieces will be done."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A line for the run's log."""
+
+    line: str
 
 
 class RayPool:
-    """Workers on a Ray cluster that do pieces of work. It is started when the first piece comes.
+    """Workers on a Ray cluster that do pieces of work.
 
-    Usable from many threads. After `close`, or when the cluster is lost, all pieces end with an error.
+    What becomes of them is told from threads of its own, maybe twice. After `stop`, or when the cluster is lost, `Over`
+    stands for all that is not finished.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         options: RayOptions,
+        tell: Callable[[Finished | Over | News], None],
         patience_seconds: float = PATIENCE_SECONDS,
-        on_end: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """`on_end` hears what ended the pool, from any thread."""
-        self._recipe, self._options, self._patience_seconds = recipe, options, patience_seconds
-        self._on_end = on_end
-        self._lock = threading.RLock()
+        self._recipe, self._options, self._tell = recipe, options, tell
+        self._patience_seconds = patience_seconds
+        self._lock = threading.Lock()
         self._cluster: Cluster | None = None
         self._replicas = Replicas(1, 1, 1, 0.0)
         self._feed: Any = None
-        self._futures: dict[int, Future[Done]] = {}
         self._error: Exception | None = None
         self._is_ready = threading.Event()
         self._is_closed = threading.Event()
-        self._status = FeedStatus(0.0, [])
+        self._status = FeedStatus()
         self._nodes: list[Node] = []
-
-    @property
-    def most_replicas(self) -> int:
-        """Workers there will be at most; 1 before the start."""
-        return self._replicas.most
-
-    @property
-    def facts(self) -> EngineFacts | None:
-        """Where and how the model runs on a worker that has loaded it."""
-        return next((w.facts for w in self._status.workers if w.facts is not None), None)
 
     @property
     def report(self) -> PoolReport | None:
@@ -140,34 +169,39 @@ class RayPool:
         if self._error is None:
             with contextlib.suppress(Exception):  # then it is as old as the last answer
                 self._refresh()
-        now = self._status.now
-        workers = [_report(worker, now) for worker in self._status.workers if worker.texts]
-        return PoolReport(str(self._cluster), self._cluster.dashboard, self._nodes, self._replicas, workers)
+        status, living = self._status, {node.node_id for node in self._nodes}
+        workers = [_report(w, status.now) for w in status.workers if w.tokens and w.node in living]
+        tokens = sum(worker.tokens for worker in status.workers)
+        return PoolReport(
+            str(self._cluster),
+            self._cluster.dashboard,
+            self._nodes,
+            self._replicas,
+            sorted(workers, key=lambda worker: worker.tokens_per_second),
+            sum(w.node in living and not w.is_ready for w in status.workers),
+            round(tokens / status.active_seconds, 1) if status.active_seconds else 0.0,
+            status.given_again,
+            # Of those that did something: tuned, if that paid.
+            next((w.facts for w in sorted(status.workers, key=lambda w: -w.tokens) if w.facts is not None), None),
+        )
 
     def start(self) -> None:
-        """Connect, and wait until a worker has loaded the model.
+        """Connect, and wait until a worker has loaded the model. To be called once.
 
         Raises ``SettingsError`` when there is no cluster or no room on it, ``ModelError`` when the model can't be
         loaded, ``EmbeddingError`` when the cluster was lost.
         """
-        with self._lock:
-            self.check()
-            if self._cluster is None:
-                self._begin()
-        while not self._is_ready.wait(0.2):
-            self.check()
-        self.check()
+        self._check()
+        self._begin()
+        self._is_ready.wait()
+        self._check()
 
-    def submit(self, content: bytes) -> Future[Done]:
-        """Have a piece of work done by any worker. Call `start` before."""
+    def submit(self, number: int, content: bytes) -> None:
+        """Have a piece of work done by any worker, under a number of its own. Call `start` before."""
         import ray
 
-        future: Future[Done] = Future()
-        with self._lock:
-            self.check()
-            number = ray.get(self._feed.put.remote([ray.put(content)]))
-            self._futures[number] = future
-        return future
+        self._check()
+        ray.get(self._feed.put.remote(number, [ray.put(content)]))
 
     def stop(self) -> None:
         """Let everything that is under way end with an error."""
@@ -178,10 +212,9 @@ class RayPool:
         """End all work, the workers, and a local Ray."""
         self.stop()
         if self._cluster is not None:
-            disconnect(self._cluster)
+            disconnect()
 
-    def check(self) -> None:
-        """Raise what ended the pool, if it is over."""
+    def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -194,7 +227,7 @@ class RayPool:
             self._replicas = plan_replicas(self._nodes, self._options)
             check_room(cluster, self._nodes, self._replicas)
         except Exception:
-            disconnect(cluster)
+            disconnect()
             raise
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         actor = ray.remote(Feed).options(num_cpus=0, max_concurrency=10_000, label_selector=here)
@@ -208,30 +241,29 @@ class RayPool:
         """Feed and workers as a dataset whose rows are results."""
         import ray
 
-        replicas, share = self._replicas, min(1.0, self._replicas.gpus or 1.0)
-        with _streaming_context(ray):
-            work = ray.data.read_datasource(
-                feed_source(self._feed), override_num_blocks=1, num_cpus=0, label_selector=here
-            )
-            return work.map_batches(
-                RayWorker,
-                fn_constructor_args=(self._recipe, self._feed, replicas.cpus, share),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(
-                    min_size=replicas.least, max_size=replicas.most, max_tasks_in_flight_per_actor=TASKS_PER_WORKER
-                ),
-                num_cpus=replicas.cpus,
-                num_gpus=replicas.gpus or None,
-                # While a node's loss is being noticed, Ray tries again within milliseconds: any number would be used
-                # up. What dies again and again is counted by the feed.
-                max_restarts=-1,
-                max_task_retries=-1,
-            )
+        replicas = self._replicas
+        _prepare_streaming(ray, keeps_workers=self._options.replicas is None)
+        work = ray.data.read_datasource(feed_source(self._feed), override_num_blocks=1, num_cpus=0, label_selector=here)
+        return work.map_batches(
+            RayWorker,
+            fn_constructor_args=(self._recipe, self._feed, replicas.cpus, replicas.gpus),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=replicas.least, max_size=replicas.most, max_tasks_in_flight_per_actor=TASKS_PER_WORKER
+            ),
+            num_cpus=replicas.cpus,
+            num_gpus=replicas.gpus or None,
+            # While a node's loss is being noticed, Ray tries again within milliseconds: any number would be used
+            # up. What dies again and again is counted by the feed.
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
 
     def _collect(self, dataset: Any) -> None:
         """In a thread: hand out the results as they come."""
         try:
+            # Results are small, so that they come with the word that they are there: none is lost with its node.
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
                     self._settle(row)
@@ -241,15 +273,12 @@ class RayPool:
                 self._fail(self._explained(error))
 
     def _settle(self, row: dict[str, Any]) -> None:
-        with self._lock:
-            future = self._futures.pop(row["number"], None)
-        if future is None:
-            return  # done before: a worker was lost after its result had come
         self._feed.forget.remote(row["number"])
         if row["error"]:
-            future.set_exception(EmbeddingError(row["error"], may_pass=row["may_pass"]))
+            result: Done | Exception = EmbeddingError(row["error"], may_pass=row["may_pass"])
         else:
-            future.set_result(Done(row["content"], row["detail"], EngineStats(**json.loads(row["stats"]))))
+            result = Done(row["answer"], EngineStats(**json.loads(row["stats"])))
+        self._tell(Finished(row["number"], result))
 
     def _explained(self, error: Exception) -> Exception:
         """One line for what stopped the dataset."""
@@ -263,20 +292,18 @@ class RayPool:
         return EmbeddingError(f"{self._cluster} gave up ({reason}); run again", may_pass=True)
 
     def _fail(self, error: Exception) -> None:
-        """End everything that is under way with an error; the first one counts."""
+        """End it all with an error; the first one counts."""
         with self._lock:
-            is_first, self._error = self._error is None, self._error or error
-            futures, self._futures = list(self._futures.values()), {}
-        if is_first:
-            self._on_end(error)
-        for future in futures:
-            future.set_exception(self._error)
+            if self._error is not None:
+                return
+            self._error = error
+        self._tell(Over(error))
         self._is_ready.set()
 
     def _watch(self) -> None:
         """In a thread: keep the status, and see to it that nobody waits for ever."""
         assert self._cluster is not None
-        cluster, started, silent = self._cluster, time.monotonic(), 0
+        cluster, silent, seen = self._cluster, 0, time.monotonic()
         while not self._is_closed.wait(_POLL_SECONDS):
             try:
                 knock(cluster.address)
@@ -290,12 +317,22 @@ class RayPool:
                     self._fail(lost(cluster, reason_of(error)))
                     return
                 continue
-            self._judge(cluster, time.monotonic() - started)
+            if self._has_workers:
+                seen = time.monotonic()
+            self._judge(cluster, time.monotonic() - seen)
+
+    @property
+    def _has_workers(self) -> bool:
+        """There are workers on nodes that are there."""
+        living = {node.node_id for node in self._nodes}
+        return any(worker.node in living for worker in self._status.workers)
 
     def _refresh(self) -> None:
         import ray
 
         self._status = ray.get(self._feed.status.remote(), timeout=10)
+        for message in self._status.messages:
+            self._tell(News(message))
         self._nodes = list_nodes()
 
     def _put_late_again(self) -> None:
@@ -304,10 +341,10 @@ class RayPool:
         living = [node.node_id for node in self._nodes]
         again = ray.get(self._feed.put_late_again.remote(living, self._patience_seconds), timeout=10)
         if again:
-            _log.warning("%d windows are late, or their worker was lost: given to others as well", len(again))
+            self._tell(News(f"{len(again)} windows are late, or their worker was lost: given to others as well"))
 
-    def _judge(self, cluster: Cluster, seconds: float) -> None:
-        """See whether workers start, load the model, and do something."""
+    def _judge(self, cluster: Cluster, seconds_without_workers: float) -> None:
+        """See whether workers start, load the model, and are still there."""
         status = self._status
         if status.failure is not None:
             self._fail(ModelError(status.failure, may_pass=status.may_pass))
@@ -319,38 +356,33 @@ class RayPool:
                     "(EMBED_RAY_CPUS_PER_REPLICA), or take a smaller model"
                 )
             )
+        elif seconds_without_workers > self._options.wait_seconds and not status.workers:
+            self._fail(SettingsError(no_room(cluster, self._nodes, self._replicas)))
+        elif seconds_without_workers > self._options.wait_seconds:
+            self._fail(workers_lost(cluster, self._nodes, self._replicas, self._options.wait_seconds))
         elif any(worker.is_ready for worker in status.workers):
             self._is_ready.set()
-        elif not status.workers and seconds > self._options.wait_seconds:
-            self._fail(SettingsError(no_room(cluster, self._nodes, self._replicas)))
 
 
 def _report(worker: WorkerState, now: float) -> WorkerReport:
     seconds = worker.busy_seconds
     lived = max(now - worker.ready_since, seconds, 1e-3)
     speed = worker.tokens / seconds if seconds else 0.0
-    return WorkerReport(worker.place, worker.tokens, round(speed, 1), round(100 * seconds / lived, 1))
+    return WorkerReport(worker.address, worker.tokens, round(speed, 1), round(100 * seconds / lived, 1))
 
 
-@contextlib.contextmanager
-def _streaming_context(ray: Any) -> Iterator[None]:
-    """The settings of a dataset that is made meanwhile: every row is passed on at once, and nothing is printed."""
+def _prepare_streaming(ray: Any, keeps_workers: bool) -> None:
+    """Set how this process's dataset runs: every row is passed on at once, and nothing is printed.
+
+    With `keeps_workers`, none is removed while it has nothing to do: it would load the model anew a moment later.
+    """
     context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1
+    context.target_min_block_size = 1
+    if keeps_workers:
+        context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors arrive as such
-    ours = {
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        "target_max_block_size": 1,
-        "target_min_block_size": 1,
-    }
-    before = {name: getattr(context, name) for name in ours}
-    for name, value in ours.items():
-        setattr(context, name, value)
-    try:
-        with warnings.catch_warnings():
-            # That a map's actors may restart is set by a name which Ray deprecates without another one.
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
+    # That a map's actors may restart is set by a name which Ray deprecates without another one.
+    warnings.simplefilter("ignore")

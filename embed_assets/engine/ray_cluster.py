@@ -144,7 +144,7 @@ def _is_in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def disconnect(cluster: Cluster, seconds: float = 10.0) -> None:
+def disconnect(seconds: float = 10.0) -> None:
     """End the connection, and a local Ray. A head that is gone is not waited for."""
     import ray
 
@@ -213,11 +213,26 @@ def check_room(cluster: Cluster, nodes: Sequence[Node], replicas: Replicas) -> N
 
 def no_room(cluster: Cluster, nodes: Sequence[Node], replicas: Replicas) -> str:
     """Why no worker has started."""
+    return (
+        f"no worker fits: {_offer(cluster, nodes, replicas)}, or others use them; add nodes, set EMBED_DEVICE=cpu, "
+        "or lower EMBED_RAY_CPUS_PER_REPLICA or EMBED_RAY_GPUS_PER_REPLICA"
+    )
+
+
+def workers_lost(cluster: Cluster, nodes: Sequence[Node], replicas: Replicas, seconds: float) -> EmbeddingError:
+    """What to say when the nodes of all workers are gone, and no other ones came for so long."""
+    return EmbeddingError(
+        f"all workers were lost, and for {seconds:g} s no node has come for others: "
+        f"{_offer(cluster, nodes, replicas)}; windows that were finished are kept, run again when there are nodes",
+        may_pass=True,
+    )
+
+
+def _offer(cluster: Cluster, nodes: Sequence[Node], replicas: Replicas) -> str:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     return (
-        f"no worker fits: a replica takes {replicas.cpus} CPUs and {replicas.gpus:g} GPUs of one node, {cluster} has "
-        f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes, or others use them; add nodes, set EMBED_DEVICE=cpu, "
-        "or lower EMBED_RAY_CPUS_PER_REPLICA or EMBED_RAY_GPUS_PER_REPLICA"
+        f"a replica takes {replicas.cpus} CPUs and {replicas.gpus:g} GPUs of one node, {cluster} has "
+        f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
     )
 
 

@@ -2,11 +2,15 @@
 
 A dataset's input is usually known before it starts. Ours comes partition by partition, as they are read and chunked,
 and the workers, which took long to load the model, should stay for all of them.
+
+Ray Data schedules, scales, holds back and starts actors again. One thing it can't do: what it had given to a lost actor
+it tries again on that actor alone, for which there may be no room any more. So work that is late is given to others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +20,7 @@ import pyarrow as pa
 
 from embed_assets.engine.engine import EngineFacts
 
+_MOST_MESSAGES = 100
 WORK = pa.schema([pa.field("number", pa.int64(), False), pa.field("content", pa.large_binary(), False)])
 """A piece of work, one row: its number, and what a worker makes something of."""
 
@@ -28,12 +33,11 @@ class WorkerState:
     """Ray's id of the actor; it stays the same when the actor is started again."""
     node: str
     """Ray's id of its machine."""
-    place: str
-    """Address of its machine, and its process there."""
+    address: str
+    """Of its machine, and its process there."""
     is_ready: bool = False
     starts_in_vain: int = 0
     """Times it was started since it had last loaded the model."""
-    texts: int = 0
     tokens: int = 0
     busy_seconds: float = 0.0
     ready_since: float = 0.0
@@ -45,9 +49,15 @@ class WorkerState:
 class FeedStatus:
     """What happened so far."""
 
-    now: float
+    now: float = 0.0
     """Seconds of the feed's clock."""
-    workers: list[WorkerState]
+    workers: list[WorkerState] = field(default_factory=list)
+    active_seconds: float = 0.0
+    """Time in which some worker was at work."""
+    given_again: int = 0
+    """Times that work was given to another worker."""
+    messages: list[str] = field(default_factory=list)
+    """What workers had to say since this was asked for last."""
     failure: str | None = None
     """Why the model can't be loaded."""
     may_pass: bool = False
@@ -55,16 +65,15 @@ class FeedStatus:
 
 @dataclass(slots=True)
 class _Work:
-    content: list[Any]
-    """The reference to the bytes, in a list so that Ray hands it on as it is."""
-    place: int
-    """Its last place in the order."""
+    reference: list[Any]
+    """To the bytes, in a list so that Ray hands it on as it is."""
+    position: int
+    """Its last one in the order."""
     worker: str = ""
     """Who is at it."""
     since: float | None = None
-    """When somebody began or ended with it."""
+    """When somebody began or ended with it; None before."""
     put_again: float = 0.0
-    is_begun: bool = False
     deaths: int = 0
     """Workers that were lost while they were at it."""
     last_error: str = ""
@@ -85,62 +94,51 @@ class Turn:
 
 @dataclass(slots=True)
 class Feed:
-    """The actor. Readers find work by its place in an order that only grows, so that one that is started again gets
-    the same once more.
-
-    Ray tries again what a lost worker was given, but only on that worker, for which there may be no room any more. So
-    work that is late is put into the order again; whoever comes to it first does it.
+    """The actor. Readers find work by its position in an order that only grows, so that one that is started again gets
+    the same once more. Work that is late is put into the order again; whoever comes to it first does it.
     """
 
     clock: Callable[[], float] = time.monotonic
     _work: dict[int, _Work] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
-    _count: int = 0
-    _is_closed: bool = False
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _workers: dict[str, WorkerState] = field(default_factory=dict)
     _last_begun: tuple[int, float] = (-1, 0.0)
-    """The furthest place at which work was begun, and when."""
+    """The furthest position at which work was begun, and when."""
     _slowest: float = 0.0
     """Seconds of the work that took longest."""
+    _active_seconds: float = 0.0
+    _counted_until: float = 0.0
+    """Up to which time `_active_seconds` was counted."""
+    _given_again: int = 0
+    _messages: list[str] = field(default_factory=list)
     _failure: str | None = None
     _may_pass: bool = False
 
-    async def put(self, content: list[Any]) -> int:
-        """Add a piece of work; returns its number."""
+    async def put(self, number: int, reference: list[Any]) -> None:
+        """Add a piece of work under a number of its own."""
         async with self._changed:
-            number = self._count
-            self._count += 1
-            self._work[number] = _Work(content, len(self._order))
+            self._work[number] = _Work(reference, len(self._order))
             self._order.append(number)
             self._changed.notify_all()
-            return number
 
-    async def close(self) -> None:
-        """No more work will come."""
+    async def get(self, position: int) -> tuple[int, list[Any]]:
+        """Number of and reference to the work at a position, as soon as there is some; no reference when it is done."""
         async with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-
-    async def get(self, place: int) -> tuple[int, list[Any]] | None:
-        """Number of and reference to the work at a place, as soon as there is some; no reference when it is done, None
-        at the end."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: place < len(self._order) or self._is_closed)
-        if place >= len(self._order):
-            return None
-        number = self._order[place]
+            await self._changed.wait_for(lambda: position < len(self._order))
+        number = self._order[position]
         work = self._work.get(number)
-        return number, [] if work is None else work.content
+        return number, [] if work is None else work.reference
 
     async def forget(self, number: int) -> None:
         """The result of a piece of work has arrived."""
+        self._count_time()
         self._work.pop(number, None)
 
-    async def start(self, worker: str, node: str, place: str) -> None:
+    async def start(self, worker: str, node: str, address: str) -> None:
         """A worker begins to load the model."""
-        state = self._workers.setdefault(worker, WorkerState(worker, node, place))
-        state.node, state.place, state.is_ready = node, place, False
+        state = self._workers.setdefault(worker, WorkerState(worker, node, address))
+        state.node, state.address, state.is_ready = node, address, False
         state.starts_in_vain += 1
 
     async def ready(self, worker: str, facts: EngineFacts) -> None:
@@ -150,31 +148,34 @@ class Feed:
         state.ready_since = state.ready_since or self.clock()
 
     async def fail(self, message: str, may_pass: bool) -> None:
-        """A worker can't load the model."""
-        self._failure, self._may_pass = message, may_pass
+        """A worker can't load the model. Where another one could, this may pass."""
+        self._failure, self._may_pass = message, may_pass or any(w.facts for w in self._workers.values())
+
+    async def tell(self, message: str) -> None:
+        """A worker has something to say to whoever watches."""
+        self._messages = [*self._messages, message][-_MOST_MESSAGES:]
 
     async def begin(self, worker: str, number: int) -> Turn:
         """A worker comes to a piece of work."""
         work = self._work.get(number)
         if work is None or work.worker not in ("", worker):
             return Turn(is_skipped=True)
+        self._count_time()
         work.deaths += work.worker == worker  # it was started anew
-        turn = Turn(False, work.is_begun, work.deaths, work.last_error)
-        work.worker, work.since, work.is_begun = worker, self.clock(), True
-        self._last_begun = max(self._last_begun, (work.place, work.since))
+        turn = Turn(False, work.since is not None, work.deaths, work.last_error)
+        work.worker, work.since = worker, self.clock()
+        self._last_begun = max(self._last_begun, (work.position, work.since))
         return turn
 
-    async def report(self, number: int, error: str) -> None:
+    async def note_error(self, number: int, error: str) -> None:
         """A worker is about to give up on a piece of work, and to be started again."""
         if number in self._work:
             self._work[number].last_error = error
 
-    async def finish(
-        self, worker: str, number: int, texts: int, tokens: int, seconds: float, facts: EngineFacts
-    ) -> None:
-        """A worker has done a piece of work of so many texts and tokens; its result is on the way."""
+    async def finish(self, worker: str, number: int, tokens: int, seconds: float, facts: EngineFacts) -> None:
+        """A worker has done a piece of work of so many tokens; its result is on the way."""
+        self._count_time()
         state = self._workers[worker]
-        state.texts += texts
         state.tokens += tokens
         state.busy_seconds += seconds
         state.facts = facts
@@ -184,7 +185,12 @@ class Feed:
 
     async def status(self) -> FeedStatus:
         """What happened so far."""
-        return FeedStatus(self.clock(), list(self._workers.values()), self._failure, self._may_pass)
+        self._count_time()
+        messages, self._messages = self._messages, []
+        workers = list(self._workers.values())
+        return FeedStatus(
+            self.clock(), workers, self._active_seconds, self._given_again, messages, self._failure, self._may_pass
+        )
 
     async def put_late_again(self, living: Collection[str], patience: float) -> list[int]:
         """Put work into the order again whose worker's node is not among the `living`, or that is late; returns it.
@@ -192,6 +198,7 @@ class Feed:
         Late is what takes four times as long as anything did, what others overtook, and a result that does not arrive;
         none of it before `patience` seconds.
         """
+        self._count_time()
         now = self.clock()
         again: list[int] = []
         for number, work in self._work.items():
@@ -200,9 +207,10 @@ class Feed:
             if now - work.put_again < patience or not (is_orphan or self._is_late(work, now, patience)):
                 continue
             work.deaths += is_orphan
-            work.worker, work.put_again, work.place = "", now, len(self._order)
+            work.worker, work.put_again, work.position = "", now, len(self._order)
             self._order.append(number)
             again.append(number)
+        self._given_again += len(again)
         if again:
             async with self._changed:
                 self._changed.notify_all()
@@ -215,26 +223,27 @@ class Feed:
         if work.since is not None:
             return now - work.since > patience
         furthest, when = self._last_begun
-        return furthest > work.place and now - when > patience
+        return furthest > work.position and now - when > patience
+
+    def _count_time(self) -> None:
+        now = self.clock()
+        if any(work.worker for work in self._work.values()):
+            self._active_seconds += now - self._counted_until
+        self._counted_until = now
 
 
 def read_feed(feed: Any) -> Iterator[pa.Table]:
-    """Tables of one row from the feed actor, in its order, until it is closed.
+    """Tables of one row from the feed actor, in its order, without end.
 
-    One for every place: a reader that is started again must give as many as before. Work that is done has no content.
+    One for every position: a reader that is started again must give as many as before. Work that is done has no
+    content.
     """
     import ray
 
-    place = 0
-    while (found := ray.get(feed.get.remote(place))) is not None:
-        number, content = found
-        yield work_row(number, ray.get(content[0]) if content else b"")
-        place += 1
-
-
-def work_row(number: int, content: bytes) -> pa.Table:
-    """A row of `WORK`."""
-    return pa.table([pa.array([number], pa.int64()), pa.array([content], pa.large_binary())], schema=WORK)
+    for position in itertools.count():
+        number, reference = ray.get(feed.get.remote(position))
+        content = ray.get(reference[0]) if reference else b""
+        yield pa.Table.from_pylist([{"number": number, "content": content}], schema=WORK)
 
 
 def feed_source(feed: Any) -> Any:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -21,10 +22,11 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any
 
 from embed_assets.engine.engine import EngineFacts
-from embed_assets.engine.ray import PATIENCE_SECONDS, PoolReport, RayPool
+from embed_assets.engine.faults import reason_of
+from embed_assets.engine.ray import PATIENCE_SECONDS, Finished, News, Over, PoolReport, RayPool
 from embed_assets.engine.ray_cluster import RayOptions
 from embed_assets.engine.ray_worker import Done, Recipe
-from embed_assets.errors import EmbeddingError, hide_secrets
+from embed_assets.errors import EmbeddingError, UserError, hide_secrets
 
 _CLOSE_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
@@ -50,20 +52,12 @@ class _AskReport:
 
 
 @dataclass(frozen=True, slots=True)
+class _Report:
+    report: PoolReport | None
+
+
 class _Ready:
-    facts: EngineFacts | None
-    most_replicas: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    number: int
-    result: Done | Exception
-
-
-@dataclass(frozen=True, slots=True)
-class _Over:
-    error: Exception
+    """A worker has loaded the model."""
 
 
 class RayProcess:
@@ -89,10 +83,17 @@ class RayProcess:
         self._is_ready = threading.Event()
         self._has_report = threading.Event()
         self._report: PoolReport | None = None
-        self.most_replicas = 1
-        """Workers there will be at most; 1 before the start."""
-        self.facts: EngineFacts | None = None
-        """Where and how the model runs on a worker; None before the first has loaded it."""
+        self._news: deque[str] = deque(maxlen=100)
+
+    @property
+    def most_replicas(self) -> int:
+        """Workers there will be at most; 1 before that is known."""
+        return 1 if self._report is None else self._report.replicas.most
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """Where and how the model runs on a worker, when last asked; None before the first has loaded it."""
+        return None if self._report is None else self._report.facts
 
     def start(self) -> None:
         """Connect, and wait until a worker has loaded the model.
@@ -132,26 +133,34 @@ class RayProcess:
             self._has_report.wait(_ANSWER_SECONDS)
         return self._report
 
+    def take_news(self) -> list[str]:
+        """Lines for the run's log that were not taken yet."""
+        return [self._news.popleft() for _ in range(len(self._news))]
+
     def close(self) -> None:
         """End all work, the workers, and a local Ray."""
         self._end(EmbeddingError("embedding was stopped before the window was finished; start it again"))
-        if self._process is None or self._pipe is None:
+        with self._lock:  # whoever is about to start has done so, or will not
+            process = self._process
+        if process is None or self._pipe is None:
             return
         if self._sending.acquire(timeout=_ANSWER_SECONDS):  # else somebody waits for a process that hears nothing
             with contextlib.suppress(OSError):
                 self._pipe.send(None)
             self._sending.release()
         try:
-            self._process.wait(_CLOSE_SECONDS)
+            process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # Ray ends what such a process leaves
-            self._process.wait()
+            process.kill()  # Ray ends what such a process leaves
+            process.wait()
         self._has_ended.wait()
         self._pipe.close()
         if self._output is not None:
             self._output.close()
 
     def _begin(self) -> None:
+        # First, for it may fail: then the next one tries again.
+        start = _Start(self._make_recipe(), _with_present_cluster(self._options), self._patience_seconds)
         self._pipe, other = Pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         self._process = subprocess.Popen(
@@ -165,7 +174,7 @@ class RayProcess:
         )
         other.close()
         threading.Thread(target=self._listen, name="ray", daemon=True).start()
-        self._send(_Start(self._make_recipe(), _with_present_cluster(self._options), self._patience_seconds))
+        self._send(start)
 
     def _send(self, message: object) -> None:
         assert self._pipe is not None
@@ -178,7 +187,8 @@ class RayProcess:
         try:
             while True:
                 self._take(self._pipe.recv())
-        except (EOFError, OSError):
+        except Exception:  # the pipe's end, or what can't be read from it: nothing more will come
+            self._process.kill()
             status = self._process.wait()
             self._end(
                 EmbeddingError(
@@ -191,23 +201,24 @@ class RayProcess:
             self._has_ended.set()
 
     def _take(self, message: object) -> None:
-        if isinstance(message, _Ready):
-            self.facts, self.most_replicas = message.facts, message.most_replicas
-            self._is_ready.set()
-        elif isinstance(message, _Finished):
+        if isinstance(message, Finished):
             with self._lock:
                 future = self._futures.pop(message.number, None)
             if future is None:
-                return  # everything was ended meanwhile
+                return  # done before, or everything was ended meanwhile
             if isinstance(message.result, Exception):
                 future.set_exception(message.result)
             else:
                 future.set_result(message.result)
-        elif isinstance(message, _Over):
-            self._end(message.error)
-        elif isinstance(message, PoolReport):
-            self._report = message
+        elif isinstance(message, _Report):
+            self._report = message.report or self._report
             self._has_report.set()
+        elif isinstance(message, News):
+            self._news.append(message.line)
+        elif isinstance(message, Over):
+            self._end(message.error)
+        elif isinstance(message, _Ready):
+            self._is_ready.set()
 
     def _end(self, error: Exception) -> None:
         """End everything that is under way with an error; the first one counts."""
@@ -244,16 +255,17 @@ def serve(pipe: Connection[Any, Any]) -> None:
         with lock, contextlib.suppress(OSError):
             pipe.send(message)
 
-    pool = RayPool(start.recipe, start.options, start.patience_seconds, lambda error: send(_Over(error)))
+    pool = RayPool(start.recipe, start.options, send, start.patience_seconds)
     reader = threading.Thread(target=_obey, args=(pipe, pool, send), name="pipe", daemon=True)
     reader.start()
     # By the main thread: what Ray starts ends with the thread that starts it.
     try:
         pool.start()
     except Exception as error:
-        send(_Over(error))
+        send(Over(_portable(error)))
     else:
-        send(_Ready(pool.facts, pool.most_replicas))
+        send(_Report(pool.report))
+        send(_Ready())
     reader.join()
     pool.close()
 
@@ -262,21 +274,21 @@ def _obey(pipe: Connection[Any, Any], pool: RayPool, send: Callable[[object], No
     """In a thread: do what comes over the pipe, until its end or None."""
     with contextlib.suppress(EOFError, OSError):
         while (message := pipe.recv()) is not None:
-            if isinstance(message, _AskReport) and (report := pool.report) is not None:
-                send(report)
+            if isinstance(message, _AskReport):
+                send(_Report(pool.report))
             elif isinstance(message, _Submit):
-                _submit(pool, message, send)
+                try:
+                    pool.submit(message.number, message.content)
+                except Exception as error:
+                    send(Finished(message.number, _portable(error)))
     pool.stop()  # also when it still waits for its start
 
 
-def _submit(pool: RayPool, message: _Submit, send: Callable[[object], None]) -> None:
-    def tell(future: Future[Done]) -> None:
-        send(_Finished(message.number, future.exception() or future.result()))  # type: ignore[arg-type]
-
-    try:
-        pool.submit(message.content).add_done_callback(tell)
-    except Exception as error:
-        send(_Finished(message.number, error))
+def _portable(error: Exception) -> UserError:
+    """The error, as something that can be sent: Ray's own ones can't always."""
+    if isinstance(error, UserError):
+        return error
+    return EmbeddingError(f"Ray failed: {hide_secrets(reason_of(error))[:300]}; run again", may_pass=True)
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 class Done:
     """What became of a piece of work."""
 
-    content: bytes
-    detail: str
+    answer: str
+    """What the worker has to say of it. Small: what is large it has left where both can reach it."""
     stats: EngineStats
     """Empty when a worker that died had done it before."""
 
@@ -57,8 +57,7 @@ class Recipe(Protocol):
 RESULT = pa.schema(
     [
         pa.field("number", pa.int64(), False),
-        pa.field("content", pa.large_binary(), False),
-        pa.field("detail", pa.string(), False),
+        pa.field("answer", pa.string(), False),
         pa.field("stats", pa.string(), False),
         pa.field("error", pa.string(), False),
         pa.field("may_pass", pa.bool_(), False),
@@ -69,35 +68,48 @@ RESULT = pa.schema(
 
 def result_row(number: int, done: Done) -> pa.Table:
     """A row of `RESULT` for work that was done."""
-    return _row(number, done.content, done.detail, json.dumps(asdict(done.stats)), "", False)
+    return _row(number=number, answer=done.answer, stats=json.dumps(asdict(done.stats)), error="", may_pass=False)
 
 
 def error_row(number: int, error: str, may_pass: bool) -> pa.Table:
     """A row of `RESULT` for work that could not be done."""
-    return _row(number, b"", "", "", error, may_pass)
+    return _row(number=number, answer="", stats="", error=error, may_pass=may_pass)
 
 
-def _row(number: int, content: bytes, detail: str, stats: str, error: str, may_pass: bool) -> pa.Table:
-    values = (number, content, detail, stats, error, may_pass)
-    return pa.table([pa.array([v], f.type) for v, f in zip(values, RESULT, strict=True)], schema=RESULT)
+def _row(**values: object) -> pa.Table:
+    return pa.Table.from_pylist([values], schema=RESULT)
+
+
+class _Teller(logging.Handler):
+    """Has the run hear what the engine warns of on a worker."""
+
+    def __init__(self, feed: Any, address: str) -> None:
+        super().__init__(logging.WARNING)
+        self._feed, self._address = feed, address
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._feed.tell.remote(hide_secrets(f"{self._address}: {record.getMessage()}"))
 
 
 class RayWorker:
     """The actor's class, for `map_batches` in batches of one row."""
 
-    def __init__(self, recipe: Recipe, feed: Any, cores: int, gpu_share: float) -> None:
+    def __init__(self, recipe: Recipe, feed: Any, cores: int, gpus: float) -> None:
         import ray
 
         context = ray.get_runtime_context()
         self._feed, self._id = feed, str(context.get_actor_id())
-        place = f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
-        ray.get(feed.start.remote(self._id, context.get_node_id(), place))
-        limit_resources(cores, gpu_share)
+        address = f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
+        ray.get(feed.start.remote(self._id, context.get_node_id(), address))
+        logging.getLogger("embed_assets").addHandler(_Teller(feed, address))
+        limit_resources(cores, min(1.0, gpus or 1.0))
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides those of others only from who has one of its own
         try:
             self._worker = recipe.open()
         except Exception as error:
             message = str(error) if isinstance(error, UserError) else hide_secrets(reason_of(error))
-            ray.get(feed.fail.remote(f"{message} (on {place})", may_pass(error)))
+            ray.get(feed.fail.remote(f"{message} (on {address})", may_pass(error)))
             raise
         ray.get(feed.ready.remote(self._id, self._worker.facts))
 
@@ -119,9 +131,10 @@ class RayWorker:
             return error_row(number, str(error), error.may_pass)
         except Exception as error:
             # The process may be in a bad way, as after an error of the GPU: a new one tries again.
-            _log.exception("a worker gives up")
-            ray.get(self._feed.report.remote(number, hide_secrets(reason_of(error))))
+            reason = hide_secrets(reason_of(error))
+            _log.exception("this worker ends itself: %s", reason)
+            ray.get(self._feed.note_error.remote(number, reason))
             os._exit(1)
-        stats, seconds = done.stats, time.perf_counter() - started
-        ray.get(self._feed.finish.remote(self._id, number, stats.texts, stats.tokens, seconds, self._worker.facts))
+        seconds = time.perf_counter() - started
+        ray.get(self._feed.finish.remote(self._id, number, done.stats.tokens, seconds, self._worker.facts))
         return result_row(number, done)

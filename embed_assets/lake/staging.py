@@ -36,28 +36,24 @@ class Staging:
         self._lake, self._folder, self._name, self.key = lake, _folder(table), hash_text(key), key
         self._known: set[str] = set()
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Keep a window; whole or not at all."""
-        self.write_bytes(bytes_of(batch), uuid.uuid4().hex)
-
-    def write_bytes(self, data: bytes, name: str) -> None:
-        """The same for `bytes_of` a window, under a name of the caller's: written again, it takes the first's place."""
-        path = self._path(name)
+    def write(self, batch: pa.RecordBatch, name: str | None = None) -> None:
+        """Keep a window, whole or not at all; written again under the same name, it takes the first's place."""
+        path = self._path(name or uuid.uuid4().hex)
         with lake_errors(f"the window {path!r} can't be staged", self._lake.root):
-            self._lake.storage.write(path, data)
-        self.adopt(name)
+            self._lake.storage.write(path, bytes_of(batch))
+        self._known.add(path)
 
-    def adopt(self, name: str) -> None:
-        """Clear the window of that name with the others; another process has written it."""
-        self._known.add(self._path(name))
-
-    def read_window(self, name: str) -> pa.RecordBatch | None:
-        """The window of that name; None where there is none, or it is damaged."""
+    def read_window(self, name: str) -> pa.RecordBatch:
+        """The window of that name. Raises ``LakeError`` where there is none, or it is damaged."""
+        path = self._path(name)
+        with lake_errors(f"the staged window {path!r} can't be read", self._lake.root):
+            data = self._lake.storage.read(path)
         try:
-            with lake_errors(f"the window {name!r} can't be read", self._lake.root):
-                return next(iter(batches_of(self._lake.storage.read(self._path(name)))), None)
-        except (LakeError, ValueError):
-            return None
+            [batch] = batches_of(data)
+        except (pa.ArrowException, ValueError) as error:
+            raise LakeError(f"the staged window {path!r} is damaged: {error}; run again", may_pass=True) from error
+        self._known.add(path)
+        return batch
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{self._name}-{name}.arrow"

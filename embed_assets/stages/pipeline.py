@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from embed_assets.corpus.chunking import ChunkOptions
 from embed_assets.corpus.options import ParseOptions
@@ -147,13 +148,14 @@ class Pipeline:
         if self.settings.compute == "local":
             return self._in_this_process()
         settings = self.settings
+        runs_on_cpu = settings.precision == "int8" or self.model_space.directory is None
         options = RayOptions(
-            settings.ray_address,
-            settings.replica_range,
-            settings.ray_gpus_per_replica,
-            settings.ray_cpus_per_replica,
-            settings.ray_wait_seconds,
-            "cpu" if settings.precision == "int8" or self.model_space.directory is None else settings.device,
+            address=settings.ray_address,
+            replicas=settings.replica_range,
+            gpus_per_replica=settings.ray_gpus_per_replica,
+            cpus_per_replica=settings.ray_cpus_per_replica,
+            wait_seconds=settings.ray_wait_seconds,
+            device="cpu" if runs_on_cpu else settings.device,
         )
         return RayCompute(RayProcess(self._worker_recipe, options), configured(self._engine_options))
 
@@ -162,11 +164,11 @@ class Pipeline:
 
     def _worker_recipe(self) -> WorkerRecipe:
         """These settings, with places that mean the same in any folder."""
-        directory, settings = self.model_space.directory, self.settings
-        model = settings.model if ":" in settings.model or directory is None else str(directory.absolute())
-        given = settings.model_copy(update={"lake": self.lake.root, "model": model, "compute": "local"})
-        fields = given.model_dump()  # all of them: the environment of a worker's machine has no say
-        return WorkerRecipe(fields, self.space.name, self.embeddings_table, lake_id(self.lake), code_version())
+        folder = Path(self.settings.model).expanduser()
+        model = str(folder.absolute()) if folder.is_dir() else self.settings.model
+        # All fields: the environment of a worker's machine has no say.
+        fields = self.settings.model_dump() | {"lake": self.lake.root, "model": model, "compute": "local"}
+        return WorkerRecipe(fields, self.space.fingerprint, self.embeddings_table, lake_id(self.lake), code_version())
 
     @property
     def _engine_options(self) -> EngineOptions:

@@ -1,6 +1,6 @@
 """Windows of texts on the workers of a Ray cluster: what travels there, and what they do with it.
 
-window ─▶ worker: embed, stage on the lake's storage ─▶ the staged file's bytes ─▶ this process commits
+window ─▶ worker: embed, stage on the lake's storage ─▶ that it is there ─▶ this process reads it, and commits
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import cache
@@ -26,8 +26,9 @@ from embed_assets.engine.ray_process import RayProcess
 from embed_assets.engine.ray_worker import Done
 from embed_assets.engine.runner import EmbeddedTexts
 from embed_assets.errors import LakeError, ModelError
-from embed_assets.lake.staging import Staging, batches_of, bytes_of
+from embed_assets.lake.staging import Staging, bytes_of
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
+from embed_assets.lake.vectors import VECTOR_ROWS
 from embed_assets.stages.windows import EmbeddedWindow, OnTick, Window, WindowEmbedder, WindowSize, window_rows
 
 _WINDOW_SECONDS = 5.0
@@ -35,6 +36,8 @@ _WINDOW_SECONDS = 5.0
 _PART_TEXTS = 2048
 """A worker tokenizes a part of a window while the part before it is on the device."""
 _LEAST_TEXTS = 64
+_LEAST_SECONDS = 0.5
+"""A window's way to a worker, into the lake and back takes some hundredths."""
 _SECONDS_BETWEEN_NEWS = 10.0
 _TICK_SECONDS = 2.0
 _SENT = pa.schema([pa.field("input_hash", pa.string(), False), pa.field("text", pa.string(), False)])
@@ -62,8 +65,8 @@ class WorkerRecipe:
 
     settings: dict[str, object]
     """All fields of `Settings`."""
-    space: str
-    """Name of the space that the settings must lead to."""
+    fingerprint: str
+    """Of the space that the settings must lead to."""
     table: TableSpec
     lake_id: str
     """Of the table of chunks, which tells lakes at the same path apart."""
@@ -81,11 +84,12 @@ class WorkerRecipe:
         from embed_assets.stages.pipeline import Pipeline
 
         pipeline = Pipeline.from_settings(Settings(**self.settings))  # type: ignore[arg-type]
-        if pipeline.space.name != self.space:
+        found = pipeline.space.fingerprint
+        if found != self.fingerprint:
             raise ModelError(
                 "workers must have the model of the process that started them: "
-                f"EMBED_MODEL={pipeline.settings.model!r} is {pipeline.space.name!r} there, and {self.space!r} here; "
-                "put the same files on all machines"
+                f"EMBED_MODEL={pipeline.settings.model!r} has the fingerprint {found[:8]!r} there, and "
+                f"{self.fingerprint[:8]!r} here; put the same files on all machines, or name an EMBED_REVISION"
             )
         if lake_id(pipeline.lake) != self.lake_id:
             raise LakeError(
@@ -109,21 +113,19 @@ class LakeWorker:
         return self._engine.facts
 
     def run(self, content: bytes, is_retry: bool) -> Done:
-        """Embed a window, stage it, and give what was staged."""
+        """Embed a window and stage it; answers how many rows that are, and why texts have none."""
         with pa.ipc.open_stream(content) as stream:
             header = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
             sent = stream.read_next_batch()
         hashes, texts = sent.column("input_hash").to_pylist(), sent.column("text").to_pylist()
         staging = Staging(self._lake, self._table, header["key"])
-        kept = staging.read_window(header["name"]) if is_retry else None
-        if kept is not None and kept.num_rows == len(hashes):
-            return Done(bytes_of(kept), "{}", EngineStats())
+        if is_retry and _is_staged(staging, header["name"], len(hashes)):
+            return Done(_answer(len(hashes), {}), EngineStats())
         embedded = self._embed(texts, int(header["expected"]))
         batch, rejected = window_rows(hashes, embedded)
-        data = bytes_of(batch)
         if batch.num_rows:
-            staging.write_bytes(data, header["name"])
-        return Done(data, json.dumps(rejected), embedded.stats)
+            staging.write(batch, header["name"])
+        return Done(_answer(batch.num_rows, rejected), embedded.stats)
 
     def _embed(self, texts: Sequence[str], expected: int) -> EmbeddedTexts:
         embedder = self._engine.embedder_for(texts, expected)
@@ -138,6 +140,19 @@ class LakeWorker:
         return EmbeddedTexts(vectors, np.concatenate([part.is_truncated for part in parts]), rejected, stats)
 
 
+def _is_staged(staging: Staging, name: str, rows: int) -> bool:
+    """A worker that was lost had done it all. What is not there, or damaged, is made again."""
+    try:
+        return bool(staging.read_window(name).num_rows == rows)
+    except LakeError:
+        return False
+
+
+def _answer(rows: int, rejected: Mapping[str, str]) -> str:
+    """What a worker says of a window: rows it staged, and why texts have none."""
+    return json.dumps({"rows": rows, "rejected": rejected})
+
+
 class RayCompute:
     """The model on the workers of a Ray cluster, for one run."""
 
@@ -146,8 +161,7 @@ class RayCompute:
     def __init__(self, pool: RayProcess, configured: EngineFacts) -> None:
         self._pool, self._configured = pool, configured
         self._size = WindowSize(_WINDOW_SECONDS)
-        self._room = threading.Semaphore(0)
-        self._is_started = False
+        self._room: threading.Semaphore | None = None
         self._next_news = 0.0
         self._lock = threading.Lock()
 
@@ -157,15 +171,19 @@ class RayCompute:
         return min(self.most_partitions, TASKS_PER_WORKER * max(2, self._pool.most_replicas))
 
     def news(self) -> list[str]:
-        """Where the workers are, once, and then every few seconds how fast each is."""
-        now = time.monotonic()
+        """Where the workers are, once, then every few seconds how fast they are, and what they warned of."""
+        lines, now = self._pool.take_news(), time.monotonic()
         # Asked for only when it is due: the answer comes from the cluster.
         report = self._pool.report if now >= self._next_news else None
         if report is None:
-            return []
-        lines = [str(report)] if self._next_news == 0 else []
+            return lines
+        lines += [str(report)] if self._next_news == 0 else []
         self._next_news = now + _SECONDS_BETWEEN_NEWS
-        return lines + ([report.describe_workers()] if report.workers else [])
+        return [*lines, report.describe_workers()]
+
+    def check(self) -> None:
+        """Raise what ended the workers, if it is over."""
+        self._pool.check()
 
     @property
     def facts(self) -> EngineFacts:
@@ -178,18 +196,18 @@ class RayCompute:
         return self._pool.report
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
-        """They take about the window's time, or are this partition's share of a worker."""
+        """They take about the window's time, or are this partition's share of a worker and pay for the way there."""
         share = max(_LEAST_TEXTS, expected // (TASKS_PER_WORKER * self._pool.most_replicas))
-        return texts >= share or self._size.is_full(texts, tokens)
+        pays = tokens >= (self._size.tokens or 0) * _LEAST_SECONDS / _WINDOW_SECONDS
+        return (texts >= share and pays) or self._size.is_full(texts, tokens)
 
     def start(self, texts: Sequence[str], expected: int) -> WindowEmbedder:
         """The workers, once the first has loaded the model."""
         self._pool.start()
         with self._lock:
-            if not self._is_started:
-                self._is_started = True
+            if self._room is None:
                 # What waits in this process, in the feed and with the workers is bounded, whatever the corpus.
-                self._room.release((TASKS_PER_WORKER + 1) * self._pool.most_replicas + 1)
+                self._room = threading.Semaphore((TASKS_PER_WORKER + 1) * self._pool.most_replicas + 1)
         return _RayEmbedder(self._pool, self._size, self._room, self.facts.dimension, expected)
 
     def close(self) -> None:
@@ -238,10 +256,9 @@ class _RayEmbedder:
             raise
 
     def _received(self, window: Window, done: Done, staging: Staging, name: str) -> EmbeddedWindow:
-        [batch] = batches_of(done.content)
+        answer = json.loads(done.answer)
+        batch = staging.read_window(name) if answer["rows"] else pa.RecordBatch.from_pylist([], schema=VECTOR_ROWS)
         self._size.adapt(done.stats)
         self._texts += done.stats.texts
         self._tokens += done.stats.tokens
-        if batch.num_rows:
-            staging.adopt(name)
-        return EmbeddedWindow(window, batch, json.loads(done.detail), done.stats)
+        return EmbeddedWindow(window, batch, answer["rejected"], done.stats)

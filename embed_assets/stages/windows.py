@@ -106,6 +106,10 @@ class Compute(Protocol):
         """Lines for the run's log that nobody has read yet."""
         ...
 
+    def check(self) -> None:
+        """Raise what ended it, if it is over before it was closed."""
+        ...
+
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """So many texts and tokens make a window, of a partition with about `expected` texts."""
         ...
@@ -137,6 +141,9 @@ class LocalCompute:
     def news(self) -> list[str]:
         """There is nothing to tell beside the progress."""
         return []
+
+    def check(self) -> None:
+        """This process is always there."""
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """They take about the window's time."""

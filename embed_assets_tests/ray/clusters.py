@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
 
 from embed_assets.engine.engine import EngineFacts
 from embed_assets.engine.metrics import EngineStats
@@ -23,22 +26,27 @@ FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 1)
 @contextlib.contextmanager
 def ray_cluster(nodes: int, cpus: int = 1) -> Iterator[Any]:
     """A cluster of a head without CPUs and so many nodes; has ``address``, ``remove_node`` and ``worker_nodes``."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        from ray.cluster_utils import Cluster
 
-    options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options})
-    try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=cpus, wait=False, **options)
-        cluster.wait_for_nodes()
-        yield cluster
-    finally:
-        for node in [*cluster.worker_nodes, cluster.head_node]:
-            if node is not None:
-                node.kill_all_processes(check_alive=False, allow_graceful=False)
-        os.environ.pop("RAY_AUTH_MODE", None)
+        options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options})
+        try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=cpus, wait=False, **options)
+            cluster.wait_for_nodes()
+            yield cluster
+        finally:
+            for node in [*cluster.worker_nodes, cluster.head_node]:
+                if node is not None:
+                    kill(node)
+
+
+def kill(node: Any) -> None:
+    """End a node and all its processes, as a power cut does."""
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def windows_of(compute: Compute, texts: Iterable[tuple[str, int]], expected: int) -> Iterator[Window]:
@@ -91,4 +99,7 @@ class EchoWorker:
         if name == b"refuse":
             raise ModelError("not this one")
         time.sleep(float(seconds or 0))
-        return Done(content, "retry" if is_retry else "", EngineStats(texts=1, tokens=10, seconds=0.1))
+        if name == b"warn":
+            logging.getLogger("embed_assets.engine").warning("the budget was halved")
+        answer = os.environ.get(name.partition(b"$")[2].decode(), "unset") if b"$" in name else content.decode()
+        return Done(answer, EngineStats(texts=1, tokens=10, seconds=0.1))

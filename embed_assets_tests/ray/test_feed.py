@@ -31,7 +31,7 @@ async def feed_with(clock: Clock, work: int, workers: str = "ab") -> Feed:
         await feed.start(worker, f"node-{worker}", "here")
         await feed.ready(worker, FACTS)
     for number in range(work):
-        assert await feed.put([f"ref{number}"]) == number
+        await feed.put(number, [f"ref{number}"])
     return feed
 
 
@@ -39,8 +39,7 @@ def test_a_reader_that_starts_again_sees_as_many_places_and_no_content_of_what_i
     async def scenario() -> None:
         feed = await feed_with(Clock(), 3)
         await feed.forget(1)
-        await feed.close()
-        assert [await feed.get(place) for place in range(4)] == [(0, ["ref0"]), (1, []), (2, ["ref2"]), None]
+        assert [await feed.get(position) for position in range(3)] == [(0, ["ref0"]), (1, []), (2, ["ref2"])]
 
     run(scenario())
 
@@ -51,7 +50,7 @@ def test_a_reader_waits_for_work() -> None:
         waiting = asyncio.create_task(feed.get(0))
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        await feed.put(["ref"])
+        await feed.put(0, ["ref"])
         assert await waiting == (0, ["ref"])
 
     run(scenario())
@@ -72,7 +71,7 @@ def test_a_worker_that_comes_again_has_died() -> None:
     async def scenario() -> None:
         feed = await feed_with(Clock(), 1)
         assert (await feed.begin("a", 0)).deaths == 0
-        await feed.report(0, "no memory")
+        await feed.note_error(0, "no memory")
         turn = await feed.begin("a", 0)
         assert (turn.deaths, turn.is_retry, turn.last_error) == (1, True, "no memory")
 
@@ -113,7 +112,7 @@ def test_a_result_that_does_not_arrive_is_asked_for_again() -> None:
         clock = Clock()
         feed = await feed_with(clock, 1)
         await feed.begin("a", 0)
-        await feed.finish("a", 0, 5, 50, 2.0, FACTS)
+        await feed.finish("a", 0, 50, 2.0, FACTS)
         clock.now += 11
         assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0]
         assert (await feed.begin("b", 0)).is_retry
@@ -128,7 +127,7 @@ def test_a_straggler_is_given_to_others_as_well(slowest: float, late_after: floa
         feed = await feed_with(clock, 2)
         if slowest:
             await feed.begin("b", 1)
-            await feed.finish("b", 1, 5, 50, slowest, FACTS)
+            await feed.finish("b", 1, 50, slowest, FACTS)
             await feed.forget(1)
         await feed.begin("a", 0)
         clock.now += late_after - 1
@@ -136,6 +135,48 @@ def test_a_straggler_is_given_to_others_as_well(slowest: float, late_after: floa
         clock.now += 2
         assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0]
         assert (await feed.begin("b", 0)).deaths == 0, "it is slow, not dead"
+
+    run(scenario())
+
+
+def test_time_counts_while_any_worker_is_at_work() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 2)
+        clock.now += 5
+        await feed.begin("a", 0)
+        clock.now += 2
+        await feed.begin("b", 1)
+        clock.now += 2
+        await feed.finish("a", 0, 50, 4.0, FACTS)
+        clock.now += 3
+        await feed.finish("b", 1, 50, 5.0, FACTS)
+        clock.now += 10
+        assert (await feed.status()).active_seconds == 7
+
+    run(scenario())
+
+
+def test_messages_are_told_once_and_do_not_pile_up() -> None:
+    async def scenario() -> None:
+        feed = Feed()
+        for n in range(150):
+            await feed.tell(str(n))
+        assert (await feed.status()).messages == [str(n) for n in range(50, 150)]
+        assert (await feed.status()).messages == []
+
+    run(scenario())
+
+
+def test_a_model_that_one_worker_could_load_may_be_loaded_later() -> None:
+    async def scenario() -> None:
+        feed = Feed()
+        await feed.start("a", "node", "here")
+        await feed.fail("no memory", may_pass=False)
+        assert not (await feed.status()).may_pass
+        await feed.ready("a", FACTS)
+        await feed.fail("no memory", may_pass=False)
+        assert (await feed.status()).may_pass
 
     run(scenario())
 
@@ -186,7 +227,7 @@ def test_a_local_ray_without_a_gpu_says_so_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"ray_address": "ray://host:10001"}, "EMBED_RAY_ADDRESS='ray://host:10001': must be host:port"),
+        ({"compute": "ray", "ray_address": "ray://host:1"}, "must be host:port or auto, got 'ray://host:1'"),
         ({"ray_gpus_per_replica": "1.5"}, "EMBED_RAY_GPUS_PER_REPLICA='1.5': must be a share of one GPU"),
         ({"ray_replicas": "4-2"}, "EMBED_RAY_REPLICAS='4-2': the least"),
         ({"ray_replicas": "some"}, "EMBED_RAY_REPLICAS='some'"),
@@ -203,5 +244,10 @@ def test_the_address_is_ours_or_rays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().ray_address == "head:1"
     monkeypatch.setenv("EMBED_RAY_ADDRESS", "head:2")
     assert load_settings().ray_address == "head:2"
+    monkeypatch.delenv("EMBED_RAY_ADDRESS")
+    for elsewhere in ("http://head:8265", "ray://head:10001", ""):
+        monkeypatch.setenv("RAY_ADDRESS", elsewhere)
+        load_settings()  # Ray's own commands take it; ours do without
+    assert load_settings().ray_address is None
     assert load_settings(ray_replicas="3").replica_range == (3, 3)
     assert load_settings(ray_replicas="2-5").replica_range == (2, 5)

@@ -13,7 +13,7 @@ import pytest
 from embed_assets.engine.ray_cluster import RayOptions
 from embed_assets.engine.ray_process import RayProcess
 from embed_assets.errors import EmbeddingError, ModelError, SettingsError, UserError
-from embed_assets_tests.ray.clusters import FACTS, EchoRecipe, ray_cluster
+from embed_assets_tests.ray.clusters import FACTS, EchoRecipe, kill, ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         assert workers.most_replicas == 2
         contents = [b"die", b"break", b"refuse", *(b"w%d 0.05" % i for i in range(60))]
         futures = [workers.submit(content) for content in contents]
-        assert [f.result(90).content for f in futures[3:]] == contents[3:]
+        assert [f.result(90).answer.encode() for f in futures[3:]] == contents[3:]
         with pytest.raises(EmbeddingError, match=r"4 workers died of the same window .*want of memory"):
             futures[0].result(90)
         with pytest.raises(EmbeddingError, match=r"4 workers died of .*ZeroDivisionError: the device is gone"):
@@ -111,7 +111,7 @@ def test_the_head_is_lost() -> None:
             workers.start()
             future = workers.submit(b"slow 300")
             time.sleep(1)
-            cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+            kill(cluster.head_node)
             with pytest.raises(EmbeddingError, match=r"was lost|gave up|ended with status"):
                 future.result(50)
         finally:

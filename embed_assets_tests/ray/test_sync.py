@@ -15,7 +15,7 @@ import pytest
 from embed_assets.defs.instance import open_instance
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project
 from embed_assets_tests.defs.dagster_runs import latest
-from embed_assets_tests.ray.clusters import ray_cluster
+from embed_assets_tests.ray.clusters import kill, ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_lost_node_costs_its_windows(project: Project) -> None:
             until = time.monotonic() + 60
             while len(list((project.root / "other").rglob("_staging/*.arrow"))) < 3 and time.monotonic() < until:
                 time.sleep(0.1)
-            cluster.worker_nodes.pop().kill_all_processes(check_alive=False, allow_graceful=False)
+            kill(cluster.worker_nodes.pop())
             stdout, stderr = process.communicate(timeout=150)
         finally:
             process.kill()
