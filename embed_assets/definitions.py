@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import dagster as dg
 
@@ -19,31 +20,39 @@ from embed_assets.settings import Settings, load_settings
 from embed_assets.stages.pipeline import Pipeline
 
 
-def build_definitions(settings: Settings, observer: RunObserver | None = None) -> dg.Definitions:
+def build_definitions(
+    settings: Settings, observer: RunObserver | None = None, resources: Mapping[str, object] | None = None
+) -> dg.Definitions:
     """The definitions over `settings`; progress goes to `observer`, or else to the runs' logs.
+
+    The step asks for `resources` before it begins: what is to be there for it, as a connection to a Ray cluster.
 
     Several of them, with different ``name_prefix`` and ``lake``, go into one code location by ``Definitions.merge``.
     Resolves the model's files, loads no model, and touches neither source nor lake (but for an int8 model, which is
     kept there). Raises ``SettingsError`` or ``ModelError``.
     """
-    return definitions_over(Pipeline.from_settings(settings), observer)
+    return definitions_over(Pipeline.from_settings(settings), observer, resources=resources)
 
 
 def definitions_over(
-    pipeline: Pipeline, observer: RunObserver | None = None, retries: dg.RetryPolicy = RETRIES
+    pipeline: Pipeline,
+    observer: RunObserver | None = None,
+    retries: dg.RetryPolicy = RETRIES,
+    resources: Mapping[str, object] | None = None,
 ) -> dg.Definitions:
     """The definitions over a pipeline that exists already; `retries` is for what may pass."""
     with warnings.catch_warnings():
         # That parts of Dagster are new is known, and held by tests: no news for whoever loads this.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        corpus = build_corpus_assets(pipeline, observer, retries)
+        corpus = build_corpus_assets(pipeline, observer, retries, set(resources or ()))
         assets = dg.with_source_code_references([source_spec(pipeline), corpus])
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
     return dg.Definitions(
         assets=assets,
         sensors=sensors,
         jobs=[build_plan_job(pipeline), build_maintenance_job(pipeline)],
+        resources=resources,
         executor=one_process_executor,
     )
 

@@ -2,7 +2,7 @@
 # No postponed annotations here: Dagster looks at the step's as they are.
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import dagster as dg
 
@@ -30,9 +30,15 @@ Asked for by the step itself: given to Dagster, a policy would also start an int
 
 
 def build_corpus_assets(
-    pipeline: Pipeline, observer: RunObserver | None = None, retries: dg.RetryPolicy = RETRIES
+    pipeline: Pipeline,
+    observer: RunObserver | None = None,
+    retries: dg.RetryPolicy = RETRIES,
+    resource_keys: Set[str] = frozenset(),
 ) -> dg.AssetsDefinition:
-    """The multi-asset over `pipeline`. What happens is told to `observer`, or else to the run's log."""
+    """The multi-asset over `pipeline`. What happens is told to `observer`, or else to the run's log.
+
+    Dagster sets up the resources of `resource_keys` before the step.
+    """
     names = Names.of(pipeline)
 
     @dg.multi_asset(
@@ -41,6 +47,7 @@ def build_corpus_assets(
         check_specs=check_specs(names),
         can_subset=True,
         pool=POOL,
+        required_resource_keys=set(resource_keys),
         backfill_policy=dg.BackfillPolicy.single_run(),
     )
     def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
@@ -106,19 +113,18 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
             recorder.observed(partitions[key])
     checker = Checker(pipeline, names, recorder.checked, context.selected_asset_check_keys)
     reporter = Reporter(pipeline, history)
-    compute = pipeline.open_compute()
     return CorpusRun(
-        pipeline,
-        compute,
-        observer,
-        context.run.run_id,
-        recorder,
-        reporter,
-        checker,
-        partitions,
-        raw,
-        keys,
-        selected,
+        pipeline=pipeline,
+        compute=pipeline.open_compute(),
+        observer=observer,
+        run_id=context.run.run_id,
+        recorder=recorder,
+        reporter=reporter,
+        checker=checker,
+        partitions=partitions,
+        listed=raw,
+        keys=keys,
+        selected=selected,
     )
 
 

@@ -45,6 +45,8 @@ class Node:
     node_id: str
     cpus: float
     gpus: float
+    free_cpus: float
+    """Those that nobody has at present."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +167,14 @@ def knock(address: str) -> None:
 def list_nodes() -> list[Node]:
     """What the cluster's machines offer now."""
     import ray
+    from ray._private.state import available_resources_per_node
 
-    alive = [(str(node["NodeID"]), node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return [Node(node_id, float(r.get("CPU", 0)), float(r.get("GPU", 0))) for node_id, r in alive]
+    free = available_resources_per_node()
+    alive = {str(node["NodeID"]): node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return [
+        Node(name, float(has.get("CPU", 0)), float(has.get("GPU", 0)), float(free.get(name, {}).get("CPU", 0)))
+        for name, has in alive.items()
+    ]
 
 
 def plan_replicas(nodes: Sequence[Node], options: RayOptions) -> Replicas:
@@ -193,8 +200,9 @@ def plan_replicas(nodes: Sequence[Node], options: RayOptions) -> Replicas:
 
 
 def _cores_per_replica(nodes: Sequence[Node]) -> int:
-    """As many as every machine has that has any."""
-    smallest = min((node.cpus for node in nodes if node.cpus >= 1), default=1.0)
+    """As many as every machine has free that has any: a job's own process may hold some for as long as it runs."""
+    free = [node.free_cpus for node in nodes if node.free_cpus >= 1]
+    smallest = min(free or (node.cpus for node in nodes if node.cpus >= 1), default=1.0)
     return max(1, min(_MOST_CORES, int(smallest)))
 
 

@@ -26,7 +26,7 @@ from embed_assets.engine.faults import reason_of
 from embed_assets.engine.ray import PATIENCE_SECONDS, Finished, News, Over, PoolReport, RayPool
 from embed_assets.engine.ray_cluster import RayOptions
 from embed_assets.engine.ray_worker import Done, Recipe
-from embed_assets.errors import EmbeddingError, UserError, hide_secrets
+from embed_assets.errors import EmbeddingError, SettingsError, UserError, hide_secrets
 
 _CLOSE_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
@@ -239,10 +239,18 @@ class RayProcess:
 
 
 def _with_present_cluster(options: RayOptions) -> RayOptions:
-    """The options, with the address of the cluster that this process is connected to, as a resource may have done."""
+    """The options, with the address of the cluster that this process is connected to, as a resource may have done.
+
+    Raises ``SettingsError`` for a connection by Ray Client, over which Ray Data can't run.
+    """
     ray = sys.modules.get("ray")
     if ray is None or options.address is not None or not ray.is_initialized():
         return options
+    if ray.util.client.ray.is_connected():
+        raise SettingsError(
+            "EMBED_COMPUTE=ray can't work over Ray Client (ray://), by which this process is connected; "
+            "submit the run as a Ray job, or set EMBED_RAY_ADDRESS on a machine of the cluster"
+        )
     return replace(options, address=str(ray.get_runtime_context().gcs_address))
 
 

@@ -47,11 +47,13 @@ class Staging:
         """The window of that name. Raises ``LakeError`` where there is none, or it is damaged."""
         path = self._path(name)
         with lake_errors(f"the staged window {path!r} can't be read", self._lake.root):
-            data = self._lake.storage.read(path)
-        try:
-            [batch] = batches_of(data)
-        except (pa.ArrowException, ValueError) as error:
-            raise LakeError(f"the staged window {path!r} is damaged: {error}; run again", may_pass=True) from error
+            try:
+                [batch] = batches_of(self._lake.storage.read(path))
+            except FileNotFoundError as error:
+                advice = "another run of its partition has committed it, or this machine has another folder as EMBED_LAKE"
+                raise LakeError(f"the staged window {path!r} is gone: {advice}; run again", may_pass=True) from error
+            except (pa.ArrowException, ValueError) as error:
+                raise LakeError(f"the staged window {path!r} is damaged: {error}; run again", may_pass=True) from error
         self._known.add(path)
         return batch
 

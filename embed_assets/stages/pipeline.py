@@ -157,13 +157,14 @@ class Pipeline:
             wait_seconds=settings.ray_wait_seconds,
             device="cpu" if runs_on_cpu else settings.device,
         )
-        return RayCompute(RayProcess(self._worker_recipe, options), configured(self._engine_options))
+        return RayCompute(RayProcess(self.worker_recipe, options), configured(self._engine_options))
 
     def _in_this_process(self) -> LocalCompute:
         return LocalCompute(lambda: self.engine, lambda: self.engine_facts)
 
-    def _worker_recipe(self) -> WorkerRecipe:
-        """These settings, with places that mean the same in any folder."""
+    def worker_recipe(self) -> WorkerRecipe:
+        """What a worker elsewhere needs to do this pipeline's work: its settings, with places that mean the same in
+        any folder."""
         folder = Path(self.settings.model).expanduser()
         model = str(folder.absolute()) if folder.is_dir() else self.settings.model
         # All fields: the environment of a worker's machine has no say.

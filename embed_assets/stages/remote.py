@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import cache
@@ -158,11 +159,12 @@ class RayCompute:
 
     most_partitions = 16
 
-    def __init__(self, pool: RayProcess, configured: EngineFacts) -> None:
-        self._pool, self._configured = pool, configured
+    def __init__(self, pool: RayProcess, configured: EngineFacts, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pool, self._configured, self._clock = pool, configured, clock
         self._size = WindowSize(_WINDOW_SECONDS)
         self._room: threading.Semaphore | None = None
-        self._next_news = 0.0
+        self._is_introduced = False
+        self._next_news = -math.inf
         self._lock = threading.Lock()
 
     @property
@@ -172,13 +174,14 @@ class RayCompute:
 
     def news(self) -> list[str]:
         """Where the workers are, once, then every few seconds how fast they are, and what they warned of."""
-        lines, now = self._pool.take_news(), time.monotonic()
+        lines, now = self._pool.take_news(), self._clock()
         # Asked for only when it is due: the answer comes from the cluster.
         report = self._pool.report if now >= self._next_news else None
         if report is None:
             return lines
-        lines += [str(report)] if self._next_news == 0 else []
-        self._next_news = now + _SECONDS_BETWEEN_NEWS
+        if not self._is_introduced:
+            lines.append(str(report))
+        self._is_introduced, self._next_news = True, now + _SECONDS_BETWEEN_NEWS
         return [*lines, report.describe_workers()]
 
     def check(self) -> None:

@@ -24,15 +24,16 @@ FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 1)
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: int, cpus: int = 1) -> Iterator[Any]:
-    """A cluster of a head without CPUs and so many nodes; has ``address``, ``remove_node`` and ``worker_nodes``."""
+def ray_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Any]:
+    """A cluster of so many nodes and a head, by default without CPUs and dashboard; has ``address``, ``head_node`` and
+    ``worker_nodes``."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
 
         options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options, **head})
         try:
             for _ in range(nodes):
                 cluster.add_node(num_cpus=cpus, wait=False, **options)

@@ -182,7 +182,7 @@ def test_a_model_that_one_worker_could_load_may_be_loaded_later() -> None:
 
 
 def nodes(*offers: tuple[float, float]) -> list[Node]:
-    return [Node(str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(offers)]
+    return [Node(str(i), cpus, gpus, cpus) for i, (cpus, gpus) in enumerate(offers)]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,12 @@ def nodes(*offers: tuple[float, float]) -> list[Node]:
 )
 def test_replicas_that_fit(offers: list[tuple[float, float]], options: RayOptions, expected: Replicas) -> None:
     assert plan_replicas(nodes(*offers), options) == expected
+
+
+def test_a_replica_takes_no_more_cpus_than_are_free() -> None:
+    assert plan_replicas([Node("a", 3, 0, 2)], RayOptions()) == Replicas(1, 1, 2, 0.0)
+    assert plan_replicas([Node("a", 3, 0, 0), Node("b", 8, 0, 6)], RayOptions()) == Replicas(1, 2, 4, 0.0)
+    assert plan_replicas([Node("a", 3, 0, 0)], RayOptions()) == Replicas(1, 1, 3, 0.0), "all are taken: they may go"
 
 
 @pytest.mark.parametrize(

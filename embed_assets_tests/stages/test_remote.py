@@ -1,0 +1,244 @@
+"""Windows for workers elsewhere, without Ray: what makes a worker refuse, what travels, how much of it at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+
+import dagster as dg
+import numpy as np
+import pytest
+
+from embed_assets.defs.engine_report import engine_metadata
+from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.metrics import EngineStats
+from embed_assets.engine.ray import PoolReport, WorkerReport
+from embed_assets.engine.ray_cluster import Node, Replicas
+from embed_assets.engine.ray_worker import Done
+from embed_assets.errors import EmbeddingError, LakeError, ModelError
+from embed_assets.lake.staging import Staging
+from embed_assets.records import hash_text
+from embed_assets.stages.embeddings import Work
+from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.remote import LakeWorker, RayCompute
+from embed_assets.stages.windows import EmbeddedWindow, Window
+from embed_assets_tests.conftest import Project, topic
+from embed_assets_tests.engine.models import small_model
+
+FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 16)
+REPLICAS = 2
+ROOM = 3 * REPLICAS + 1
+
+
+class Pool:
+    """Workers that do nothing, or what they are told to."""
+
+    facts = FACTS
+    most_replicas = REPLICAS
+    report: PoolReport | None = None
+
+    def __init__(self, work: Callable[[bytes], Done] | None = None) -> None:
+        self.work, self.sent, self.messages = work, list[Future[Done]](), list[str]()
+
+    def start(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def submit(self, content: bytes) -> Future[Done]:
+        future: Future[Done] = Future()
+        if self.work is not None:
+            future.set_result(self.work(content))
+        self.sent.append(future)
+        return future
+
+    def take_news(self) -> list[str]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
+def compute_over(pool: Pool, clock: Callable[[], float] = lambda: 0.0) -> RayCompute:
+    return RayCompute(pool, FACTS, clock)  # type: ignore[arg-type]
+
+
+def windows(count: int = 10**6) -> Iterator[Window]:
+    return (Window({hash_text(f"text {n}"): f"text {n}"}) for n in range(count))
+
+
+@pytest.fixture
+def pipeline(project: Project) -> Pipeline:
+    project.write("a/try.md", topic("try"))
+    project.sync()
+    return project.pipeline()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"code": "0"}, ModelError, "have the code .*, it has 0; install the same version"),
+        ({"fingerprint": "0" * 32}, ModelError, "'fake:16' has the fingerprint .*'00000000' here"),
+        ({"lake_id": "another"}, LakeError, "is another one there, or none; set EMBED_LAKE to a bucket"),
+    ],
+)
+def test_a_worker_with_other_code_model_or_lake_says_which(
+    pipeline: Pipeline, change: dict[str, str], kind: type[Exception], words: str
+) -> None:
+    recipe = pipeline.worker_recipe()
+    assert isinstance(recipe.open(), LakeWorker)
+    with pytest.raises(kind, match=words):
+        replace(recipe, **change).open()
+
+
+@pytest.mark.parametrize("where", ["hub", "symlink", "relative", "home"])
+def test_a_worker_finds_the_model_wherever_it_is(
+    where: str, project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path_factory.mktemp("models")
+    model = small_model(models, "xlmr")
+    if where == "hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(models))
+        repository = models / "models--org--mini"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("a" * 40)
+        shutil.move(model, repository / "snapshots" / ("a" * 40))
+        project.set(MODEL="org/mini")
+    elif where == "symlink":
+        (project.root / "current").symlink_to(model)
+        project.set(MODEL="current")
+    elif where == "relative":
+        shutil.move(model, project.root / "mine")
+        project.set(MODEL="./mine")
+    else:
+        monkeypatch.setenv("HOME", str(models))
+        project.set(MODEL="~/model")
+    pipeline = project.pipeline()
+    recipe = pipeline.worker_recipe()
+    os.chdir(models)  # a worker has a folder of its own
+    worker = recipe.open()
+    assert worker.facts.dimension == 32
+    assert recipe.table.space == pipeline.space.name
+
+
+def staging_of(pipeline: Pipeline, key: str = "another") -> Staging:
+    return Staging(pipeline.lake, pipeline.embeddings_table, key)
+
+
+def embed(compute: RayCompute, staging: Staging, some: Iterator[Window]) -> list[EmbeddedWindow]:
+    return list(compute.start(["a text"], 3).embed(some, staging, lambda texts, tokens: None))
+
+
+def test_what_a_worker_stages_is_what_one_process_makes(pipeline: Pipeline) -> None:
+    worker, staging = pipeline.worker_recipe().open(), staging_of(pipeline)
+    [done] = embed(compute_over(Pool(lambda content: worker.run(content, is_retry=False))), staging, windows(1))
+    expected = pipeline.engine.embedder.embed(["text 0"])
+    assert done.batch.column("input_hash").to_pylist() == [hash_text("text 0")]
+    assert np.array_equal(np.array(done.batch.column("embedding")[0].as_py(), np.float32), expected.vectors[0])
+    assert done.stats.tokens == expected.stats.tokens
+    assert [batch.num_rows for batch in staging_of(pipeline).read()] == [1]
+    staging.clear()
+    assert list(staging_of(pipeline).read()) == []
+
+
+def test_what_a_lost_worker_had_staged_is_not_embedded_again(pipeline: Pipeline) -> None:
+    worker = pipeline.worker_recipe().open()
+
+    def lost_once(content: bytes) -> Done:
+        assert worker.run(content, is_retry=False).stats.texts == 1
+        return worker.run(content, is_retry=True)
+
+    [done] = embed(compute_over(Pool(lost_once)), staging_of(pipeline), windows(1))
+    assert done.batch.num_rows == 1 and done.stats.texts == 0
+
+
+def test_a_window_that_another_run_has_cleared_is_tried_again_later(pipeline: Pipeline) -> None:
+    worker = pipeline.worker_recipe().open()
+
+    def cleared(content: bytes) -> Done:
+        done = worker.run(content, is_retry=False)
+        other = staging_of(pipeline)
+        list(other.read())
+        other.clear()
+        return done
+
+    with pytest.raises(LakeError, match=r"the staged window .*_staging.* is gone: another run") as error:
+        embed(compute_over(Pool(cleared)), staging_of(pipeline), windows(1))
+    assert error.value.may_pass
+
+
+def test_texts_the_model_can_not_take_come_back_with_the_reason(pipeline: Pipeline) -> None:
+    answer = json.dumps({"rows": 0, "rejected": {hash_text("text 0"): "too odd"}})
+    [done] = embed(compute_over(Pool(lambda _: Done(answer, EngineStats()))), staging_of(pipeline), windows(1))
+    assert done.rejected == {hash_text("text 0"): "too odd"} and done.batch.num_rows == 0
+
+
+def test_windows_under_way_are_bounded_whatever_there_is_to_do(pipeline: Pipeline) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(texts: int, tokens: int) -> None:
+        raise Stopped
+
+    pool = Pool()
+    compute = compute_over(pool)
+    for round in (1, 2):  # what is given up makes room
+        with pytest.raises(Stopped):
+            list(compute.start(["a text"], 10**6).embed(windows(), staging_of(pipeline), stop))
+        assert len(pool.sent) == round * ROOM
+        for future in pool.sent[-ROOM:]:
+            future.set_exception(EmbeddingError("stopped"))
+
+
+def test_a_window_is_a_share_that_pays_or_the_windows_time() -> None:
+    compute = compute_over(Pool())
+    assert not compute.is_full(249, 10**9, 1000)
+    assert compute.is_full(250, 1, 1000), "a share of a worker, before anything was measured"
+    assert not compute.is_full(63, 1, 10) and compute.is_full(64, 1, 10), "never but a few texts"
+    for _ in range(12):
+        compute._size.adapt(EngineStats(tokens=100_000, seconds=1.0))
+    assert not compute.is_full(250, 49_999, 1000) and compute.is_full(250, 50_001, 1000), "half a second's work"
+    assert compute.is_full(250, 500_000, 10**6), "five seconds' work"
+
+
+def report(*workers: WorkerReport, starting: int = 0, again: int = 0) -> PoolReport:
+    nodes = [Node("a", 4, 0, 4), Node("b", 4, 1, 4)]
+    return PoolReport(
+        "the Ray cluster at head:1", "http://head:2", nodes, Replicas(1, 8, 1, 0.0), list(workers), starting,
+        sum(w.tokens_per_second for w in workers), again, FACTS,
+    )  # fmt: skip
+
+
+def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
+    now = [100.0]
+    pool = Pool()
+    compute = compute_over(pool, lambda: now[0])
+    assert compute.news() == []
+    pool.report = report()
+    assert compute.news() == [
+        "the Ray cluster at head:1, dashboard http://head:2: 2 nodes with 8 CPUs and 1 GPUs; "
+        "up to 8 workers of 1 CPUs and 0 GPUs",
+        "no worker has a place yet",
+    ]
+    pool.report, pool.messages = report(starting=2), ["a budget was halved"]
+    now[0] += 9
+    assert compute.news() == ["a budget was halved"]
+    now[0] += 2
+    assert compute.news() == ["2 workers load the model"]
+    pool.report = report(*(WorkerReport(f"host{n}", 10, 1000.0 + n, 90.0) for n in range(6)), again=3)
+    now[0] += 11
+    [line] = compute.news()
+    assert line.startswith("6 workers, 6,015 tokens/s; the slowest: host0: 1,000 tokens/s, 90 % busy; host1")
+    assert line.endswith("; 3 windows were given again") and "host4" not in line
+
+
+def test_metadata_tells_who_did_it_and_where_the_dashboard_is() -> None:
+    work = Work(embedded=1, engine=EngineStats(texts=1, tokens=100, seconds=1.0))
+    found = engine_metadata(work, FACTS, report(WorkerReport("host0", 100, 900.0, 50.0), WorkerReport("b", 9, 1e3, 40)))
+    assert found["tokens_per_second"] == 1900.0, "of all workers, not of the average one"
+    assert found["ray_dashboard"] == dg.MetadataValue.url("http://head:2")
+    assert (found["ray_workers"], found["ray_nodes"], found["ray_utilization_percent"]) == (2, 2, 45.0)
+    assert str(found["advice"]).startswith("workers were busy 45 % of the time")
+    assert "advice" in engine_metadata(work, FACTS, None) and "ray_workers" not in engine_metadata(work, FACTS, None)
+    assert engine_metadata(Work(), FACTS, report())["tokens_per_second"] == 0.0
