@@ -62,13 +62,21 @@ def print_plan(
 
 def _print_capacity(capacity: Capacity) -> None:
     """What it takes on a device, in words."""
-    price = "" if capacity.cost is None else f", {capacity.cost:,.2f} at {capacity.price_per_hour:g} an hour each"
+    rate = capacity.price_per_hour
+    price = "" if capacity.cost is None else f", cost {capacity.cost:,.2f} at {rate:g} per device hour"
     stdout.print(
         f"on {capacity.devices} x {capacity.device} ({capacity.about}): {_span(capacity.hours)}, "
-        f"{capacity.device_hours:,.3g} device hours{price}; estimated at {capacity.tokens_per_second:,.0f}/s each",
+        f"{_hours(capacity.device_hours)} device hours{price}; the model's work alone, "
+        f"estimated at {capacity.tokens_per_second:,.0f} tokens/s each",
         markup=False,
         soft_wrap=True,
     )
+    if capacity.runs > 1:
+        stdout.print(f"to read and chunk as fast as that takes {capacity.runs} runs at a time", soft_wrap=True)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.3g}"
 
 
 def _span(hours: float) -> str:

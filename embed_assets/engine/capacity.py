@@ -9,6 +9,7 @@ engine was measured to reach.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ _GPU_SHARE = 0.8
 _BYTES_PER_WIDTH = 80
 """A layer writes and reads about 40 numbers of 2 bytes per token and unit of width."""
 _CPU_SHARE = 0.8
+_FEED_TOKENS_PER_SECOND = 500_000
+"""What one run's process reads and chunks, as `make bench` measured it on a core of an AMD EPYC (Zen 4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class DeviceSpec:
     name: str
     teraflops: float
     """Dense, at half precision (CPU cores: at float32, measured)."""
+    float32_teraflops: float
     gigabytes_per_second: float
     """Of its memory; 0 for CPU cores, whose caches hold what lies between layers."""
     about: str
@@ -38,13 +42,13 @@ class DeviceSpec:
 DEVICES = {
     spec.name.lower(): spec
     for spec in (
-        DeviceSpec("T4", 65, 320, "NVIDIA T4, float16"),
-        DeviceSpec("L4", 121, 300, "NVIDIA L4, bfloat16"),
-        DeviceSpec("A10", 125, 600, "NVIDIA A10, bfloat16"),
-        DeviceSpec("A10G", 70, 600, "NVIDIA A10G as AWS has it, bfloat16"),
-        DeviceSpec("A100", 312, 2039, "NVIDIA A100 80 GB SXM, bfloat16"),
-        DeviceSpec("H100", 989, 3350, "NVIDIA H100 SXM, bfloat16"),
-        DeviceSpec("CPU", 0.113, 0, "one core of an AMD EPYC (Zen 4), float32"),
+        DeviceSpec("T4", 65, 8.1, 320, "NVIDIA T4"),
+        DeviceSpec("L4", 121, 30.3, 300, "NVIDIA L4"),
+        DeviceSpec("A10", 125, 31.2, 600, "NVIDIA A10"),
+        DeviceSpec("A10G", 70, 35, 600, "NVIDIA A10G as AWS has it"),
+        DeviceSpec("A100", 312, 19.5, 2039, "NVIDIA A100 80 GB SXM"),
+        DeviceSpec("H100", 989, 66.9, 3350, "NVIDIA H100 SXM"),
+        DeviceSpec("CPU", 0.113, 0.113, 0, "one core of an AMD EPYC (Zen 4)"),
     )
 }
 _CPU_FACTORS = {"bfloat16": 1.87, "int8": 2.71}
@@ -64,6 +68,8 @@ class Capacity:
     hours: float
     """With all devices busy all the time."""
     device_hours: float
+    runs: int
+    """Runs at a time that it takes to keep all devices busy, where documents are still to be read and chunked."""
     price_per_hour: float | None
     """Of one device."""
     cost: float | None
@@ -87,15 +93,37 @@ def estimate_capacity(
         raise SettingsError("a device's speed is that of a real model, and EMBED_MODEL is a fake one; set another")
     operations = 2.0 * cost.linear_weights + 4.0 * cost.attention_width * mean_tokens
     if spec.gigabytes_per_second:
-        moved = _BYTES_PER_WIDTH * cost.attention_width
-        seconds = operations / (spec.teraflops * 1e12) + moved / (spec.gigabytes_per_second * 1e9)
-        speed = _GPU_SHARE / seconds
+        speed, number_format = _gpu_speed(spec, cost, operations, precision)
     else:
+        number_format = "float32" if precision == "auto" else precision
         speed = _CPU_SHARE * spec.teraflops * 1e12 * _CPU_FACTORS.get(precision, 1.0) / operations
     device_hours = tokens / speed / 3600
-    price = None if price_per_hour is None else round(device_hours * price_per_hour, 4)
-    hours = device_hours / devices
-    return Capacity(spec.name, spec.about, devices, tokens, round(speed, 1), hours, device_hours, price_per_hour, price)
+    return Capacity(
+        device=spec.name,
+        about=f"{spec.about}, {number_format}",
+        devices=devices,
+        tokens=tokens,
+        tokens_per_second=round(speed, 1),
+        hours=device_hours / devices,
+        device_hours=device_hours,
+        runs=max(1, math.ceil(speed * devices / _FEED_TOKENS_PER_SECOND)),
+        price_per_hour=price_per_hour,
+        cost=None if price_per_hour is None else round(device_hours * price_per_hour, 4),
+    )
+
+
+def _gpu_speed(spec: DeviceSpec, cost: ModelCost, operations: float, precision: str) -> tuple[float, str]:
+    """Tokens per second, and in which format."""
+    if precision == "int8":
+        raise SettingsError(
+            f"EMBED_PRECISION=int8 runs on CPUs, got --device {spec.name}; set EMBED_PRECISION=auto, or --device CPU"
+        )
+    is_half = precision != "float32"
+    half = "float16" if precision == "float16" or spec.name == "T4" else "bfloat16"
+    moved = _BYTES_PER_WIDTH * cost.attention_width * (1 if is_half else 2)
+    teraflops = spec.teraflops if is_half else spec.float32_teraflops
+    seconds = operations / (teraflops * 1e12) + moved / (spec.gigabytes_per_second * 1e9)
+    return _GPU_SHARE / seconds, half if is_half else "float32"
 
 
 def cost_of_space(space: EmbeddingSpace) -> ModelCost:

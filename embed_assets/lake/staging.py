@@ -50,8 +50,8 @@ class Staging:
             try:
                 [batch] = batches_of(self._lake.storage.read(path))
             except FileNotFoundError as error:
-                advice = "another run of its partition has committed it, or this machine has another folder as EMBED_LAKE"
-                raise LakeError(f"the staged window {path!r} is gone: {advice}; run again", may_pass=True) from error
+                why = "another run of its partition has committed it, or EMBED_LAKE is another folder on this machine"
+                raise LakeError(f"the staged window {path!r} is gone: {why}; run again", may_pass=True) from error
             except (pa.ArrowException, ValueError) as error:
                 raise LakeError(f"the staged window {path!r} is damaged: {error}; run again", may_pass=True) from error
         self._known.add(path)

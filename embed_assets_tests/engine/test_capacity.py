@@ -7,7 +7,7 @@ import pytest
 from embed_assets.engine.capacity import DEVICES, cost_of_space, estimate_capacity
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.errors import SettingsError
-from embed_assets_tests.conftest import Project, topic
+from embed_assets_tests.conftest import REPOSITORY, Project, topic
 
 BGE_BASE = ModelCost(12 * 12 * 768 * 768, 12 * 768)
 BGE_LARGE = ModelCost(24 * 12 * 1024 * 1024, 24 * 1024)
@@ -63,8 +63,38 @@ def test_plan_prints_it(project: Project) -> None:
     assert capacity["tokens"] == answer["tokens"] > 0
     assert capacity["device_hours"] == pytest.approx(2 * capacity["hours"])
     assert "on 2 x L4" in project.run("plan", "--count", "--device", "l4", "--devices", "2").stdout
-    assert "at 0.8 an hour each" in project.run("plan", "--count", "--device", "l4", "--price", "0.8").stdout
+    assert "at 0.8 per device hour" in project.run("plan", "--count", "--device", "l4", "--price", "0.8").stdout
     assert "capacity" not in project.json("plan", "--count")
+
+
+def test_large_jobs_are_printed_in_hours_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from embed_assets.console import _print_capacity
+
+    _print_capacity(estimate_capacity(BGE_LARGE, 10**12, 200, "A100", devices=8, price_per_hour=1.5))
+    printed = capsys.readouterr().out
+    assert "128.6 h, 1,028.8 device hours, cost 1,543.27 at 1.5 per device hour" in printed
+    assert "269,989 tokens/s each" in printed and "5 runs at a time" in printed
+    _print_capacity(estimate_capacity(MINILM, 10**6, 200, "CPU", devices=2))
+    assert "runs at a time" not in capsys.readouterr().out
+
+
+def test_the_precision_that_is_set_counts_on_a_gpu_too() -> None:
+    half, single = (estimate_capacity(BGE_LARGE, 1, 200, "T4", precision) for precision in ("auto", "float32"))
+    assert half.tokens_per_second > 5 * single.tokens_per_second
+    assert (half.about, single.about) == ("NVIDIA T4, float16", "NVIDIA T4, float32")
+    assert estimate_capacity(BGE_LARGE, 1, 200, "A100").about == "NVIDIA A100 80 GB SXM, bfloat16"
+    with pytest.raises(SettingsError, match="int8 runs on CPUs, got --device A100"):
+        estimate_capacity(BGE_LARGE, 1, 200, "A100", "int8")
+
+
+def test_the_table_in_the_documentation_is_what_is_computed() -> None:
+    lines = (REPOSITORY / "docs/ray.md").read_text().splitlines()
+    names = [name.strip() for name in next(line for line in lines if "| T4 |" in line).strip("|").split("|")][1:]
+    for label, cost in (("all-MiniLM-L6", MINILM), ("bge-base", BGE_BASE), ("bge-large", BGE_LARGE)):
+        row = next(line for line in lines if line.startswith(f"| {label} |")).strip("|").split("|")[1:]
+        for name, cell in zip(names, row, strict=True):
+            found = estimate_capacity(cost, 1, 200, name.removesuffix(" core")).tokens_per_second
+            assert float(cell.replace(",", "")) == pytest.approx(found, rel=0.02), (label, name)
 
 
 def test_mistakes_are_named(project: Project) -> None:
