@@ -14,6 +14,7 @@ import pytest
 
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS
+from embed_assets.settings import load_settings
 from embed_assets_tests.conftest import REPOSITORY, Project, topic
 from embed_assets_tests.defs.dagster_runs import dagster_says, materialize, we_say
 
@@ -104,6 +105,7 @@ def test_every_instance_file_keeps_what_the_step_relies_on() -> None:
 
 
 def test_runs_become_jobs_of_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That such a run works is tried by `embed_assets_tests/ray/test_dagster_ray.py`; here, that the two files fit."""
     import yaml
     from dagster._serdes import ConfigurableClassData
 
@@ -111,10 +113,19 @@ def test_runs_become_jobs_of_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> N
     settings = yaml.safe_load((REPOSITORY / "deploy/ray.yaml").read_text())["run_launcher"]
     launcher = ConfigurableClassData(settings["module"], settings["class"], yaml.dump(settings["config"])).rehydrate()
     assert launcher.address == "http://127.0.0.1:8265"
-    assert "EMBED_COMPUTE=ray" in launcher.env_vars
+    assert not any("POSTGRES" in name or "OPTIONS" in name for name in launcher.env_vars), "no secrets"
+    given = dict(variable.split("=") for variable in launcher.env_vars if "=" in variable)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    made = load_settings()
     cluster = yaml.safe_load((REPOSITORY / "deploy/kuberay.yaml").read_text())
     assert cluster["kind"] == "RayCluster"
+    assert f"ray=={cluster['spec']['rayVersion']}\n" in (REPOSITORY / "constraints.txt").read_text()
     [workers] = cluster["spec"]["workerGroupSpecs"]
     [container] = workers["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert container["envFrom"] == cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["envFrom"]
+    [head] = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    on_a_node = int(limits["nvidia.com/gpu"]) / (made.ray_gpus_per_replica or 0)
+    assert made.replica_range == (1, on_a_node * workers["maxReplicas"]), "every GPU is filled, and none is doubled"
+    assert int(limits["cpu"]) >= on_a_node, "a CPU for each"
+    assert container["envFrom"] == head["envFrom"]
