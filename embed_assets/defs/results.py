@@ -10,6 +10,9 @@ from typing import Literal, Protocol
 from embed_assets.stages.embeddings import Progress
 
 
+_LEAST_SHARE = 0.01
+
+
 @dataclass(slots=True)
 class PartitionResult:
     """What materializing a partition came to: the numbers of `sync` and of the metadata."""
@@ -89,9 +92,9 @@ class RemainingTime:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds until the end; None while nothing is done."""
+        """Seconds until the end; None while too little is done to tell."""
         share = self.share
-        return (self._clock() - self._started) * (1 - share) / share if share else None
+        return (self._clock() - self._started) * (1 - share) / share if share > _LEAST_SHARE else None
 
 
 def describe_progress(partition_key: str, progress: Progress, remaining: float | None) -> str:

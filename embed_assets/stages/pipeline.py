@@ -281,7 +281,8 @@ class Pipeline:
             input_hash = hash_text(self.space.prompt + text)
             if input_hash not in known and not (reuse_table and input_hash in elsewhere):
                 to_embed[input_hash] = token_count + max(0, self.space.prompt_tokens - 1)
-        elsewhere.update(to_embed)
+        if reuse_table:
+            elsewhere.update(to_embed)
         return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
 
     def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
