@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 
 from embed_assets.stages.embeddings import Progress
 
-
 _LEAST_SHARE = 0.01
 
 
