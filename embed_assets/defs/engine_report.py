@@ -58,7 +58,7 @@ def _workers(report: PoolReport) -> dict[str, MetadataValue]:
         "ray_workers": len(report.workers),
         "ray_nodes": len(report.nodes),
         "ray_utilization_percent": busy,
-        "ray_windows_given_again": report.windows_given_again,
+        "ray_windows_begun_again": report.windows_begun_again,
         "ray_tokens_per_second_per_worker": dg.MetadataValue.table(rows),
         **({"advice": _STARVED.format(busy)} if busy < _LEAST_BUSY_PERCENT else {}),
     }

@@ -85,8 +85,9 @@ class PoolReport:
     """Workers that load the model."""
     tokens_per_second: float
     """Of all workers together, in the time in which any was at work."""
-    windows_given_again: int
-    """Windows that were given to another worker, for theirs was lost or late."""
+    windows_begun_again: int
+    """Windows that were begun by another worker as well, for the first was lost or late: at most so many were embedded
+    twice."""
     facts: EngineFacts | None
     """Where and how the model runs on a worker that has loaded it."""
 
@@ -104,7 +105,7 @@ class PoolReport:
         shown = self.workers[:_SHOWN_WORKERS]
         each = "; ".join(map(str, shown))
         slowest = " the slowest:" if len(self.workers) > len(shown) else ""
-        again = f"; {self.windows_given_again} windows were given again" if self.windows_given_again else ""
+        again = f"; {self.windows_begun_again} windows were begun again" if self.windows_begun_again else ""
         return f"{len(self.workers)} workers, {self.tokens_per_second:,.0f} tokens/s;{slowest} {each}{again}"
 
     @property
@@ -180,7 +181,7 @@ class RayPool:
             sorted(workers, key=lambda worker: worker.tokens_per_second),
             sum(w.node in living and not w.is_ready for w in status.workers),
             round(tokens / status.active_seconds, 1) if status.active_seconds else 0.0,
-            status.given_again,
+            status.begun_again,
             # Of those that did something: tuned, if that paid.
             next((w.facts for w in sorted(status.workers, key=lambda w: -w.tokens) if w.facts is not None), None),
         )

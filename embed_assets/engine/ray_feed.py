@@ -54,8 +54,8 @@ class FeedStatus:
     workers: list[WorkerState] = field(default_factory=list)
     active_seconds: float = 0.0
     """Time in which some worker was at work."""
-    given_again: int = 0
-    """Times that work was given to another worker."""
+    begun_again: int = 0
+    """Times that work was begun which a worker had begun before."""
     messages: list[str] = field(default_factory=list)
     """What workers had to say since this was asked for last."""
     failure: str | None = None
@@ -110,7 +110,7 @@ class Feed:
     _active_seconds: float = 0.0
     _counted_until: float = 0.0
     """Up to which time `_active_seconds` was counted."""
-    _given_again: int = 0
+    _begun_again: int = 0
     _messages: list[str] = field(default_factory=list)
     _failure: str | None = None
     _may_pass: bool = False
@@ -163,6 +163,7 @@ class Feed:
         self._count_time()
         work.deaths += work.worker == worker  # it was started anew
         turn = Turn(False, work.since is not None, work.deaths, work.last_error)
+        self._begun_again += turn.is_retry
         work.worker, work.since = worker, self.clock()
         self._last_begun = max(self._last_begun, (work.position, work.since))
         return turn
@@ -189,14 +190,14 @@ class Feed:
         messages, self._messages = self._messages, []
         workers = list(self._workers.values())
         return FeedStatus(
-            self.clock(), workers, self._active_seconds, self._given_again, messages, self._failure, self._may_pass
+            self.clock(), workers, self._active_seconds, self._begun_again, messages, self._failure, self._may_pass
         )
 
     async def put_late_again(self, living: Collection[str], patience: float) -> list[int]:
         """Put work into the order again whose worker's node is not among the `living`, or that is late; returns it.
 
-        Late is what takes four times as long as anything did, what others overtook, and a result that does not arrive;
-        none of it before `patience` seconds.
+        Late is what takes four times as long as anything did, what others overtook for twice as long, and a result that
+        does not arrive; none of it before `patience` seconds.
         """
         self._count_time()
         now = self.clock()
@@ -210,7 +211,6 @@ class Feed:
             work.worker, work.put_again, work.position = "", now, len(self._order)
             self._order.append(number)
             again.append(number)
-        self._given_again += len(again)
         if again:
             async with self._changed:
                 self._changed.notify_all()
@@ -223,7 +223,8 @@ class Feed:
         if work.since is not None:
             return now - work.since > patience
         furthest, when = self._last_begun
-        return furthest > work.position and now - when > patience
+        # What lies ready behind a long window is overtaken too, and no reason to worry.
+        return furthest > work.position and now - when > max(patience, 2 * self._slowest)
 
     def _count_time(self) -> None:
         now = self.clock()

@@ -1,21 +1,24 @@
 """The engine on Ray against itself in one process, and against a plain Ray Data script, on the same cores.
 
-All three embed the same texts, in turns; rates are from the first text to the last, without start-up.
+All embed the same texts, in turns; rates are from the first text to the last, without start-up.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from embed_assets.engine.hardware import available_cores
+from embed_assets.engine.metrics import EngineStats
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE
 from embed_assets.sample import write_sample
@@ -25,8 +28,7 @@ from embed_assets_tests.ray.clusters import STORE_BYTES, windows_of
 
 BATCH = 64
 _TEXTS, _CHUNK_TOKENS = 5000, 96
-_PLAIN_TEXTS = 1500
-"""The plain script is slow, and as slow from the first batch to the last."""
+_ROUNDS = 3
 
 
 class Encoder:
@@ -46,52 +48,67 @@ class Encoder:
         return {"embedding": vectors, "started": [started] * count, "ended": [time.time()] * count}
 
 
-def plain_script(model: str, texts: Sequence[str], actors: int) -> float:
-    """Seconds of the plain script, from the first batch's start to the last one's end."""
-    import ray
+@dataclass(frozen=True)
+class PlainScript:
+    """`map_batches` over `SentenceTransformer.encode`."""
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    threads = available_cores() // actors
-    rows = ray.data.from_arrow(pa.table({"text": list(texts)})).repartition(2 * actors).materialize()
-    done = rows.map_batches(
-        Encoder,
-        fn_constructor_args=(model, threads),
-        batch_size=BATCH,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=threads * 0.9,
-    ).to_pandas()
-    assert len(done) == len(texts)
-    return float(done["ended"].max() - done["started"].min())
+    actors: int
+    model: str
+
+    @property
+    def name(self) -> str:
+        """With its actors and threads."""
+        return f"plain script, actors x threads: {self.actors} x {available_cores() // self.actors}"
+
+    def seconds(self, texts: Sequence[str]) -> float:
+        """From the first batch's start to the last one's end: loading the model is apart."""
+        import ray
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        threads = available_cores() // self.actors
+        rows = ray.data.from_arrow(pa.table({"text": list(texts)})).repartition(2 * self.actors).materialize()
+        done = rows.map_batches(
+            Encoder,
+            fn_constructor_args=(self.model, threads),
+            batch_size=BATCH,
+            compute=ray.data.ActorPoolStrategy(size=self.actors),
+            num_cpus=threads * 0.9,  # all of them would leave none for reading
+        ).to_pandas()
+        assert len(done) == len(texts)
+        return float(done["ended"].max() - done["started"].min())
 
 
 class Subject:
     """The engine, here or there."""
 
     def __init__(self, name: str, lake: str, texts: Sequence[str], **settings: str) -> None:
-        self.name, self._texts = name, texts
+        self.name = name
         self._pipeline = Pipeline.from_settings(load_settings(lake=lake, **settings))
         self._pipeline.lake.create(CHUNK_TABLE)
         self._tokens = self._pipeline.space.tokenizer.count(list(texts))
+        self.stats = EngineStats()
+        started = time.perf_counter()
         self.compute = self._pipeline.open_compute()
-        started = time.perf_counter()
-        self._embedder = self.compute.start(list(texts), len(texts))
+        self.compute.start(list(texts), len(texts))
+        self.seconds(texts[:512])  # tunes where it runs, and warms up
         self.startup_seconds = time.perf_counter() - started
-        self.run(texts[:512])  # tunes, on a worker, and warms up
 
-    def run(self, texts: Sequence[str]) -> tuple[int, float]:
-        """Tokens, and seconds they took, staging included."""
+    def seconds(self, texts: Sequence[str]) -> float:
+        """Time the texts take, staging included."""
         staging = Staging(self._pipeline.lake, self._pipeline.embeddings_table, "p")
-        embedder = self.compute.start(list(texts), len(self._texts))
+        embedder = self.compute.start(list(texts), len(self._tokens))
         started = time.perf_counter()
-        windows = windows_of(self.compute, zip(texts, self._tokens, strict=False), len(texts))
-        tokens = sum(done.stats.tokens for done in embedder.embed(windows, staging, lambda texts, tokens: None))
+        for done in embedder.embed(
+            windows_of(self.compute, zip(texts, self._tokens, strict=False), len(texts)), staging, lambda *_: None
+        ):
+            self.stats.add(done.stats)
         seconds = time.perf_counter() - started
         staging.clear()
-        return tokens, seconds
+        return seconds
 
 
-def run(folder: Path | None, rounds: int = 2) -> None:
+def run(folder: Path | None, rounds: int = _ROUNDS) -> None:
     """Print the table, for up to 5,000 chunks of the documents in a folder, by default the sample corpus."""
     with tempfile.TemporaryDirectory() as sample:
         if folder is None:
@@ -100,44 +117,46 @@ def run(folder: Path | None, rounds: int = 2) -> None:
         compare(Pipeline.from_settings(source).sample_chunks(_TEXTS), rounds)
 
 
-def compare(texts: Sequence[str], rounds: int, **settings: str) -> None:
+def compare(texts: Sequence[str], rounds: int) -> None:
     """Print the table for these texts."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
     space = Pipeline.from_settings(load_settings()).model_space
-    model = str(space.directory)
+    tokens, cores = sum(space.tokenizer.count(list(texts))), available_cores()
     with tempfile.TemporaryDirectory() as folder:
-        ray.init(
-            address="local",
-            num_cpus=available_cores(),
-            object_store_memory=4 * STORE_BYTES,
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
-        address = ray.get_runtime_context().gcs_address
-        subjects = [
-            Subject("this engine, one process", f"{folder}/local", texts, **settings),
-            Subject("this engine on Ray", f"{folder}/ray", texts, compute="ray", ray_address=address, **settings),
+        # Twice the cores: the engine's worker keeps its own while it waits for the plain script's turn to end.
+        options = {"num_cpus": 2 * cores, "object_store_memory": 4 * STORE_BYTES, "include_dashboard": False}
+        ray.init(address="local", logging_level="ERROR", log_to_driver=False, **options)
+        on_ray = {
+            "compute": "ray",
+            "ray_address": ray.get_runtime_context().gcs_address,
+            "ray_replicas": "1",
+            "ray_cpus_per_replica": str(cores),
+        }
+        engines = [
+            Subject("this engine, one process", f"{folder}/local", texts),
+            Subject("this engine on Ray", f"{folder}/ray", texts, **on_ray),
         ]
-        rates: dict[str, list[float]] = {}
-        tokens = 0
+        plain = [PlainScript(actors, str(space.directory)) for actors in sorted({1, cores})]
+        rates: dict[str, list[float]] = {subject.name: [] for subject in (*engines, *plain)}
         for _ in range(rounds):
-            for subject in subjects:
-                tokens, seconds = subject.run(texts)
-                rates.setdefault(subject.name, []).append(tokens / seconds)
-                print(f"{subject.name}: {tokens / seconds:,.0f} tokens/s", flush=True)
-        for subject in subjects:
-            print(f"{subject.name}: ready after {subject.startup_seconds:.1f} s")
-            subject.compute.close()
-        some = texts[:_PLAIN_TEXTS]
-        some_tokens = sum(space.tokenizer.count(list(some)))
-        for actors in (1, available_cores()):
-            for _ in range(rounds):
-                seconds = plain_script(model, some, actors)
-                rates.setdefault(f"plain Ray Data script, {actors} actors", []).append(some_tokens / seconds)
+            for subject in (*engines, *plain):
+                rates[subject.name].append(tokens / subject.seconds(texts))
+                print(f"{subject.name}: {rates[subject.name][-1]:,.0f} tokens/s", flush=True)
+        for engine in engines:
+            waited = engine.stats.tokenizer_wait_percent
+            print(
+                f"{engine.name}: ready after {engine.startup_seconds:.1f} s, {waited:.1f} % waiting for the tokenizer"
+            )
+            engine.compute.close()
         ray.shutdown()
-    base = statistics.median(rates["this engine, one process"])
+    print(f"{len(texts):,} texts, {tokens:,} tokens, medians of {rounds} rounds")
+    mine, base = rates[engines[1].name], rates[engines[0].name]
     for name, measured in rates.items():
-        rate, each = statistics.median(measured), ", ".join(f"{r:,.0f}" for r in measured)
-        print(f"{name}: {rate:,.0f} tokens/s, {rate / base:.2f} of one process ({each})")
+        of_local = statistics.median(r / b for r, b in zip(measured, base, strict=True))
+        ray_gains = statistics.median(m / r for m, r in zip(mine, measured, strict=True))
+        print(
+            f"{name}: {statistics.median(measured):,.0f} tokens/s, {of_local:.2f} of one process; "
+            f"this engine on Ray is {ray_gains:.2f} times that"
+        )

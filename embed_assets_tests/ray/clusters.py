@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,10 +90,14 @@ class EchoWorker:
         self._log = log
 
     def run(self, content: bytes, is_retry: bool) -> Done:
+        is_first = True
         if self._log:
+            is_first = content not in Path(self._log).read_bytes().splitlines() if Path(self._log).exists() else True
             with open(self._log, "ab") as file:
                 file.write(content + b"\n")
         name, _, seconds = content.partition(b" ")
+        if name == b"hang" and is_first:
+            time.sleep(300)
         if name == b"die":
             os._exit(1)
         if name == b"break":

@@ -90,6 +90,7 @@ def test_the_work_of_a_lost_node_is_put_again_and_done_by_another_worker() -> No
         assert await feed.get(2) == (0, ["ref0"])
         turn = await feed.begin("b", 0)
         assert (turn.is_skipped, turn.is_retry, turn.deaths) == (False, True, 1)
+        assert (await feed.status()).begun_again == 1
 
     run(scenario())
 
@@ -103,6 +104,23 @@ def test_work_that_lies_with_a_lost_worker_is_put_again_when_others_overtake_it(
         assert await feed.put_late_again(["node-a", "node-b"], 10.0) == []
         clock.now += 6
         assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0], "2 is behind 1, and may wait"
+
+    run(scenario())
+
+
+def test_work_that_lies_ready_behind_a_long_window_is_not_given_to_others_at_once() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 4)
+        await feed.begin("a", 3)
+        await feed.finish("a", 3, 50, 15.0, FACTS)
+        await feed.forget(3)
+        await feed.begin("a", 0)
+        await feed.begin("b", 2)
+        clock.now += 29
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == []
+        clock.now += 2
+        assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [1]
 
     run(scenario())
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -79,29 +82,65 @@ def test_metadata_tells_who_did_it(project: Project, cluster: Any) -> None:
     assert len(metadata["ray_tokens_per_second_per_worker"].records) == metadata["ray_workers"].value
 
 
+@contextlib.contextmanager
+def sync_in_the_middle(project: Project, cluster: Any, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """A slow sync into a lake of its own, with three windows staged and more to come."""
+    project.set(MODEL="fake:16~250", LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, **settings)
+    project.monkeypatch.setenv("DAGSTER_HOME", str(project.root / "home"))
+    (project.root / "home").mkdir()
+    process = project.start_sync()
+    try:
+        until = time.monotonic() + 90
+        while len(staged_windows(project)) < 3:
+            assert process.poll() is None and time.monotonic() < until, "there was no middle"
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+
+
+def staged_windows(project: Project) -> list[Path]:
+    return list((project.root / "other").rglob("_staging/*.arrow"))
+
+
 def test_a_lost_node_costs_its_windows(project: Project) -> None:
     write_documents(project, partitions=4, documents=12)
     project.set(MODEL="fake:16", CHUNK_TOKENS="64")
     local = project.sync()
     expected = table(project)
-    with ray_cluster(nodes=3) as cluster:
-        project.set(MODEL="fake:16~250", LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, RAY_REPLICAS="3")
-        project.monkeypatch.setenv("DAGSTER_HOME", str(project.root / "home"))
-        (project.root / "home").mkdir()
-        process = project.start_sync()
-        try:
-            until = time.monotonic() + 60
-            while len(list((project.root / "other").rglob("_staging/*.arrow"))) < 3 and time.monotonic() < until:
-                time.sleep(0.1)
-            kill(cluster.worker_nodes.pop())
-            stdout, stderr = process.communicate(timeout=150)
-        finally:
-            process.kill()
+    with (
+        ray_cluster(nodes=3) as cluster,
+        sync_in_the_middle(project, cluster, RAY_REPLICAS="3") as process,
+    ):
+        kill(cluster.worker_nodes.pop())
+        stdout, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr
+    assert "windows are late, or their worker was lost: given to others as well" in stderr
     result = json.loads(stdout)
     assert result["embedded"] == local["embedded"]
     assert_same(table(project), expected)
-    assert list((project.root / "other").rglob("_staging/*")) == []
+    assert staged_windows(project) == []
+
+
+def test_a_lost_head_is_one_line_and_the_next_run_goes_on_from_what_is_staged(project: Project) -> None:
+    write_documents(project, partitions=4, documents=12)
+    project.set(CHUNK_TOKENS="64")
+    with ray_cluster(nodes=2) as cluster, sync_in_the_middle(project, cluster, RAY_REPLICAS="2") as process:
+        kill(cluster.head_node)
+        stdout, stderr = process.communicate(timeout=150)
+    assert process.returncode == 1, stderr
+    answer = json.loads(stdout)
+    errors = {answer["error"]} if "error" in answer else {r["error"] for r in answer["partitions"].values()}
+    assert any("Ray" in str(error) and "\n" not in str(error) for error in errors), answer
+    assert "Traceback" not in stderr
+    kept = len(staged_windows(project))
+    assert kept >= 3
+    project.set(COMPUTE="local", MODEL="fake:16")
+    again = project.sync()
+    chunks = len(project.rows("chunk_id"))
+    assert again["embedded"] + again["reused"] == chunks and again["reused"] >= 64 * kept
+    assert staged_windows(project) == []
+    assert project.json("verify")["ok"]
 
 
 def test_without_the_extra_everything_works_and_asking_for_ray_says_what_to_install(project: Project) -> None:

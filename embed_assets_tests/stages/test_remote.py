@@ -230,7 +230,7 @@ def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
     now[0] += 11
     [line] = compute.news()
     assert line.startswith("6 workers, 6,015 tokens/s; the slowest: host0: 1,000 tokens/s, 90 % busy; host1")
-    assert line.endswith("; 3 windows were given again") and "host4" not in line
+    assert line.endswith("; 3 windows were begun again") and "host4" not in line
 
 
 def test_metadata_tells_who_did_it_and_where_the_dashboard_is() -> None:
