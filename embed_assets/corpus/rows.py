@@ -20,9 +20,10 @@ from embed_assets.records import hash_text
 
 _MAX_BRACKETS = 3_000_000
 """Of a JSON line: an empty list takes 56 bytes of memory, thirty times its text."""
-_MAX_BATCH_VALUES = 1 << 20
-"""Of a Parquet column, read at a time: a few bytes of such a file can stand for millions of them."""
 _BATCH_ROWS = 256
+"""Of a Parquet file, read at a time ..."""
+_NESTED_BATCH_ROWS = 4
+"""... and where a row may hold lists: a few bytes of such a file can stand for millions of values."""
 _MOST_UNFOLDED = 200
 """Times the size of a Parquet file that its rows may have together; well packed text is a tenth of itself."""
 
@@ -169,12 +170,11 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
 
 
 def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """All rows in batches, the smaller the more values a row has."""
+    """All rows in batches, small ones where a row may hold any number of values."""
+    # How many it holds, the metadata of its columns would tell; of some broken files, asking for that ends the process.
+    is_nested = any(pa.types.is_nested(field.type) for field in file.schema_arrow)
+    rows = _NESTED_BATCH_ROWS if is_nested else _BATCH_ROWS
     for i in range(file.num_row_groups):
-        group = file.metadata.row_group(i)
-        values = max((group.column(c).num_values for c in range(group.num_columns)), default=0)
-        per_row = max(1, values // max(1, group.num_rows))
-        rows = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES // per_row))
         yield from file.iter_batches(batch_size=rows, row_groups=[i], use_threads=False)
 
 
