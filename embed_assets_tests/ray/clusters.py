@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 1)
 def ray_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Any]:
     """A cluster of so many nodes and a head, by default without CPUs and dashboard; has ``address``, ``head_node`` and
     ``worker_nodes``."""
-    with pytest.MonkeyPatch.context() as environment:
+    # A folder of its own, short enough for sockets: there Ray looks for a cluster when none is named.
+    with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray") as folder:
+        environment.setenv("RAY_TMPDIR", folder)
         environment.setenv("RAY_AUTH_MODE", "disabled")
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster

@@ -1,4 +1,7 @@
-"""Workers on a real cluster of three nodes: what they survive, and what is said when they don't."""
+"""Workers on a real cluster of four nodes: what they survive, and what is said when they don't.
+
+The last test loses its nodes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from embed_assets_tests.ray.clusters import FACTS, EchoRecipe, kill, ray_cluster
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    with ray_cluster(nodes=2) as made:
+    with ray_cluster(nodes=3) as made:
         yield made
 
 
@@ -34,16 +37,16 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         assert workers.report is None
         workers.start()
         assert workers.facts == FACTS
-        assert workers.most_replicas == 2
+        assert workers.most_replicas == 3
         contents = [b"die", b"break", b"refuse", b"hang", b"warn", *(b"w%d 0.05" % i for i in range(60))]
         futures = [workers.submit(content) for content in contents]
-        assert [f.result(90).answer.encode() for f in futures[3:]] == contents[3:]
+        assert [f.result(240).answer.encode() for f in futures[3:]] == contents[3:]
         with pytest.raises(EmbeddingError, match=r"4 workers died of the same window .*want of memory"):
-            futures[0].result(90)
+            futures[0].result(240)
         with pytest.raises(EmbeddingError, match=r"4 workers died of .*ZeroDivisionError: the device is gone"):
-            futures[1].result(90)
+            futures[1].result(240)
         with pytest.raises(EmbeddingError, match="not this one"):
-            futures[2].result(90)
+            futures[2].result(240)
         begun = log.read_bytes().splitlines()
         # Once more for each time that a new worker took so long to start that the work was given to another one.
         assert 4 <= begun.count(b"die") <= 8 and 4 <= begun.count(b"break") <= 8
@@ -52,8 +55,8 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         report = workers.report
         assert report is not None
         assert sum(worker.tokens for worker in report.workers) >= 600
-        assert len(report.nodes) == 3
-        assert "2 workers of 1 CPUs" in str(report)
+        assert len(report.nodes) == 4
+        assert "3 workers of 1 CPUs" in str(report)
         assert report.windows_begun_again >= 1 and 0 < report.tokens_per_second < 1000
         assert report.facts == FACTS
         news = "\n".join(workers.take_news())
@@ -63,41 +66,6 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         workers.close()
     with pytest.raises(EmbeddingError, match="stopped"):
         workers.submit(b"late")
-
-
-def test_a_lost_node_costs_what_its_worker_was_at(tmp_path: Path) -> None:
-    log = tmp_path / "begun"
-    with ray_cluster(nodes=3) as cluster:
-        workers = pool(cluster, EchoRecipe(str(log)), replicas=(3, 3))
-        try:
-            workers.start()
-            futures = [workers.submit(b"w%d 0.3" % i) for i in range(90)]
-            until = time.monotonic() + 60
-            while len({w.address for w in report_of(workers).workers}) < 3:
-                assert time.monotonic() < until, "three workers are to have done something"
-                time.sleep(0.2)
-            kill(cluster.worker_nodes.pop())
-            assert not all(future.done() for future in futures), "in the middle"
-            assert [f.result(90).answer for f in futures] == [f"w{i} 0.3" for i in range(90)]
-            # What it was at, and what it had done and not yet told (which real workers find staged).
-            assert report_of(workers).windows_begun_again <= 2
-        finally:
-            workers.close()
-    assert len(log.read_bytes().splitlines()) <= 92
-
-
-def test_no_node_is_left(tmp_path: Path) -> None:
-    with ray_cluster(nodes=1) as cluster:
-        workers = pool(cluster, EchoRecipe(), wait_seconds=20.0)
-        try:
-            workers.start()
-            future = workers.submit(b"slow 300")
-            kill(cluster.worker_nodes.pop())
-            with pytest.raises(EmbeddingError, match=r"all workers were lost, and for 20 s no node has come") as error:
-                future.result(90)
-            assert error.value.may_pass
-        finally:
-            workers.close()
 
 
 def test_a_recipe_that_can_not_be_made_leaves_nobody_waiting() -> None:
@@ -127,7 +95,7 @@ def report_of(workers: RayProcess) -> PoolReport:
             EchoRecipe(),
             {"device": "cuda", "wait_seconds": 3.0},
             SettingsError,
-            "no worker fits: .* 2 CPUs and 0 GPUs",
+            "no worker fits: .* 3 CPUs and 0 GPUs",
         ),
     ],
 )
@@ -159,21 +127,32 @@ def test_the_process_that_drives_ray_is_killed(cluster: Any) -> None:
         assert workers._process is not None
         workers._process.kill()
         with pytest.raises(EmbeddingError, match=r"ended with status -9.*run again"):
-            future.result(20)
+            future.result(60)
     finally:
         workers.close()
 
 
-def test_the_head_is_lost() -> None:
-    with ray_cluster(nodes=1) as cluster:
-        workers = pool(cluster, EchoRecipe())
-        try:
-            workers.start()
-            future = workers.submit(b"slow 300")
-            time.sleep(1)
-            kill(cluster.head_node)
-            with pytest.raises(EmbeddingError, match=r"was lost|gave up|ended with status") as error:
-                future.result(50)
-            assert error.value.may_pass
-        finally:
-            workers.close()
+def test_nodes_are_lost_one_and_then_all(cluster: Any, tmp_path: Path) -> None:
+    log = tmp_path / "begun"
+    workers = pool(cluster, EchoRecipe(str(log)), replicas=(3, 3), wait_seconds=30.0)
+    try:
+        workers.start()
+        futures = [workers.submit(b"w%d 0.3" % i) for i in range(90)]
+        until = time.monotonic() + 120
+        while len({w.address for w in report_of(workers).workers}) < 3:
+            assert time.monotonic() < until, "three workers are to have done something"
+            time.sleep(0.2)
+        kill(cluster.worker_nodes.pop())
+        assert not all(future.done() for future in futures), "in the middle"
+        assert [f.result(240).answer for f in futures] == [f"w{i} 0.3" for i in range(90)]
+        # What it was at, and what it had done and not yet told (which real workers find staged).
+        assert report_of(workers).windows_begun_again <= 2
+        assert len(log.read_bytes().splitlines()) <= 92
+        future = workers.submit(b"slow 300")
+        while cluster.worker_nodes:
+            kill(cluster.worker_nodes.pop())
+        with pytest.raises(EmbeddingError, match=r"all workers were lost, and for 30 s no node has come") as error:
+            future.result(240)
+        assert error.value.may_pass
+    finally:
+        workers.close()
