@@ -29,6 +29,7 @@ from embed_assets.engine.ray_cluster import (
     check_room,
     connect,
     disconnect,
+    gave_up,
     knock,
     list_nodes,
     lost,
@@ -38,7 +39,7 @@ from embed_assets.engine.ray_cluster import (
 )
 from embed_assets.engine.ray_feed import Feed, FeedStatus, WorkerState, feed_source
 from embed_assets.engine.ray_worker import Done, RayWorker, Recipe
-from embed_assets.errors import EmbeddingError, ModelError, SettingsError, hide_secrets
+from embed_assets.errors import EmbeddingError, ModelError, SettingsError
 
 _log = logging.getLogger(__name__)
 
@@ -288,9 +289,7 @@ class RayPool:
         if self._status.failure is not None:
             return ModelError(self._status.failure, may_pass=self._status.may_pass)
         _log.debug("the dataset was stopped", exc_info=error)
-        lines = [line for line in hide_secrets(str(error)).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {' '.join(lines[-1:])[:300]}"
-        return EmbeddingError(f"{self._cluster} gave up ({reason}); run again", may_pass=True)
+        return gave_up(self._cluster, error)
 
     def _fail(self, error: Exception) -> None:
         """End it all with an error; the first one counts."""

@@ -244,6 +244,20 @@ def _offer(cluster: Cluster, nodes: Sequence[Node], replicas: Replicas) -> str:
     )
 
 
+def gave_up(cluster: Cluster | None, error: Exception) -> EmbeddingError:
+    """What to say when Ray ends a dataset, as it does when its memory monitor ends one of few workers of a node."""
+    if "out of memory" in str(error).lower():
+        return EmbeddingError(
+            f"a worker of {cluster} took more memory than its node has, and Ray ended it; windows that were finished "
+            "are kept; run again with more memory per worker (EMBED_RAY_CPUS_PER_REPLICA, EMBED_RAY_REPLICAS), or "
+            "lower EMBED_MAX_BATCH_TOKENS",
+            may_pass=True,
+        )
+    lines = [line for line in hide_secrets(str(error)).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {' '.join(lines[-1:])[:300]}"
+    return EmbeddingError(f"{cluster} gave up ({reason}); run again", may_pass=True)
+
+
 def lost(cluster: Cluster, reason: str) -> EmbeddingError:
     """What to say when the cluster does not answer any more."""
     return EmbeddingError(

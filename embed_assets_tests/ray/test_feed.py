@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from embed_assets.engine.ray_cluster import Cluster, Node, RayOptions, Replicas, check_room, plan_replicas
+from embed_assets.engine.ray_cluster import Cluster, Node, RayOptions, Replicas, check_room, gave_up, plan_replicas
 from embed_assets.engine.ray_feed import Feed
 from embed_assets.errors import SettingsError
 from embed_assets.settings import load_settings
@@ -246,6 +246,14 @@ def test_a_local_ray_without_a_gpu_says_so_at_once() -> None:
     with pytest.raises(SettingsError, match="0 GPUs"):
         check_room(local, offers, plan_replicas(offers, RayOptions(device="cuda")))
     check_room(Cluster("host:1", "", False), offers, Replicas(1, 1, 1, 1.0))  # a cluster may grow
+
+
+def test_what_ray_says_is_one_line() -> None:
+    cluster = Cluster("head:1", "", False)
+    memory = gave_up(cluster, RuntimeError("The actor died.\nOn how to address the out of memory issue: https://docs"))
+    assert memory.may_pass and "took more memory than its node has" in str(memory) and "https" not in str(memory)
+    other = gave_up(cluster, RuntimeError("many\nlines\n\nthe last one\n"))
+    assert str(other) == "the Ray cluster at head:1 gave up (RuntimeError: the last one); run again"
 
 
 @pytest.mark.parametrize(
