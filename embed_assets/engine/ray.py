@@ -102,7 +102,8 @@ class PoolReport:
     def describe_workers(self) -> str:
         """One line: how many ran, how fast they are together, and how fast and how busy the slowest are each."""
         if not self.workers:
-            return f"{self.starting} workers load the model" if self.starting else "no worker has a place yet"
+            waiting = "no worker has a place yet" if self.facts is None else "workers are at their first windows"
+            return f"{self.starting} workers load the model" if self.starting else waiting
         shown = self.workers[:_SHOWN_WORKERS]
         each = "; ".join(map(str, shown))
         slowest = " the slowest:" if len(self.workers) > len(shown) else ""

@@ -202,11 +202,11 @@ def test_a_window_is_a_share_that_pays_or_the_windows_time() -> None:
     assert compute.is_full(250, 500_000, 10**6), "five seconds' work"
 
 
-def report(*workers: WorkerReport, starting: int = 0, again: int = 0) -> PoolReport:
+def report(*workers: WorkerReport, starting: int = 0, again: int = 0, facts: EngineFacts | None = None) -> PoolReport:
     nodes = [Node("a", 4, 0, 4), Node("b", 4, 1, 4)]
     return PoolReport(
         "the Ray cluster at head:1", "http://head:2", nodes, Replicas(1, 8, 1, 0.0), list(workers), starting,
-        sum(w.tokens_per_second for w in workers), again, FACTS,
+        sum(w.tokens_per_second for w in workers), again, facts,
     )  # fmt: skip
 
 
@@ -226,6 +226,9 @@ def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
     assert compute.news() == ["a budget was halved"]
     now[0] += 2
     assert compute.news() == ["2 workers load the model"]
+    pool.report = report(facts=FACTS)
+    now[0] += 11
+    assert compute.news() == ["workers are at their first windows"]
     pool.report = report(*(WorkerReport(f"host{n}", 10, 1000.0 + n, 90.0) for n in range(6)), again=3)
     now[0] += 11
     [line] = compute.news()
