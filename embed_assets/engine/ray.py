@@ -172,7 +172,7 @@ class RayPool:
         if self._error is None:
             with contextlib.suppress(Exception):  # then it is as old as the last answer
                 self._refresh()
-        status, living = self._status, {node.node_id for node in self._nodes}
+        status, living = self._status, self._living
         workers = [_report(w, status.now) for w in status.workers if w.tokens and w.node in living]
         tokens = sum(worker.tokens for worker in status.workers)
         return PoolReport(
@@ -318,15 +318,15 @@ class RayPool:
                     self._fail(lost(cluster, reason_of(error)))
                     return
                 continue
-            if self._has_workers:
+            living = self._living
+            if any(worker.node in living for worker in self._status.workers):
                 seen = time.monotonic()
             self._judge(cluster, time.monotonic() - seen)
 
     @property
-    def _has_workers(self) -> bool:
-        """There are workers on nodes that are there."""
-        living = {node.node_id for node in self._nodes}
-        return any(worker.node in living for worker in self._status.workers)
+    def _living(self) -> set[str]:
+        """Ids of the nodes that are there."""
+        return {node.node_id for node in self._nodes}
 
     def _refresh(self) -> None:
         import ray
@@ -339,8 +339,7 @@ class RayPool:
     def _put_late_again(self) -> None:
         import ray
 
-        living = [node.node_id for node in self._nodes]
-        again = ray.get(self._feed.put_late_again.remote(living, self._patience_seconds), timeout=10)
+        again = ray.get(self._feed.put_late_again.remote(self._living, self._patience_seconds), timeout=10)
         if again:
             self._tell(News(f"{len(again)} windows are late, or their worker was lost: given to others as well"))
 

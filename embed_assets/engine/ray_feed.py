@@ -174,7 +174,7 @@ class Feed:
             self._work[number].last_error = error
 
     async def finish(self, worker: str, number: int, tokens: int, seconds: float, facts: EngineFacts) -> None:
-        """A worker has done a piece of work of so many tokens; its result is on the way."""
+        """A worker is through with a piece of work of so many tokens; its result or an error is on the way."""
         self._count_time()
         state = self._workers[worker]
         state.tokens += tokens

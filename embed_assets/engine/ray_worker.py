@@ -120,21 +120,30 @@ class RayWorker:
         turn: Turn = ray.get(self._feed.begin.remote(self._id, number)) if content else Turn(is_skipped=True)
         if turn.is_skipped:
             return RESULT.empty_table()
+        started = time.perf_counter()
+        row, tokens = self._answer(number, content, turn)
+        seconds = time.perf_counter() - started
+        # Also when it was given up or refused: should this process die before the answer has left, it was not of that.
+        ray.get(self._feed.finish.remote(self._id, number, tokens, seconds, self._worker.facts))
+        return row
+
+    def _answer(self, number: int, content: bytes, turn: Turn) -> tuple[pa.Table, int]:
+        """A row of `RESULT`, and how many tokens were embedded for it."""
+        import ray
+
         if turn.deaths >= MOST_DEATHS:
             what = turn.last_error or "they were killed, most often for want of memory"
             advice = "give them more memory (EMBED_RAY_CPUS_PER_REPLICA) or lower EMBED_MAX_BATCH_TOKENS"
-            return error_row(number, f"{turn.deaths} workers died of the same window of texts: {what}; {advice}", False)
-        started = time.perf_counter()
+            message = f"{turn.deaths} workers died of the same window of texts: {what}; {advice}"
+            return error_row(number, message, False), 0
         try:
             done = self._worker.run(content, turn.is_retry)
         except UserError as error:
-            return error_row(number, str(error), error.may_pass)
+            return error_row(number, str(error), error.may_pass), 0
         except Exception as error:
             # The process may be in a bad way, as after an error of the GPU: a new one tries again.
             reason = hide_secrets(reason_of(error))
             _log.exception("this worker ends itself: %s", reason)
             ray.get(self._feed.note_error.remote(number, reason))
             os._exit(1)
-        seconds = time.perf_counter() - started
-        ray.get(self._feed.finish.remote(self._id, number, done.stats.tokens, seconds, self._worker.facts))
-        return result_row(number, done)
+        return result_row(number, done), done.stats.tokens

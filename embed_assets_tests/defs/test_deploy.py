@@ -113,6 +113,7 @@ def test_runs_become_jobs_of_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> N
     settings = yaml.safe_load((REPOSITORY / "deploy/ray.yaml").read_text())["run_launcher"]
     launcher = ConfigurableClassData(settings["module"], settings["class"], yaml.dump(settings["config"])).rehydrate()
     assert launcher.address == "http://127.0.0.1:8265"
+    assert "EMBED_COMPUTE=ray" in launcher.env_vars
     assert not any("POSTGRES" in name or "OPTIONS" in name for name in launcher.env_vars), "no secrets"
     given = dict(variable.split("=") for variable in launcher.env_vars if "=" in variable)
     for name, value in given.items():
@@ -125,6 +126,7 @@ def test_runs_become_jobs_of_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> N
     [container] = workers["template"]["spec"]["containers"]
     [head] = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "1"
     on_a_node = int(limits["nvidia.com/gpu"]) / (made.ray_gpus_per_replica or 0)
     assert made.replica_range == (1, on_a_node * workers["maxReplicas"]), "every GPU is filled, and none is doubled"
     assert int(limits["cpu"]) >= on_a_node, "a CPU for each"

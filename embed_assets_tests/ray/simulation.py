@@ -40,6 +40,8 @@ _CHUNK_TOKENS = 16
 class Memory:
     """Of the processes that one has of each, whatever the corpus; the most that was seen, in bytes."""
 
+    before: int = 0
+    """Of the run's process, when it first had one that drives Ray: all libraries are loaded."""
     run: int = 0
     """The run's process: reads, chunks, commits."""
     driver: int = 0
@@ -127,6 +129,8 @@ def _watch(pid: int, memory: Memory) -> None:
         while run.is_running() and run.status() != psutil.STATUS_ZOMBIE:
             memory.run = max(memory.run, run.memory_info().rss)
             drivers = [child for child in run.children() if "ray_process" in " ".join(child.cmdline())]
+            if drivers and not memory.before:
+                memory.before = run.memory_info().rss
             memory.driver = max([memory.driver, *map(_resident, drivers)])
             memory.feed = max([memory.feed, *map(_resident, _feeds())])
             time.sleep(1)

@@ -78,6 +78,17 @@ def test_a_worker_that_comes_again_has_died() -> None:
     run(scenario())
 
 
+def test_a_worker_that_dies_before_its_answer_has_left_did_not_die_of_that() -> None:
+    async def scenario() -> None:
+        feed = await feed_with(Clock(), 1)
+        await feed.begin("a", 0)
+        await feed.begin("a", 0)
+        await feed.finish("a", 0, 0, 0.0, FACTS)
+        assert (await feed.begin("a", 0)).deaths == 1
+
+    run(scenario())
+
+
 def test_the_work_of_a_lost_node_is_put_again_and_done_by_another_worker() -> None:
     async def scenario() -> None:
         clock = Clock()

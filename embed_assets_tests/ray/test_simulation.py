@@ -1,15 +1,16 @@
-"""A large job in small: planned and synced on a cluster of many nodes."""
+"""A large job in small: as many partitions, on a cluster of many nodes, within bounded memory."""
 
 from __future__ import annotations
 
 from embed_assets_tests.ray.simulation import simulate
 
 
-def test_many_partitions_on_many_nodes() -> None:
-    done = simulate(partitions=8, chunks=500, nodes=2)
-    assert done.chunks == done.planned_chunks == 4_000
-    assert done.planned.tokens == 4_000 * 16 and done.planned.runs > 1
+def test_many_partitions_on_many_nodes_take_bounded_memory() -> None:
+    done = simulate(partitions=60, chunks=1000, nodes=3)
+    assert done.chunks == done.planned_chunks == 60_000
+    assert done.planned.tokens == 60_000 * 16 and done.planned.runs > 1
     assert done.failed == [] and done.verified
-    assert 1 <= done.workers <= 2
+    assert 1 <= done.workers <= 3
     assert 0 < done.memory.feed < 300 << 20, "what waits is with the run's process, and bounded there"
-    assert done.memory.run > 0 and done.memory.driver > 0
+    assert done.memory.before > 0 and done.memory.run - done.memory.before < 300 << 20
+    assert 0 < done.memory.driver < 400 << 20
