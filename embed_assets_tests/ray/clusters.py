@@ -37,7 +37,9 @@ def ray_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
         options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options, **head})
+        # Any ports that are free: a head whose agent finds its own taken by another one's never takes a job.
+        ports = {"dashboard_port": None, "dashboard_agent_listen_port": None}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **ports, **options, **head})
         try:
             for _ in range(nodes):
                 cluster.add_node(num_cpus=cpus, wait=False, **options)
