@@ -74,9 +74,16 @@ class _Work:
     since: float | None = None
     """When somebody began or ended with it; None before."""
     put_again: float = 0.0
+    begun_by: set[str] = field(default_factory=set)
+    """Workers that began it and are not through with it: they are at it, or died of it."""
     deaths: int = 0
-    """Workers that were lost while they were at it."""
+    """Times that a worker was lost while it was at it."""
     last_error: str = ""
+
+    def count_death(self, worker: str) -> None:
+        """A worker was lost; once for each time that it began this."""
+        self.deaths += worker in self.begun_by
+        self.begun_by.discard(worker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,8 @@ class Feed:
         state = self._workers.setdefault(worker, WorkerState(worker, node, address))
         state.node, state.address, state.is_ready = node, address, False
         state.starts_in_vain += 1
+        for work in self._work.values():
+            work.count_death(worker)
 
     async def ready(self, worker: str, facts: EngineFacts) -> None:
         """A worker has loaded the model."""
@@ -161,10 +170,10 @@ class Feed:
         if work is None or work.worker not in ("", worker):
             return Turn(is_skipped=True)
         self._count_time()
-        work.deaths += work.worker == worker  # it was started anew
         turn = Turn(False, work.since is not None, work.deaths, work.last_error)
         self._begun_again += turn.is_retry
         work.worker, work.since = worker, self.clock()
+        work.begun_by.add(worker)
         self._last_begun = max(self._last_begun, (work.position, work.since))
         return turn
 
@@ -183,6 +192,7 @@ class Feed:
         self._slowest = max(self._slowest, seconds)
         if number in self._work:
             self._work[number].worker, self._work[number].since = "", self.clock()
+            self._work[number].begun_by.discard(worker)
 
     async def status(self) -> FeedStatus:
         """What happened so far."""
@@ -207,7 +217,8 @@ class Feed:
             is_orphan = owner is not None and owner.node not in living
             if now - work.put_again < patience or not (is_orphan or self._is_late(work, now, patience)):
                 continue
-            work.deaths += is_orphan
+            if is_orphan:
+                work.count_death(work.worker)
             work.worker, work.put_again, work.position = "", now, len(self._order)
             self._order.append(number)
             again.append(number)

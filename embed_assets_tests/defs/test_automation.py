@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -16,8 +17,9 @@ from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS, CODE_TAG, LASTING_TAG
 from embed_assets.defs.staleness import Status
 from embed_assets.settings import load_settings
-from embed_assets_tests.conftest import SAMPLE_MODEL, Project, topic
+from embed_assets_tests.conftest import Project, topic
 from embed_assets_tests.defs.dagster_runs import definitions, run
+from embed_assets_tests.engine.models import small_model
 
 Requested = dict[str, set[str]]
 
@@ -210,8 +212,8 @@ def test_a_reported_partition_is_not_requested_without_end(ticker: Ticker) -> No
     assert ticker() == {}
 
 
-def test_an_int8_model_that_is_made_later_is_taken_over(ticker: Ticker) -> None:
-    ticker.project.set(MODEL=SAMPLE_MODEL, PRECISION="int8")
+def test_an_int8_model_that_is_made_later_is_taken_over(ticker: Ticker, tmp_path: Path) -> None:
+    ticker.project.set(MODEL=str(small_model(tmp_path / "small", "bert")), PRECISION="int8")
     condition = build_definitions(load_settings())  # made before there is an int8 model, as a code server does
     assert ticker.project.sync()["embedded"] > 0
     result = dg.evaluate_automation_conditions(condition, ticker.instance)

@@ -67,11 +67,12 @@ def test_work_is_done_by_one_worker_at_a_time_and_never_again_when_it_has_arrive
     run(scenario())
 
 
-def test_a_worker_that_comes_again_has_died() -> None:
+def test_a_worker_that_starts_again_died_of_what_it_had_begun() -> None:
     async def scenario() -> None:
         feed = await feed_with(Clock(), 1)
         assert (await feed.begin("a", 0)).deaths == 0
         await feed.note_error(0, "no memory")
+        await feed.start("a", "node-a", "here")
         turn = await feed.begin("a", 0)
         assert (turn.deaths, turn.is_retry, turn.last_error) == (1, True, "no memory")
 
@@ -82,9 +83,35 @@ def test_a_worker_that_dies_before_its_answer_has_left_did_not_die_of_that() -> 
     async def scenario() -> None:
         feed = await feed_with(Clock(), 1)
         await feed.begin("a", 0)
-        await feed.begin("a", 0)
         await feed.finish("a", 0, 0, 0.0, FACTS)
-        assert (await feed.begin("a", 0)).deaths == 1
+        await feed.start("a", "node-a", "here")
+        assert (await feed.begin("a", 0)).deaths == 0
+
+    run(scenario())
+
+
+def test_deaths_are_counted_also_when_others_have_the_work_before_the_worker_is_there_again() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        feed = await feed_with(clock, 1, "abc")
+        for worker in "abc":
+            await feed.begin(worker, 0)
+            clock.now += 601
+            assert await feed.put_late_again(["node-a", "node-b", "node-c"], 10.0) == [0]
+        for worker in "abc":
+            await feed.start(worker, f"node-{worker}", "here")
+        assert (await feed.begin("b", 0)).deaths == 3
+
+    run(scenario())
+
+
+def test_a_death_with_its_node_is_counted_once() -> None:
+    async def scenario() -> None:
+        feed = await feed_with(Clock(), 1)
+        await feed.begin("a", 0)
+        assert await feed.put_late_again(["node-b"], 10.0) == [0]
+        await feed.start("a", "node-b", "there")
+        assert (await feed.begin("b", 0)).deaths == 1
 
     run(scenario())
 

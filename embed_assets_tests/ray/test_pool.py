@@ -43,13 +43,13 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         contents = [b"die", b"break", b"hang", b"warn", *(b"w%d 0.05" % i for i in range(60))]
         futures = [workers.submit(content) for content in contents]
         assert [f.result(240).answer.encode() for f in futures[2:]] == contents[2:]
-        with pytest.raises(EmbeddingError, match=r"4 workers died of the same window .*want of memory"):
+        with pytest.raises(EmbeddingError, match=r"[456] workers died of the same window .*want of memory"):
             futures[0].result(240)
-        with pytest.raises(EmbeddingError, match=r"4 workers died of .*ZeroDivisionError: the device is gone"):
+        with pytest.raises(EmbeddingError, match=r"[456] workers died of .*ZeroDivisionError: the device is gone"):
             futures[1].result(240)
         begun = log.read_bytes().splitlines()
-        # Once more for each time that a new worker took so long to start that the work was given to another one.
-        assert 4 <= begun.count(b"die") <= 8 and 4 <= begun.count(b"break") <= 8
+        # The three workers may each be at it, or start again after it, when the others take it for late.
+        assert 4 <= begun.count(b"die") <= 6 and 4 <= begun.count(b"break") <= 6
         assert begun.count(b"refuse") == 1
         assert begun.count(b"hang") >= 2, "another worker did what one never finished"
         report = report_of(workers)

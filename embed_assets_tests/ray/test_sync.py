@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from embed_assets.defs.instance import open_instance
+from embed_assets.lake.staging import batches_of
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project
 from embed_assets_tests.defs.dagster_runs import latest
 from embed_assets_tests.ray.clusters import kill, ray_cluster
@@ -144,11 +145,14 @@ def test_a_lost_head_is_one_line_and_the_next_run_goes_on_from_what_is_staged(pr
     errors = {answer["error"]} if "error" in answer else {r["error"] for r in answer["partitions"].values()}
     assert any("Ray" in str(error) and "\n" not in str(error) for error in errors), answer
     assert "Traceback" not in stderr
-    kept = len(staged_windows(project))
-    assert kept >= 3
+    # Partitions that were done before the head was lost have no windows any more.
+    staged = sum(batch.num_rows for file in staged_windows(project) for batch in batches_of(file.read_bytes()))
+    committed = sum(r["embedded"] for r in answer.get("partitions", {}).values() if not r["error"])
+    assert staged or committed
     project.set(COMPUTE="local", MODEL="fake:16")
     again = project.sync()
     chunks = len(project.rows("chunk_id"))
-    assert again["embedded"] + again["reused"] == chunks and again["reused"] >= 64 * kept
+    assert staged + committed + again["embedded"] <= chunks
+    assert again["embedded"] + again["reused"] + committed == chunks
     assert staged_windows(project) == []
     assert project.json("verify")["ok"]
