@@ -148,11 +148,10 @@ def test_a_lost_head_is_one_line_and_the_next_run_goes_on_from_what_is_staged(pr
     # Partitions that were done before the head was lost have no windows any more.
     staged = sum(batch.num_rows for file in staged_windows(project) for batch in batches_of(file.read_bytes()))
     committed = sum(r["embedded"] for r in answer.get("partitions", {}).values() if not r["error"])
-    assert staged or committed
+    assert staged + committed >= 3 * 64, (staged, committed)
     project.set(COMPUTE="local", MODEL="fake:16")
     again = project.sync()
     chunks = len(project.rows("chunk_id"))
-    assert staged + committed + again["embedded"] <= chunks
-    assert again["embedded"] + again["reused"] + committed == chunks
+    assert again["embedded"] + again["reused"] == chunks and again["reused"] >= staged + committed
     assert staged_windows(project) == []
     assert project.json("verify")["ok"]
