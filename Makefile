@@ -29,6 +29,7 @@ check: install
 	$(BIN)/python -m pytest -n 0 embed_assets_tests/test_architecture.py
 
 ui: install
+	@$(BIN)/embed-assets init
 	$(BIN)/dagster dev --host 127.0.0.1
 
 bench: install

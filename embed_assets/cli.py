@@ -106,6 +106,21 @@ def sample(as_json: bool, folder: Path | None) -> Answer:
 
 
 @command
+def init(as_json: bool) -> Answer:
+    """Make the Dagster instance of this folder (or DAGSTER_HOME), or mend one that was made by halves.
+
+    Every command does so by itself; this one is for what opens the instance without one, as `dagster dev`.
+    """
+    from embed_assets.defs.instance import open_instance
+
+    with open_instance() as instance:
+        place = instance.root_directory
+    if not as_json:
+        stdout.print(f"the Dagster instance in {place} is ready", markup=False)
+    return Answer({"instance": place})
+
+
+@command
 def discover(as_json: bool) -> Answer:
     """List the source, register its partitions, and record which of them changed."""
     from embed_assets.defs.discovery import discover as discover_partitions

@@ -36,7 +36,13 @@ from dagster._core.executor.in_process import InProcessExecutor  # noqa: E402
 from dagster._core.instance.config import PoolGranularity  # noqa: E402
 from dagster._core.instance.ref import InstanceRef  # noqa: E402
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable  # noqa: E402
+from dagster._core.storage.sqlite import (  # noqa: E402
+    LAST_KNOWN_STAMPED_SQLITE_ALEMBIC_REVISION as LAST_UNSTAMPED_REVISION,
+)
+from dagster._core.storage.sqlite_storage import DagsterSqliteStorage  # noqa: E402
+from dagster._serdes import ConfigurableClassData  # noqa: E402
 from sqlalchemy import select  # noqa: E402
+from sqlalchemy.exc import IntegrityError  # noqa: E402
 
 DATA_VERSION_TAG = "dagster/data_version"
 CODE_VERSION_TAG = "dagster/code_version"
@@ -48,6 +54,7 @@ RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 _IDS_PER_QUERY = 500
 """SQLite takes no more than some thousand variables."""
+_REGISTER_ATTEMPTS = 20
 _NUMBERS = ("IntMetadataEntryData", "FloatMetadataEntryData")
 
 __all__ = [
@@ -55,9 +62,12 @@ __all__ = [
     "DATA_VERSION_TAG",
     "INPUT_POINTER_TAG",
     "INPUT_VERSION_TAG",
+    "LAST_UNSTAMPED_REVISION",
     "RANGE_END_TAG",
     "RANGE_START_TAG",
     "USER_PROVIDED_TAG",
+    "ConfigurableClassData",
+    "DagsterSqliteStorage",
     "ExecutionPlan",
     "Executor",
     "InProcessExecutor",
@@ -72,7 +82,22 @@ __all__ = [
     "latest_event_ids",
     "raise_execution_interrupts",
     "read_events",
+    "register_partitions",
 ]
+
+
+def register_partitions(instance: DagsterInstance, name: str, keys: Sequence[str]) -> None:
+    """Add keys to dynamic partitions, those too that another process is adding at the same time.
+
+    Dagster looks which ones are new and then inserts them all, which fails as a whole when one is there by then.
+    """
+    for attempt in range(_REGISTER_ATTEMPTS):
+        try:
+            instance.add_dynamic_partitions(name, keys)
+            return
+        except IntegrityError:
+            if attempt == _REGISTER_ATTEMPTS - 1:
+                raise
 
 
 def latest_event_ids(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.defs.dagster_internals import register_partitions
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import History
@@ -52,7 +53,7 @@ def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], 
     registered = set(instance.get_dynamic_partitions(names.partitions_name))
     added = [key for key in partitions if key not in registered]
     for keys in slices(added, KEYS_PER_ADD):
-        instance.add_dynamic_partitions(names.partitions_name, keys)
+        register_partitions(instance, names.partitions_name, keys)
     moved = [p for key, p in partitions.items() if history.version(SOURCE, key) != p.version]
     for partition in moved:
         instance.report_runless_asset_event(observation(names, partition))

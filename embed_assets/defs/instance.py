@@ -12,6 +12,7 @@ from dagster import DagsterInstance, DagsterInvalidInvocationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from embed_assets.defs.dagster_internals import InstanceRef
+from embed_assets.defs.storage import prepare_for
 from embed_assets.errors import SettingsError
 
 _NO_COMPUTE_LOGS = {
@@ -27,7 +28,7 @@ def open_instance() -> Iterator[DagsterInstance]:
     Raises ``SettingsError`` when there is neither (a temporary one would forget everything), or it can't be opened,
     read or written.
     """
-    home = Path(os.environ.get("DAGSTER_HOME") or Path.cwd())
+    home = Path(os.environ.get("DAGSTER_HOME") or Path.cwd()).expanduser()
     if os.environ.get("DAGSTER_HOME") and not (home.is_absolute() and home.is_dir()):
         raise SettingsError(f"DAGSTER_HOME must be an existing absolute folder, got {str(home)!r}; set or unset it")
     if not os.environ.get("DAGSTER_HOME") and not (home / "dagster.yaml").is_file():
@@ -49,7 +50,9 @@ def open_instance() -> Iterator[DagsterInstance]:
 
 def _opened(home: Path) -> DagsterInstance:
     try:
-        return DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=_NO_COMPUTE_LOGS))
+        ref = InstanceRef.from_dir(str(home), overrides=_NO_COMPUTE_LOGS)
+        prepare_for(ref)
+        return DagsterInstance.from_ref(ref)
     except Exception as error:  # from malformed YAML to a database that can't be opened
         raise SettingsError(
             f"Dagster's instance in {str(home)!r} can't be opened: {_first_line(error)}; correct dagster.yaml, or free "
