@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -29,11 +30,18 @@ from embed_assets.console import (
     stdout,
 )
 from embed_assets.errors import SettingsError, UserError
-from embed_assets.settings import load_settings
+from embed_assets.settings import load_settings, local_path
 
 _TUNING_CHUNKS = 192
 _SHORT_TOKENS = 64
 """Largest of the benchmark's short texts."""
+
+
+class HomePath(click.Path):
+    """A path that may begin with ``~``, which shells leave alone in quotes."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(super().convert(Path(value).expanduser(), param, ctx))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ def command(function: Callable[..., Answer]) -> click.Command:
             heard.setLevel(logging.DEBUG if debug else logging.WARNING)
             heard.handlers = [WarningLines()]
         try:
+            load_settings()  # for those commands too that need none: a misspelt one is never passed over
             answer = function(as_json=as_json, **arguments)
         except UserError as error:
             if debug:
@@ -93,12 +102,15 @@ def main() -> None:
 
 
 @command
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", required=False, type=HomePath())
 def sample(as_json: bool, folder: Path | None) -> Answer:
     """Write a small real corpus (the Python language reference) to FOLDER, by default EMBED_SOURCE."""
     from embed_assets.sample import write_sample
 
-    folder = folder or Path(load_settings().source)
+    source = load_settings().source
+    folder = folder or local_path(source)
+    if folder is None:
+        raise SettingsError(f"the sample needs a folder, EMBED_SOURCE={source!r} is none; name one: sample DIR")
     counts = write_sample(folder)
     if not as_json:
         stdout.print(f"{sum(counts.values())} documents in {len(counts)} partitions under {folder}/", markup=False)
@@ -301,8 +313,8 @@ def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> Answer:
 
 
 @command
-@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--png", default="tuning.png", show_default=True, type=click.Path(path_type=Path), help="The picture.")
+@click.argument("folder", required=False, type=HomePath(exists=True, file_okay=False))
+@click.option("--png", default="tuning.png", show_default=True, type=HomePath(), help="The picture.")
 def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
     """Find the fastest library and token budget on this machine, and remember them.
 
@@ -331,7 +343,7 @@ def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
 
 
 @command
-@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", required=False, type=HomePath(exists=True, file_okay=False))
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Medians are over so many.")
 @click.option("--chunks", default=192, show_default=True, type=click.IntRange(min=8), help="Long chunks to embed.")
 def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> Answer:

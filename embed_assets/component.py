@@ -11,10 +11,15 @@ In a project of `dg`, a folder under `defs/` with a `defs.yaml`:
 """
 # No postponed annotations here: Dagster makes the YAML's schema of them.
 
+import functools
+from typing import Any
+
 import dagster as dg
+from pydantic import BaseModel, create_model, model_validator
 
 from embed_assets.definitions import build_definitions
 from embed_assets.settings import load_settings
+from embed_assets.spelling import did_you_mean
 
 
 class EmbeddedCorpus(dg.Component, dg.Model, dg.Resolvable):
@@ -29,8 +34,23 @@ class EmbeddedCorpus(dg.Component, dg.Model, dg.Resolvable):
     """Folder or URL of the Delta tables; each corpus needs one of its own."""
     name_prefix: str = ""
     """Put before the assets' names: one corpus of several."""
-    settings: dict[str, str | int | float | bool] = {}  # noqa: RUF012 (a pydantic field)
+    settings: dict[str, Any] = {}  # noqa: RUF012 (a pydantic field)
     """All other settings, by their names in lower case: `model`, `partition_by`, `chunk_tokens`, ..."""
+
+    @classmethod
+    @functools.cache
+    def model(cls) -> type[BaseModel]:
+        """The schema of the YAML. A name that it does not have is told with the one that was meant."""
+        known = super().model()
+
+        def check(values: object) -> object:
+            for name in set(values) - set(known.model_fields) if isinstance(values, dict) else ():
+                meant = did_you_mean(name, known.model_fields)
+                raise ValueError(f"{name!r} is no attribute of EmbeddedCorpus{meant}; correct or remove it")
+            return values
+
+        validators: dict[str, Any] = {"check": model_validator(mode="before")(check)}
+        return create_model(known.__name__, __base__=known, __validators__=validators)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Assets, checks and sensors of the corpus. Raises ``SettingsError`` or ``ModelError``."""

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 
 _SECRET_NAME = re.compile(r"secret|passw|token|access_?key|account_?key|api_?key|sas|credential|connection", re.I)
 _LOGIN_IN_URL = re.compile(r"(://)[^/\s@'\"]*:[^/\s@'\"]*@")
@@ -37,11 +38,22 @@ def hide_secrets(text: str) -> str:
 def _secrets() -> list[str]:
     found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and not name.startswith("EMBED_")}
     for name in ("EMBED_LAKE_OPTIONS", "EMBED_SOURCE_OPTIONS"):
-        with contextlib.suppress(ValueError, AttributeError):
-            options = json.loads(os.environ.get(name, "{}"))
-            found |= {str(value) for key, value in options.items() if _SECRET_NAME.search(key)}
+        with contextlib.suppress(ValueError):
+            found.update(_secrets_in(json.loads(os.environ.get(name, "{}"))))
     # The longest first: one may be part of another.
     return sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def _secrets_in(options: object, is_secret: bool = False) -> Iterator[str]:
+    """The values, however deep, below keys that sound like a credential's."""
+    if isinstance(options, dict):
+        for key, value in options.items():
+            yield from _secrets_in(value, is_secret or bool(_SECRET_NAME.search(key)))
+    elif isinstance(options, list):
+        for value in options:
+            yield from _secrets_in(value, is_secret)
+    elif is_secret:
+        yield str(options)
 
 
 class UserError(Exception):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as PydanticSettingsError
 
 from embed_assets.errors import SettingsError
+from embed_assets.spelling import did_you_mean, is_slip
+
+PREFIX = "EMBED_"
 
 
 def _none_if_auto(value: object) -> object:
@@ -21,6 +27,13 @@ def _none_if_blank(value: object) -> object:
     return (value.strip() or None) if isinstance(value, str) else value
 
 
+def _as_delta_writes(value: object) -> object:
+    """Delta takes its options as text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
+
+
 _LOGIN = re.compile(r"://[^/@]*:[^/@]*@")
 AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
 
@@ -28,12 +41,14 @@ AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
 class Settings(BaseSettings):
     """What to embed, with which model, and where to keep it."""
 
-    model_config = SettingsConfigDict(env_prefix="EMBED_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     source: str = Field("landing", min_length=1, description="Folder or fsspec URL of the documents.")
-    source_options: dict[str, str] = Field({}, description="JSON object of fsspec options for SOURCE.")
+    source_options: dict[str, JsonValue] = Field({}, description="JSON object of fsspec options for SOURCE.")
     lake: str = Field("lake", min_length=1, description="Folder or s3://, gs://, abfs:// root of the Delta tables.")
-    lake_options: dict[str, str] = Field({}, description="JSON object of Delta storage options for LAKE.")
+    lake_options: dict[str, Annotated[str, BeforeValidator(_as_delta_writes)]] = Field(
+        {}, description="JSON object of Delta storage options for LAKE."
+    )
     partition_by: str = Field(
         "folder", pattern=r"^(folder|file|hash:[1-9]\d{0,5})$", description="folder, file or hash:N (N buckets)."
     )
@@ -103,6 +118,21 @@ class Settings(BaseSettings):
         120.0, gt=0, description="How long to wait for the first replica's place on the cluster (seconds)."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_misspelt_names(cls, values: object) -> object:
+        # Misspelt, a setting would be taken for one that was not given: perhaps days of work in the wrong space.
+        if wrong := describe_unknown_variables(os.environ):
+            raise ValueError(wrong)
+        return values
+
+    @field_validator("source", "lake", "model")
+    @classmethod
+    def _is_below_home(cls, place: str) -> str:
+        scheme = "file://" if place.startswith("file://") else ""
+        path = place.removeprefix(scheme)
+        return scheme + str(Path(path).expanduser()) if path.startswith("~") else place
+
     @field_validator("source", "lake")
     @classmethod
     def _holds_no_login(cls, place: str) -> str:
@@ -154,8 +184,26 @@ class Settings(BaseSettings):
         return self
 
 
+_NAMES = tuple(Settings.model_fields)
+
+
+def describe_unknown_variables(environment: Mapping[str, str]) -> str:
+    """What is wrong with variables that are meant for us and name no setting, '' when nothing is.
+
+    Meant for us is what begins with ``EMBED_``, in whatever case, or is one slip of the finger off a setting's name.
+    """
+    known = [PREFIX + name.upper() for name in _NAMES]
+    wrong = [
+        f"{name} is no setting{did_you_mean(name.upper(), known)}; correct or unset it"
+        for name in sorted(environment)
+        if name.upper() not in known
+        and (name.upper().startswith(PREFIX) or any(is_slip(name.upper(), right) for right in known))
+    ]
+    return "; ".join(wrong)
+
+
 def load_settings(**overrides: object) -> Settings:
-    """The settings of this process's environment.
+    """The settings of this process's environment, but for `overrides`.
 
     Raises ``SettingsError``: one line that names the variable, its value and the rule.
     """
@@ -163,8 +211,9 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError("; ".join(_describe(problem) for problem in error.errors())) from error
-    except Exception as error:  # pydantic-settings raises its own type for malformed JSON values
-        raise SettingsError(f"a setting could not be read: {error}; options are JSON objects") from error
+    except PydanticSettingsError as error:  # which names the field of a value that is no JSON
+        field = next((name for name in _NAMES if f'"{name}"' in str(error)), "")
+        raise SettingsError(f'{PREFIX}{field.upper()} must be a JSON object, as {{"key": 1}}; correct it') from error
 
 
 def _describe(problem: object) -> str:
@@ -173,7 +222,9 @@ def _describe(problem: object) -> str:
     if not problem["loc"]:
         return message
     field = str(problem["loc"][0]).removeprefix("embed_")
-    variable = f"EMBED_{field.upper()}"
+    if problem["type"] == "extra_forbidden":
+        return f"{field!r} is no setting{did_you_mean(field, _NAMES)}; correct or remove it"
+    variable = f"{PREFIX}{field.upper()}"
     # Options may hold credentials, and so may a URL with a login.
     shown = "" if field.endswith("_options") or problem["type"] == "login" else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}; correct or unset {variable}"

@@ -15,7 +15,8 @@ import embed_assets
 ROOT = Path(embed_assets.__file__).parent
 ALLOWED = {
     "errors": set(),
-    "settings": {"errors"},
+    "spelling": set(),
+    "settings": {"spelling", "errors"},
     "records": set(),
     "scratch": {"errors"},
     "sample": {"errors"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "stages": {"corpus", "engine", "lake", "records", "scratch", "settings", "errors"},
     "defs": {"stages", "corpus", "engine", "lake", "records", "settings", "errors"},
     "definitions": {"defs", "stages", "settings"},
-    "component": {"definitions", "settings"},
+    "component": {"definitions", "settings", "spelling"},
     "console": {"engine", "lake"},
     "plots": {"engine", "errors"},
     "progress": {"defs", "stages"},

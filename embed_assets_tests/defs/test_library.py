@@ -134,3 +134,24 @@ def test_a_component_without_a_lake_says_so(project: Project) -> None:
     with pytest.raises(Exception, match="handbook") as caught:
         dg.load_from_defs_folder(path_within_project=folder).resolve_asset_graph()
     assert "lake" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "meant"),
+    [({"sorce": "here", "lake": "there"}, "source"), ({"source": "h", "lake": "l", "nam_prefix": "x"}, "name_prefix")],
+)
+def test_a_misspelt_attribute_of_the_component_is_told(
+    project: Project, attributes: dict[str, object], meant: str
+) -> None:
+    folder = component_project(project, attributes)
+    with pytest.raises(Exception, match="handbook") as caught:
+        dg.load_from_defs_folder(path_within_project=folder).resolve_asset_graph()
+    assert f"did you mean {meant}?" in str(caught.value.__cause__)
+
+
+def test_a_misspelt_setting_of_the_component_is_told(project: Project) -> None:
+    settings = {"chunk_tokenz": 64, "source_options": {"anon": True}}
+    folder = component_project(project, {"source": "here", "lake": "there", "settings": settings})
+    with pytest.raises(Exception, match="handbook") as caught:
+        dg.load_from_defs_folder(path_within_project=folder).resolve_asset_graph()
+    assert "'chunk_tokenz' is no setting (did you mean chunk_tokens?)" in str(caught.value.__cause__)
