@@ -41,6 +41,7 @@ from dagster._core.storage.sqlite import (  # noqa: E402
 )
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage  # noqa: E402
 from dagster._serdes import ConfigurableClassData  # noqa: E402
+from dagster_shared.error import SerializableErrorInfo  # noqa: E402
 from sqlalchemy import select  # noqa: E402
 from sqlalchemy.exc import IntegrityError  # noqa: E402
 
@@ -74,7 +75,9 @@ __all__ = [
     "InstanceRef",
     "PlanOrchestrationContext",
     "RetryMode",
+    "SerializableErrorInfo",
     "StoredEvent",
+    "error_of_run",
     "follow_default_limit",
     "free_slots",
     "holders_of_full_pool",
@@ -84,6 +87,12 @@ __all__ = [
     "read_events",
     "register_partitions",
 ]
+
+
+def error_of_run(event: dg.DagsterEvent) -> SerializableErrorInfo | None:
+    """Why a run failed as a whole, if the event says so; steps have failures of their own."""
+    is_of_run = event.event_type == DagsterEventType.RUN_FAILURE
+    return event.job_failure_data.error if is_of_run else None
 
 
 def register_partitions(instance: DagsterInstance, name: str, keys: Sequence[str]) -> None:

@@ -11,7 +11,12 @@ import dagster as dg
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
-from embed_assets.defs.dagster_internals import RANGE_END_TAG, RANGE_START_TAG
+from embed_assets.defs.dagster_internals import (
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    SerializableErrorInfo,
+    error_of_run,
+)
 from embed_assets.defs.discovery import discover, find_strays, list_partitions
 from embed_assets.defs.names import Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
@@ -240,8 +245,18 @@ def _check_complete(collector: _Collector, keys: Sequence[str], run: dg.ExecuteI
     for failure in failures:
         if failure.user_failure_data is not None and failure.user_failure_data.description:
             raise UserError(failure.user_failure_data.description)
-    for event in run.all_events:
-        if event.is_failure and event.job_failure_data.error is not None:
-            errors.append(event.job_failure_data.error)
-    causes = [(error.cause or error).message.strip() for error in errors]
-    raise UserError(f"the run {run.run_id} broke: {' '.join(causes) or 'no reason was recorded'}; see it in Dagster")
+    errors += [error for event in run.all_events if (error := error_of_run(event)) is not None]
+    causes = dict.fromkeys(_causes(error) for error in errors)
+    raise UserError(
+        f"the run {run.run_id} broke off: {'; '.join(causes) or 'no reason was recorded'}; its log in Dagster has the "
+        "trace, what was embedded before is kept"
+    )
+
+
+def _causes(error: SerializableErrorInfo) -> str:
+    """The errors inside Dagster's own wrapping, the last one first, in one line."""
+    chain = [error]
+    while (cause := chain[-1].cause) is not None:
+        chain.append(cause)
+    ours = [e for e in chain if not (e.cls_name or "").startswith("Dagster")] or chain[-1:]
+    return ", because of ".join(" ".join(e.message.split()) for e in ours)

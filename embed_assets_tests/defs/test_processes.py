@@ -13,6 +13,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from embed_assets.console import stderr
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.definitions import definitions_over
 from embed_assets.defs.assets import RETRIES
@@ -20,8 +21,10 @@ from embed_assets.defs.dagster_internals import free_slots, holders_of_full_pool
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import POOL
 from embed_assets.defs.processes import PROCESS_TAG, end_dead_runs, this_process
-from embed_assets.errors import LakeError, PartitionError, may_pass
+from embed_assets.defs.sync import run_sync
+from embed_assets.errors import LakeError, PartitionError, UserError, may_pass
 from embed_assets.lake.writer import Provenance
+from embed_assets.progress import ConsoleObserver
 from embed_assets.settings import load_settings
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.raw_documents import RawDocuments
@@ -172,3 +175,24 @@ def test_a_damaged_partition_is_not_tried_again(project: Project, instance: dg.D
     result = run(instance, "a")
     assert not result.success
     assert not [event for event in result.all_events if event.is_step_up_for_retry]
+
+
+class Broken(Pipeline):
+    """A pipeline with a fault in the program, beside all partitions."""
+
+    def open_compute(self) -> Any:
+        try:
+            raise ZeroDivisionError("a cause below")
+        except ZeroDivisionError as error:
+            raise RuntimeError("a fault\nin the program") from error
+
+
+def test_an_unexpected_error_of_the_step_is_told_with_its_cause(project: Project, instance: dg.DagsterInstance) -> None:
+    project.write("a/one.md", "One.")
+    broken = Broken.from_settings(load_settings())
+    no_retries = dg.RetryPolicy(max_retries=0)
+    with pytest.raises(UserError) as caught:
+        run_sync(instance, broken, lambda o: definitions_over(broken, o, retries=no_retries), ConsoleObserver(stderr))
+    assert "ZeroDivisionError: a cause below" in str(caught.value)
+    assert "RuntimeError: a fault in the program" in str(caught.value)
+    assert "\n" not in str(caught.value) and "CheckError" not in str(caught.value)
