@@ -142,6 +142,7 @@ def discover(as_json: bool) -> Answer:
     from embed_assets.defs.staleness import load_history
 
     pipeline = _pipeline()
+    pipeline.lake.check_owner()
     with open_instance() as instance:
         partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
@@ -192,7 +193,8 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
 @click.option(
     "--partition", "partitions", multiple=True, metavar="KEY", help="Only this partition; can be given again."
 )
-def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
+@click.option("--allow-empty", is_flag=True, help="Drop everything if the source has no file any more.")
+def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
     """Discover, then materialize what is missing or stale. Exits 1 if any partition failed."""
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
@@ -206,7 +208,8 @@ def sync(as_json: bool, partitions: Sequence[str]) -> Answer:
     # Only the answer goes to stdout, whatever libraries print meanwhile.
     aside = contextlib.redirect_stdout(sys.stderr)
     with open_instance() as instance, ConsoleObserver(stderr) as observer, aside:
-        result = run_sync(instance, pipeline, lambda inner: definitions_over(pipeline, inner), observer, partitions)
+        build = functools.partial(definitions_over, pipeline)
+        result = run_sync(instance, pipeline, build, observer, partitions, allow_empty)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     if not as_json:
         print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
@@ -230,6 +233,17 @@ def forget(as_json: bool, key: str) -> Answer:
     if not as_json:
         stdout.print(f"{key}: forgotten, its rows removed from {emptied} tables", markup=False)
     return Answer({"partition_key": key, "tables": emptied})
+
+
+@command
+def adopt(as_json: bool) -> Answer:
+    """Make the lake that of EMBED_SOURCE and EMBED_NAME_PREFIX: for documents that moved to another place."""
+    pipeline = _pipeline()
+    was_foreign = pipeline.lake.adopt()
+    if not as_json:
+        told = "is now" if was_foreign else "was already, or has no tables yet:"
+        stdout.print(f"the lake {pipeline.lake.root} {told} that of {pipeline.lake.owner}", markup=False)
+    return Answer({"lake": pipeline.lake.root, "source": pipeline.source.root, "adopted": was_foreign})
 
 
 @command

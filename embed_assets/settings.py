@@ -213,7 +213,7 @@ def load_settings(**overrides: object) -> Settings:
         raise SettingsError("; ".join(_describe(problem) for problem in error.errors())) from error
     except PydanticSettingsError as error:  # which names the field of a value that is no JSON
         field = next((name for name in _NAMES if f'"{name}"' in str(error)), "")
-        raise SettingsError(f'{PREFIX}{field.upper()} must be a JSON object, as {{"key": 1}}; correct it') from error
+        raise SettingsError(f'{PREFIX}{field.upper()} is no JSON; options are JSON objects, as {{"key": 1}}') from error
 
 
 def _describe(problem: object) -> str:
@@ -235,3 +235,9 @@ def local_path(location: str) -> Path | None:
     if location.startswith("file://"):
         return Path(location.removeprefix("file://"))
     return None if "://" in location else Path(location)
+
+
+def same_place(location: str) -> str:
+    """The one name of a place: an absolute path without links, or a URL without a slash at its end."""
+    path = local_path(location)
+    return str(path.absolute().resolve()) if path is not None else location.rstrip("/").replace("s3a://", "s3://")

@@ -22,7 +22,7 @@ from pydantic import JsonValue
 
 from embed_assets.errors import SettingsError, SourceError
 from embed_assets.records import hash_parts, hash_text
-from embed_assets.settings import Settings, local_path
+from embed_assets.settings import Settings, local_path, same_place
 
 ROOT_PARTITION = "_root"
 """Key of the partition of the loose files at the root, with PARTITION_BY=folder."""
@@ -233,7 +233,7 @@ def _storage_errors(uri: str) -> Iterator[None]:
 def _check_apart(source: str, lake: str) -> None:
     """Raise ``SettingsError`` when the source is the lake, one of its tables or a bucket with the lake in it, which
     would embed itself again and again. A folder beside the tables is fine; a local lake in the source is left out."""
-    inside, around = (_absolute(location) for location in (source, lake))
+    inside, around = (same_place(location) for location in (source, lake))
     first = inside.removeprefix(around).strip("/").partition("/")[0]
     swallows_it = local_path(lake) is None and f"{around}/".startswith(f"{inside}/")
     if swallows_it or (f"{inside}/".startswith(f"{around}/") and first in _LAKE_FOLDERS):
@@ -241,11 +241,6 @@ def _check_apart(source: str, lake: str) -> None:
             f"the source must not be the lake, hold it or be one of its tables, got EMBED_SOURCE={source!r} and "
             f"EMBED_LAKE={lake!r}; set one of them to another place"
         )
-
-
-def _absolute(location: str) -> str:
-    path = local_path(location)
-    return str(path.absolute().resolve()) if path is not None else location.rstrip("/").replace("s3a://", "s3://")
 
 
 def is_only_touched(before: str, now: str) -> bool:

@@ -10,14 +10,25 @@ from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import wait_until_settled
 from embed_assets.defs.checks import Checker, check_specs
 from embed_assets.defs.corpus_run import CorpusRun, describe
-from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, LASTING_TAG, POOL, SOURCE, Names, code_tag
+from embed_assets.defs.discovery import refuse_if_emptied
+from embed_assets.defs.names import (
+    ALLOW_EMPTY_TAG,
+    ASSETS,
+    AUTOMATED_TAG,
+    CODE_TAG,
+    LASTING_TAG,
+    POOL,
+    SOURCE,
+    Names,
+    code_tag,
+)
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.report import Reporter
 from embed_assets.defs.results import RunObserver
 from embed_assets.defs.run_log import LogObserver
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
-from embed_assets.errors import SourceError, UserError, may_pass
+from embed_assets.errors import UserError, may_pass
 from embed_assets.lake.reader import partition_states
 from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import Pipeline
@@ -101,12 +112,8 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
     keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
     history = load_history(context.instance, pipeline, keys)
-    if _is_automated(context) and not listed and any(r.counts.get("files") for r in history.records[SOURCE].values()):
-        raise SourceError(
-            f"the source {pipeline.source.root!r} is empty, which a run that nobody asked for does not believe; "
-            "mount or fill it, or run 'embed-assets sync' if it is to be empty",
-            may_pass=True,
-        )
+    if ALLOW_EMPTY_TAG not in context.run.tags:
+        refuse_if_emptied(pipeline.source, not listed, history.records["raw_documents"])
     recorder = Recorder(context.instance, context.log_event, history)
     for key in keys if selected else ():
         if history.version(SOURCE, key) != partitions[key].version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from dagster import DagsterInstance
@@ -11,7 +11,8 @@ from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.defs.dagster_internals import register_partitions
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
-from embed_assets.defs.staleness import History
+from embed_assets.defs.staleness import History, Record
+from embed_assets.errors import SourceError
 from embed_assets.lake.reader import partition_keys
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
 from embed_assets.records import slices
@@ -45,6 +46,20 @@ def find_strays(lake: Lake, table: TableSpec, known: Collection[str]) -> list[st
     """
     found = set().union(*(partition_keys(lake, spec) for spec in (RAW, CHUNK_TABLE, table)))
     return sorted(found - set(known))
+
+
+def refuse_if_emptied(source: Source, is_empty: bool, raw: Mapping[str, Record]) -> None:
+    """Raise ``SourceError`` when the source has no file any more, and the lake has documents of it.
+
+    It may be a disk that is not mounted or a bucket emptied by mistake; believed, every partition would be dropped.
+    """
+    held = sum(bool(record.rows or record.counts.get("rejected")) for record in raw.values()) if is_empty else 0
+    if held:
+        raise SourceError(
+            f"the source {source.root!r} is empty, and {held} partitions hold documents of it; mount or fill it, or, "
+            "if all of them are to be dropped, run 'embed-assets sync --allow-empty'",
+            may_pass=True,
+        )
 
 
 def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], history: History) -> Discovery:

@@ -25,6 +25,8 @@ AUTOMATED_TAG = "embed_assets/automated"
 """On runs that no person started."""
 CODE_TAG = "embed_assets/code_versions"
 """On every run: what its code was, so that a change of it lifts a failure."""
+ALLOW_EMPTY_TAG = "embed_assets/allow_empty"
+"""On runs that are to drop everything when the source is empty."""
 LASTING_TAG = "embed_assets/failed_for_good"
 """On runs that failed for a reason that stays: trying again later would not help."""
 

@@ -71,7 +71,13 @@ class Reporter:
             "dagster/row_count": self._total_rows(made),
         }
         if replaced.table_version is not None:
-            metadata |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
+            metadata |= {
+                "table_version": replaced.table_version,
+                "table_id": replaced.table_id,
+                "data_files": replaced.state.files_hash,
+            }
+        if made.asset == "raw_documents":
+            metadata["source"] = self._pipeline.source.root
         if replaced.rows and made.asset == "embeddings":
             metadata |= self._pictures(made.key)
         return metadata

@@ -22,7 +22,7 @@ from embed_assets.defs.dagster_internals import (
 )
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.defs.results import PartitionResult
-from embed_assets.lake.reader import TableState, table_state
+from embed_assets.lake.reader import ContentReader, PartitionFiles, TableState, table_state
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
 from embed_assets.stages.pipeline import Pipeline
 
@@ -46,6 +46,10 @@ class Record:
     """The numbers among its metadata."""
     table_id: str = ""
     """Delta's id of the table that the rows were written to."""
+    data_files: str = ""
+    """Hash of the files that held its rows; none in records of before 0.2."""
+    source: str = ""
+    """Where documents were read; none for other assets, and in records of before 0.2."""
     run_id: str = ""
     """The run that made it; none for what was recorded outside of runs."""
     timestamp: float = 0.0
@@ -73,7 +77,11 @@ class History:
     """By asset, then partition."""
     tables: Mapping[str, TableState | None] = field(default_factory=dict)
     """By asset (and "rejected_documents"), what its table holds now."""
+    contents: Mapping[str, ContentReader] = field(default_factory=dict)
+    """By asset that has a table."""
     names: Names = field(default_factory=Names)
+    source: str = ""
+    """Where documents are read now."""
 
     def record(self, asset: str, key: str) -> Record | None:
         """The latest record of a partition."""
@@ -114,6 +122,10 @@ class History:
         if not record.code_version:
             return self._status_of_reported(record, key, inputs)
         reasons: list[str] = []
+        if record.code_version == code_version and self._is_replaced(asset, key, record):
+            reasons.append("its rows are not those that were recorded: somebody else replaced them")
+        if record.source and record.source != self.source:
+            reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
         reasons += [
@@ -137,7 +149,7 @@ class History:
     def _loss(self, asset: str, key: str, record: Record) -> str:
         """What the tables no longer hold of what was recorded, else ''."""
         table = self.tables[asset]
-        if record.rows and (table is None or key not in table.keys):
+        if record.rows and (table is None or key not in table.partitions):
             return f"its {record.rows} rows are not in the table"
         if record.table_id and (table is None or table.id != record.table_id):
             return "it was materialized into another lake"
@@ -145,9 +157,21 @@ class History:
             return "the table is older than what was recorded"
         if asset == "raw_documents" and record.counts.get("rejected"):
             rejected = self.tables[REJECTED.kind]
-            if rejected is None or key not in rejected.keys:
+            if rejected is None or key not in rejected.partitions:
                 return "its rejected documents are not in the table"
         return ""
+
+    def _is_replaced(self, asset: str, key: str, record: Record) -> bool:
+        """The partition holds other rows than were recorded: of another corpus, another instance, another tool.
+
+        Compaction makes other files of the same rows, so where the files differ, their content decides.
+        """
+        table = self.tables[asset]
+        if table is None or not record.table_id:
+            return False
+        now = table.partitions.get(key, PartitionFiles())
+        is_same = now.files == record.data_files if record.data_files else now.written_at <= record.timestamp
+        return not is_same and self.contents[asset].version(key, now.files) != record.data_version
 
 
 _CODE_MEANS = {
@@ -171,7 +195,13 @@ def load_history(
     known = earlier.records if earlier else {}
     records = {a: load_records(instance, names, a, keys, known.get(a, {})) for a in (SOURCE, *ASSETS)}
     specs = (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)
-    return History(records, {spec.kind: table_state(pipeline.lake, spec) for spec in specs}, names)
+    tables = {spec.kind: table_state(pipeline.lake, spec) for spec in specs}
+    contents: dict[str, ContentReader] = {}
+    for spec in specs:
+        if (table := tables[spec.kind]) is not None:
+            read = earlier.contents.get(spec.kind) if earlier else None
+            contents[spec.kind] = ContentReader(pipeline.lake, spec, table.version, read.known if read else None)
+    return History(records, tables, contents, names, pipeline.source.root)
 
 
 def partition_statuses(
@@ -215,6 +245,8 @@ def _record(event: StoredEvent, names: Names) -> Record:
         {asset: version for asset, version in inputs.items() if version is not None},
         event.numbers,
         event.texts.get("table_id", ""),
+        event.texts.get("data_files", ""),
+        event.texts.get("source", ""),
         event.run_id,
         event.timestamp,
     )

@@ -17,8 +17,8 @@ from embed_assets.defs.dagster_internals import (
     SerializableErrorInfo,
     error_of_run,
 )
-from embed_assets.defs.discovery import discover, find_strays, list_partitions
-from embed_assets.defs.names import Names
+from embed_assets.defs.discovery import discover, find_strays, list_partitions, refuse_if_emptied
+from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.results import PartitionResult, RunObserver
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
@@ -81,6 +81,12 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
+    with pipeline.lake.pinned():
+        return _make_plan(instance, pipeline, count)
+
+
+def _make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool) -> Plan:
+    pipeline.lake.check_owner()
     partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
     history = load_history(instance, pipeline)
     plans = _plans(history, pipeline, partitions.values())
@@ -131,11 +137,13 @@ def run_sync(
     build: Callable[[RunObserver], dg.Definitions],
     observer: RunObserver,
     only: Sequence[str] = (),
+    allow_empty: bool = False,
 ) -> SyncResult:
     """Discover, then materialize what is missing or stale (of the partitions in `only`, if there are any).
 
-    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key in `only`, and
-    ``UserError`` when something is wrong that is no partition's fault, as a model that can't be loaded.
+    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key in `only`,
+    ``SourceError`` for an empty source that had documents, unless `allow_empty`, and ``UserError`` when something is
+    wrong that is no partition's fault, as a model that can't be loaded.
     """
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
@@ -149,6 +157,9 @@ def run_sync(
             ", ".join(map(repr, strays[:5])),
         )
     history = load_history(instance, pipeline)
+    if not allow_empty:
+        is_empty = not any(partition.files for partition in partitions.values())
+        refuse_if_emptied(pipeline.source, is_empty, history.records["raw_documents"])
     discover(instance, partitions, history)
     plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))
     collector = _Collector(observer)
@@ -156,6 +167,7 @@ def run_sync(
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
     observer.on_start({key: partitions[key].byte_size for key in due})
     job = build(collector).resolve_implicit_global_asset_job_def()
+    allowance = {ALLOW_EMPTY_TAG: "true"} if allow_empty else {}
     for message in wait_for_pool(instance):
         _log.warning(message)
     for first, last, keys in _ranges(instance.get_dynamic_partitions(Names.of(pipeline).partitions_name), due):
@@ -163,7 +175,7 @@ def run_sync(
             instance=instance,
             raise_on_error=False,
             run_config=_SILENT_CONSOLE,
-            tags={RANGE_START_TAG: first, RANGE_END_TAG: last, PROCESS_TAG: this_process()},
+            tags={RANGE_START_TAG: first, RANGE_END_TAG: last, PROCESS_TAG: this_process()} | allowance,
         )
         _check_complete(collector, keys, run)
     remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))

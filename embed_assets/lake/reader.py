@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate, quoted
-from embed_assets.records import CONTENT_COLUMNS, ContentVersion
+from embed_assets.errors import LakeError
+from embed_assets.lake.tables import Lake, TableSpec, is_one_of, lake_errors, partition_predicate
+from embed_assets.records import CONTENT_COLUMNS, ContentVersion, hash_parts
+
+
+def files_hash(names: Iterable[str]) -> str:
+    """Of a partition's files. No file is written twice, so the same names are the same rows."""
+    return hash_parts(sorted(names))
 
 
 def read_partition(lake: Lake, table: TableSpec, key: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -24,8 +30,14 @@ def scan(
 ) -> Iterator[pa.RecordBatch]:
     """The columns of all rows that fulfil the predicate, of one version of the table (the newest), batch by batch."""
     delta = lake.open(table, version)
-    if delta is None:
-        return
+    if delta is not None:
+        yield from scan_open(lake, table, delta, columns, predicate)
+
+
+def scan_open(
+    lake: Lake, table: TableSpec, delta: DeltaTable, columns: Sequence[str], predicate: str | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The same of a table that is open, as it was opened: reading it twice reads one version."""
     schema = pa.schema([table.schema.field(name) for name in columns])
     with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", lake.root):
         for batch in pa.RecordBatchReader.from_stream(delta.scan(list(columns), predicate)):
@@ -42,8 +54,7 @@ def read_rows(
     schema = pa.schema([table.schema.field(name) for name in columns])
     if not values:
         return schema.empty_table()
-    predicate = f"{column} IN ({', '.join(quoted(v) for v in values)})"
-    return pa.Table.from_batches(scan(lake, table, columns, predicate, version), schema=schema)
+    return pa.Table.from_batches(scan(lake, table, columns, is_one_of(column, values), version), schema=schema)
 
 
 def row_count(lake: Lake, table: TableSpec, key: str) -> int:
@@ -53,9 +64,15 @@ def row_count(lake: Lake, table: TableSpec, key: str) -> int:
 
 def content_version(lake: Lake, table: TableSpec, key: str, version: int | None = None) -> str:
     """Hash of what the table holds of a partition, at that version (now): its data version."""
+    delta = lake.open(table, version)
+    return ContentVersion(()).hexdigest() if delta is None else content_of(lake, table, delta, key)
+
+
+def content_of(lake: Lake, table: TableSpec, delta: DeltaTable, key: str) -> str:
+    """The same of a table that is open, as it was opened."""
     columns = CONTENT_COLUMNS[table.kind]
     content = ContentVersion(columns)
-    for batch in scan(lake, table, columns, partition_predicate(key), version):
+    for batch in scan_open(lake, table, delta, columns, partition_predicate(key)):
         content.add(batch)
     return content.hexdigest()
 
@@ -63,7 +80,18 @@ def content_version(lake: Lake, table: TableSpec, key: str, version: int | None 
 def partition_keys(lake: Lake, table: TableSpec) -> set[str]:
     """Keys of the partitions that have rows, from the table's log alone."""
     state = table_state(lake, table)
-    return set() if state is None else set(state.keys)
+    return set() if state is None else set(state.partitions)
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionFiles:
+    """What a table's log alone tells of a partition."""
+
+    rows: int = 0
+    files: str = files_hash(())
+    """Hash of the names of its files: while it is the same, so are the rows."""
+    written_at: float = 0.0
+    """When the newest of them was written, by its writer's clock, seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +101,13 @@ class TableState:
     id: str
     """Delta's own id of the table: another lake's table has another one."""
     version: int
-    keys: frozenset[str]
-    """Partitions that have rows."""
-    rows: int
-    """Of all partitions."""
+    partitions: Mapping[str, PartitionFiles]
+    """Those that have rows, by their keys."""
+
+    @property
+    def rows(self) -> int:
+        """Of all partitions."""
+        return sum(partition.rows for partition in self.partitions.values())
 
 
 def table_state(lake: Lake, table: TableSpec) -> TableState | None:
@@ -84,9 +115,18 @@ def table_state(lake: Lake, table: TableSpec) -> TableState | None:
     delta = lake.open(table)
     if delta is None:
         return None
-    files = data_files(lake, table, delta)
-    keys = frozenset(file.partition_key for file in files)
-    return TableState(str(delta.metadata().id), int(delta.version()), keys, sum(file.rows for file in files))
+    found: defaultdict[str, list[DataFile]] = defaultdict(list)
+    for file in data_files(lake, table, delta):
+        found[file.partition_key].append(file)
+    partitions = {
+        key: PartitionFiles(
+            sum(file.rows for file in files),
+            files_hash(_file_name(file.path) for file in files),
+            max(file.written_at_ms for file in files) / 1000,
+        )
+        for key, files in found.items()
+    }
+    return TableState(str(delta.metadata().id), int(delta.version()), partitions)
 
 
 class DataFile(NamedTuple):
@@ -96,6 +136,8 @@ class DataFile(NamedTuple):
     path: str
     byte_size: int
     rows: int
+    written_at_ms: int
+    """By its writer's clock, milliseconds since 1970."""
 
 
 def data_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> list[DataFile]:
@@ -104,7 +146,7 @@ def data_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> list[DataFile
         files = pa.table(delta.get_add_actions(flatten=True))
     if not files.num_rows:
         return []
-    names = ("partition.partition_key", "path", "size_bytes", "num_records")
+    names = ("partition.partition_key", "path", "size_bytes", "num_records", "modification_time")
     return [DataFile(*row) for row in zip(*(files[name].to_pylist() for name in names), strict=True)]
 
 
@@ -122,6 +164,11 @@ class PartitionState:
     version: int | None
     """Of the table; None when it does not exist."""
     files: frozenset[str] = frozenset()
+
+    @property
+    def files_hash(self) -> str:
+        """As `PartitionFiles.files`."""
+        return files_hash(self.files)
 
 
 def partition_state(lake: Lake, table: TableSpec, key: str) -> PartitionState:
@@ -154,3 +201,32 @@ def partition_states(lake: Lake, table: TableSpec, keys: Iterable[str]) -> dict[
 def _file_name(path: str) -> str:
     """Unique by itself; how the folders before it are escaped differs."""
     return path.rpartition("/")[2]
+
+
+class ContentReader:
+    """Data versions of partitions as a table's state has them, for when its files do not tell; each is read once."""
+
+    def __init__(self, lake: Lake, table: TableSpec, version: int, known: dict[str, str] | None = None) -> None:
+        """`known` has versions that were read before, by key and files, and gets those that are read."""
+        self._lake, self._table, self._version = lake, table, version
+        self.known: dict[str, str] = {} if known is None else known
+        self._delta: DeltaTable | None = None
+
+    def version(self, key: str, files: str) -> str:
+        """The data version of a partition that has these files; '' when they can't be read.
+
+        Raises ``LakeError`` when the storage fails.
+        """
+        place = f"{files}/{key}"
+        if place not in self.known:
+            self._delta = self._delta or self._lake.open(self._table, self._version)
+            try:
+                self.known[place] = "" if self._delta is None else self._content(self._delta, key)
+            except LakeError as error:
+                if error.may_pass:
+                    raise
+                self.known[place] = ""
+        return self.known[place]
+
+    def _content(self, delta: DeltaTable, key: str) -> str:
+        return content_of(self._lake, self._table, delta, key)

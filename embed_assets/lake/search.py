@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embed_assets.lake.reader import read_rows, scan
-from embed_assets.lake.tables import Lake, TableSpec
+from embed_assets.lake.reader import scan_open
+from embed_assets.lake.tables import Lake, TableSpec, is_one_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,25 @@ def search(lake: Lake, table: TableSpec, query: np.ndarray, k: int) -> list[Sear
     One pass over (chunk_id, embedding); the texts are fetched for the winners only. Equal scores are ordered by id.
     None when the space has no table.
     """
+    delta = lake.open(table)  # both reads are of this one version, whatever is written meanwhile
+    if delta is None:
+        return []
     best: list[tuple[float, str, str]] = []
-    for batch in scan(lake, table, ["chunk_id", "partition_key", "embedding"]):
+    for batch in scan_open(lake, table, delta, ["chunk_id", "partition_key", "embedding"]):
         vectors = batch.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
         scores = vectors @ query
         top = np.argpartition(-scores, k - 1)[:k] if len(scores) > k else np.arange(len(scores))
         ids, keys = batch.column("chunk_id"), batch.column("partition_key")
         best += [(float(scores[i]), ids[int(i)].as_py(), keys[int(i)].as_py()) for i in top]
         best = sorted(best, key=lambda hit: (-hit[0], hit[1], hit[2]))[:k]
+    if not best:
+        return []
+    # Named partitions are all that is read of the texts.
+    keys_of_best, ids_of_best = {key for _, _, key in best}, {chunk_id for _, chunk_id, _ in best}
+    wanted = f"{is_one_of('partition_key', sorted(keys_of_best))} AND {is_one_of('chunk_id', sorted(ids_of_best))}"
     columns = ["chunk_id", "partition_key", "document_id", "uri", "heading_path", "text"]
-    found = read_rows(lake, table, "chunk_id", sorted({chunk_id for _, chunk_id, _ in best}), columns)
-    rows = {(row["chunk_id"], row["partition_key"]): row for row in found.to_pylist()}
+    found = (row for batch in scan_open(lake, table, delta, columns, wanted) for row in batch.to_pylist())
+    rows = {(row["chunk_id"], row["partition_key"]): row for row in found}
     return [_result(score, rows[chunk_id, key]) for score, chunk_id, key in best]
 
 

@@ -6,17 +6,18 @@ import contextlib
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pyarrow as pa
 from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from obstore.exceptions import BaseError
 
 from embed_assets.errors import LakeError, SettingsError
 from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orphaned_data
+from embed_assets.lake.owner import Owner
 from embed_assets.lake.storage import Storage
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings, local_path
@@ -31,7 +32,7 @@ _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
 _DRAWING = re.compile("\x1b\\[[0-9;]*m|↳")
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
-_OWNER_PROPERTY = "embed_assets.name_prefix"
+_ADOPT_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,18 @@ class TableSpec:
 RAW = TableSpec("raw_documents")
 REJECTED = TableSpec("rejected_documents")
 CHUNK_TABLE = TableSpec("chunks")
+_OWNED = (RAW, REJECTED)
+"""The tables that say whose the lake is: what is read first, of which one is there as soon as anything is."""
 
 
 def partition_predicate(key: str) -> str:
     """SQL that is true of the rows of one partition, whatever characters are in its key."""
     return f"partition_key = {quoted(key)}"
+
+
+def is_one_of(column: str, values: Iterable[str]) -> str:
+    """SQL that is true where a string column has one of the values, of which there must be one."""
+    return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
 def quoted(value: str) -> str:
@@ -73,9 +81,11 @@ def quoted(value: str) -> str:
 
 @dataclass(slots=True)
 class _Handles:
-    """Open tables by thread and path; None outside of sessions."""
+    """Open tables by thread and path; None where none are kept."""
 
     tables: dict[tuple[int, str], DeltaTable] | None = None
+    is_pinned: bool = False
+    """They stay as they were opened."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +95,29 @@ class Lake:
     root: str
     options: dict[str, str] = field(default_factory=dict, repr=False)
     """Delta storage options."""
-    owner: str = ""
-    """The corpus whose tables these are: its EMBED_NAME_PREFIX."""
+    owner: Owner = field(default_factory=Owner)
+    """The corpus that is to be in it."""
     _handles: _Handles = field(default_factory=_Handles, compare=False, repr=False)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """For the time of a run, a table that was opened once is brought up to date instead of being read anew."""
-        self._handles.tables = {}
+        with self._keeping_handles():
+            yield
+
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[None]:
+        """For the time of a look at the lake, every table has the version that it had when it was first read."""
+        with self._keeping_handles(is_pinned=True):
+            yield
+
+    @contextlib.contextmanager
+    def _keeping_handles(self, is_pinned: bool = False) -> Iterator[None]:
+        self._handles.tables, self._handles.is_pinned = {}, is_pinned
         try:
             yield
         finally:
-            self._handles.tables = None
+            self._handles.tables, self._handles.is_pinned = None, False
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Lake:
@@ -109,7 +130,7 @@ class Lake:
         if path is not None and path.exists() and not path.is_dir():
             raise LakeError(f"the lake {str(path)!r} must be a writable folder, it is a file; set EMBED_LAKE")
         root = str(path.absolute()) if path is not None else settings.lake.rstrip("/")
-        return cls(root, settings.lake_options, settings.name_prefix)
+        return cls(root, settings.lake_options, Owner.from_settings(settings))
 
     def uri(self, table: TableSpec) -> str:
         """Where the table lies."""
@@ -128,7 +149,8 @@ class Lake:
         handles = self._handles.tables if version is None else None
         with self._table_errors(path):
             if handles is not None and place in handles:
-                handles[place].update_incremental()
+                if not self._handles.is_pinned:
+                    handles[place].update_incremental()
                 return handles[place]
             try:
                 table = DeltaTable(f"{self.root}/{path}", version, self.options or None)
@@ -143,9 +165,7 @@ class Lake:
 
         The dimension of an embeddings table is a constraint: rows with another length can't be committed.
         """
-        configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties}
-        if self.owner:
-            configuration[_OWNER_PROPERTY] = self.owner
+        configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties, **self.owner.properties}
         if dimension is not None:
             # Constraints need writer version 3, and only here, at creation, are they set without a race.
             configuration |= {
@@ -159,7 +179,7 @@ class Lake:
                     f"the table {self.uri(table)!r} has data files and no _delta_log, so it is no table any more; "
                     "restore its _delta_log from a backup, or move the folder away and sync, which makes it anew"
                 )
-            return DeltaTable.create(
+            made = DeltaTable.create(
                 self.uri(table),
                 table.schema,
                 mode="ignore",
@@ -169,6 +189,8 @@ class Lake:
                 storage_options=self.options or None,
                 raise_if_key_not_exists=False,
             )
+        self._check_owner_of(made)  # another corpus may have made it at the same time
+        return made
 
     @contextlib.contextmanager
     def _table_errors(self, path: str) -> Iterator[None]:
@@ -191,6 +213,8 @@ class Lake:
         self._check_writable()
         self.check_owner()
         self.check_tables(embeddings)
+        if self.owner.source and any((t := self.open(spec)) and not Owner.of(t).source for spec in _OWNED):
+            self.adopt()  # made before lakes knew their source
 
     def check_tables(self, embeddings: TableSpec) -> None:
         """Raise ``LakeError`` when a table lacks columns, or an entry of its log is empty, or the space's table is of
@@ -219,13 +243,37 @@ class Lake:
 
     def check_owner(self) -> None:
         """Raise ``LakeError`` when the lake is another corpus's."""
-        table = self.open(RAW)
-        owner = "" if table is None else table.metadata().configuration.get(_OWNER_PROPERTY, "")
-        if table is not None and owner != self.owner:
+        for table in _OWNED:
+            if (delta := self.open(table)) is not None:
+                self._check_owner_of(delta)
+
+    def _check_owner_of(self, delta: DeltaTable) -> None:
+        owner = Owner.of(delta)
+        if self.owner.is_at_odds_with(owner):
             raise LakeError(
-                f"a lake holds one corpus, {self.root!r} is that of EMBED_NAME_PREFIX={owner!r}, got {self.owner!r}: "
-                "they would replace each other's partitions; set EMBED_LAKE to a lake of its own"
+                f"a lake holds one corpus, {self.root!r} has that of {owner}, got {self.owner}: they would replace "
+                "each other's partitions; set EMBED_LAKE to a lake of its own, or, if these are the same documents in "
+                "another place, run 'embed-assets adopt'"
             )
+
+    def adopt(self) -> bool:
+        """Make this lake the corpus's of the settings, whosesoever it was; False when it was already, or is empty."""
+        tables = [delta for table in _OWNED if (delta := self.open(table)) is not None]
+        foreign = [delta for delta in tables if Owner.of(delta) != self.owner]
+        for delta in foreign:
+            self._own(delta)
+        return bool(foreign)
+
+    def _own(self, delta: DeltaTable) -> None:
+        for attempt in range(_ADOPT_ATTEMPTS):
+            with lake_errors("the lake's owner can't be noted", self.root):
+                try:
+                    delta.alter.set_table_properties(self.owner.properties, raise_if_not_exists=False)
+                    return
+                except CommitFailedError:  # somebody wrote to the table meanwhile
+                    if attempt == _ADOPT_ATTEMPTS - 1:
+                        raise
+                    delta.update_incremental()
 
     def _check_writable(self) -> None:
         path = local_path(self.root)

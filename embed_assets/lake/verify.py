@@ -69,15 +69,16 @@ class Gaps:
 
 
 def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
-    """Each partition of raw_documents, chunks or the space's table, with its gaps.
+    """Each partition of raw_documents, chunks or the space's table, with its gaps, as the tables were at its start.
 
     24 bytes per chunk of one partition, one document, and one batch of vectors are in memory at a time.
     """
-    delta = lake.open(table)
-    dimension = None if delta is None else dimension_of(delta)
-    tables = (RAW, CHUNK_TABLE, table)
-    for key in sorted(set().union(*(partition_keys(lake, spec) for spec in tables))):
-        yield key, verify_partition(lake, table, key, prompt, dimension)
+    with lake.pinned():
+        delta = lake.open(table)
+        dimension = None if delta is None else dimension_of(delta)
+        tables = (table, CHUNK_TABLE, RAW)
+        for key in sorted(set().union(*(partition_keys(lake, spec) for spec in tables))):
+            yield key, verify_partition(lake, table, key, prompt, dimension)
 
 
 def verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:

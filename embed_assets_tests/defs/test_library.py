@@ -76,7 +76,7 @@ def test_a_lake_is_one_corpus_alone(project: Project) -> None:
     project.set(NAME_PREFIX="recipes")
     refused = project.run("sync")
     assert refused.exit_code == 1
-    assert "that of EMBED_NAME_PREFIX='laws', got 'recipes'" in " ".join(refused.stderr.split())
+    assert "EMBED_NAME_PREFIX='laws', got EMBED_SOURCE='../landing' and EMBED_NAME_PREFIX='recipes'" in refused.stderr
 
 
 @pytest.mark.parametrize("prefix", ["a/b", "1a", "a b", "a" * 70])

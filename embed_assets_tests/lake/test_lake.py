@@ -21,7 +21,16 @@ from embed_assets.lake.inputs import Inputs
 from embed_assets.lake.reader import content_version, partition_keys, read_partition, scan, table_version
 from embed_assets.lake.search import search
 from embed_assets.lake.staging import Staging, remove_windows, stale_windows
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of, partition_predicate
+from embed_assets.lake.tables import (
+    CHUNK_TABLE,
+    RAW,
+    REJECTED,
+    Lake,
+    TableSpec,
+    dimension_of,
+    is_one_of,
+    partition_predicate,
+)
 from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_batch
 from embed_assets.lake.verify import verify
 from embed_assets.lake.writer import Provenance, replace_partition
@@ -314,6 +323,46 @@ def test_search_is_exact(lake: Lake) -> None:
     assert len({(r.partition_key, r.chunk_id) for r in results}) == 7
     assert search(lake, TableSpec("embeddings", "none"), query, 3) == []
     assert len(search(lake, SPACE, query, 10_000)) == 600
+
+
+def test_a_search_reads_one_version_beside_a_writer(tmp_path: Path) -> None:
+    """Between its scan of the vectors and its look-up of the texts, all rows are replaced by others."""
+
+    class Busy(Lake):
+        """A lake whose table is replaced whenever it is opened, right after that."""
+
+        def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
+            opened = super().open_path(path, version)
+            texts = [f"text {next(counter)}" for _ in range(30)]
+            replace_partition(lake, SPACE, "a", [embeddings("a", unit(30, 8, 1), texts)], RUN, dimension=8)
+            return opened
+
+    counter = iter(range(100_000))
+    lake = Lake(str(tmp_path / "lake"))
+    replace_partition(lake, SPACE, "a", [embeddings("a", unit(30, 8, 1))], RUN, dimension=8)
+    found = search(Busy(lake.root), SPACE, unit(1, 8, 2)[0], 5)
+    assert len(found) == 5 and all(result.text.startswith("text ") for result in found)
+    assert len(search(Busy(lake.root), SPACE, unit(1, 8, 2)[0], 5)) == 5
+
+
+def test_the_texts_of_results_are_looked_for_in_their_partitions_alone(lake: Lake) -> None:
+    for i in range(5):
+        replace_partition(lake, SPACE, f"p{i}", [embeddings(f"p{i}", unit(4, 8, i), TEXTS[:4])], RUN, dimension=8)
+    delta = lake.open(SPACE)
+    assert delta is not None
+    predicate = f"{is_one_of('partition_key', ['p1', 'p3'])} AND {is_one_of('chunk_id', ['x'])}"
+    pruned = delta.file_uris(file_pruning_predicate=predicate)
+    assert sorted(uri.split("partition_key=")[1][:2] for uri in pruned) == ["p1", "p3"]
+
+
+def test_a_pinned_lake_stays_as_it_was_first_read(lake: Lake) -> None:
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    other = Lake(lake.root)
+    with lake.pinned():
+        assert names(lake) == ["x"]
+        replace_partition(other, REJECTED, "a", rejections("a", "y"), RUN)
+        assert names(lake) == ["x"] and table_version(lake, REJECTED) == 1
+    assert names(lake) == ["y"]
 
 
 TEXTS = [f"text {i}" for i in range(6)]
