@@ -15,6 +15,7 @@ from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.discovery import KEYS_PER_ADD, list_partitions
+from embed_assets.defs.heartbeat import Silence
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.processes import end_dead_runs
 from embed_assets.defs.recording import observation
@@ -71,6 +72,7 @@ class Cursor:
 def build_arrivals_sensor(pipeline: Pipeline) -> dg.SensorDefinition:
     """The sensor over the pipeline's source."""
     known: dict[str, Record] = {}
+    silence = Silence()
 
     @dg.sensor(
         name=Names.of(pipeline).prefixed("arrivals"),
@@ -80,7 +82,7 @@ def build_arrivals_sensor(pipeline: Pipeline) -> dg.SensorDefinition:
         "Also ends runs whose process is gone.",
     )
     def arrivals(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        for run_id in end_dead_runs(context.instance):
+        for run_id in end_dead_runs(context.instance, silence):
             context.log.warning(f"the process of the run {run_id} is gone: it is marked as failed")
         return observe_arrivals(context.instance, pipeline, context.cursor, time.time(), known)
 

@@ -36,6 +36,9 @@ from dagster._core.executor.in_process import InProcessExecutor  # noqa: E402
 from dagster._core.instance.config import PoolGranularity  # noqa: E402
 from dagster._core.instance.ref import InstanceRef  # noqa: E402
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable  # noqa: E402
+from dagster._core.storage.legacy_storage import LegacyRunStorage  # noqa: E402
+from dagster._core.storage.runs.schema import KeyValueStoreTable  # noqa: E402
+from dagster._core.storage.runs.sql_run_storage import SqlRunStorage  # noqa: E402
 from dagster._core.storage.sqlite import (  # noqa: E402
     LAST_KNOWN_STAMPED_SQLITE_ALEMBIC_REVISION as LAST_UNSTAMPED_REVISION,
 )
@@ -77,6 +80,7 @@ __all__ = [
     "RetryMode",
     "SerializableErrorInfo",
     "StoredEvent",
+    "delete_value",
     "error_of_run",
     "follow_default_limit",
     "free_slots",
@@ -85,7 +89,9 @@ __all__ = [
     "latest_event_ids",
     "raise_execution_interrupts",
     "read_events",
+    "read_values",
     "register_partitions",
+    "write_value",
 ]
 
 
@@ -206,3 +212,22 @@ def follow_default_limit(instance: DagsterInstance, pool: str) -> None:
 def free_slots(instance: DagsterInstance, run_id: str) -> None:
     """Give back the slots of pools that a run holds."""
     instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+
+
+def write_value(instance: DagsterInstance, key: str, value: str) -> None:
+    """Keep a value in the instance, in the place of the one before."""
+    instance.run_storage.set_cursor_values({key: value})
+
+
+def read_values(instance: DagsterInstance, keys: set[str]) -> Mapping[str, str]:
+    """The values that are kept of these keys."""
+    return instance.run_storage.get_cursor_values(keys) if keys else {}
+
+
+def delete_value(instance: DagsterInstance, key: str) -> None:
+    """Keep it no longer, which Dagster itself has no way to say."""
+    storage = instance.run_storage
+    sql = storage._storage.run_storage if isinstance(storage, LegacyRunStorage) else storage
+    if isinstance(sql, SqlRunStorage):
+        with sql.connect() as connection:
+            connection.execute(KeyValueStoreTable.delete().where(KeyValueStoreTable.c.key == key))

@@ -18,6 +18,7 @@ from embed_assets.defs.dagster_internals import (
     error_of_run,
 )
 from embed_assets.defs.discovery import discover, find_strays, list_partitions, refuse_if_emptied
+from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.results import PartitionResult, RunObserver
@@ -166,18 +167,20 @@ def run_sync(
     fresh = {plan.partition.key: history.known_result(plan.partition.key) for plan in plans if plan.is_fresh}
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
     observer.on_start({key: partitions[key].byte_size for key in due})
+    registered = instance.get_dynamic_partitions(Names.of(pipeline).partitions_name)
     job = build(collector).resolve_implicit_global_asset_job_def()
-    allowance = {ALLOW_EMPTY_TAG: "true"} if allow_empty else {}
-    for message in wait_for_pool(instance):
-        _log.warning(message)
-    for first, last, keys in _ranges(instance.get_dynamic_partitions(Names.of(pipeline).partitions_name), due):
-        run = job.execute_in_process(
-            instance=instance,
-            raise_on_error=False,
-            run_config=_SILENT_CONSOLE,
-            tags={RANGE_START_TAG: first, RANGE_END_TAG: last, PROCESS_TAG: this_process()} | allowance,
-        )
-        _check_complete(collector, keys, run)
+    tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if allow_empty else {})
+    with heartbeat(instance, this_process()):
+        for message in wait_for_pool(instance) if due else ():
+            _log.warning(message)
+        for first, last, keys in _ranges(registered, due):
+            run = job.execute_in_process(
+                instance=instance,
+                raise_on_error=False,
+                run_config=_SILENT_CONSOLE,
+                tags={RANGE_START_TAG: first, RANGE_END_TAG: last, **tags},
+            )
+            _check_complete(collector, keys, run)
     remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))
     results = fresh | collector.results
     return SyncResult({key: results[key] for key in sorted(results)}, round(time.perf_counter() - started, 3))

@@ -147,7 +147,7 @@ def test_times_in_the_future_say_nothing(project: Project) -> None:
 
 
 def test_an_automated_run_does_not_believe_an_empty_source(project: Project) -> None:
-    """It may be a disk that is not mounted: the rows stay. A sync that a person starts believes it."""
+    """It may be a disk that is not mounted: the rows stay, until a person says that it is to be empty."""
     project.write("a/one.md", "One.")
     project.sync()
     shutil.rmtree(project.landing / "a")
@@ -160,7 +160,7 @@ def test_an_automated_run_does_not_believe_an_empty_source(project: Project) -> 
         failure = next(event for event in result.all_events if event.is_step_failure)
         assert "is empty, and 1 partitions hold documents of it" in str(failure.event_specific_data)
     assert len(project.rows("chunk_id")) == 1
-    assert project.sync()["dropped"] == 1
+    assert project.sync("--allow-empty")["dropped"] == 1
     assert project.rows("chunk_id") == []
 
 
