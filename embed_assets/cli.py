@@ -21,6 +21,7 @@ from embed_assets.console import (
     WarningLines,
     escape,
     print_benchmark,
+    print_hidden,
     print_maintenance,
     print_names,
     print_plan,
@@ -136,7 +137,7 @@ def init(as_json: bool) -> Answer:
 def discover(as_json: bool) -> Answer:
     """List the source, register its partitions, and record which of them changed."""
     from embed_assets.defs.discovery import discover as discover_partitions
-    from embed_assets.defs.discovery import list_partitions
+    from embed_assets.defs.discovery import with_gone_ones
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.names import Names
     from embed_assets.defs.staleness import load_history
@@ -144,15 +145,18 @@ def discover(as_json: bool) -> Answer:
     pipeline = _pipeline()
     pipeline.lake.check_owner()
     with open_instance() as instance:
-        partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
+        listing = pipeline.source.listing()
+        partitions = with_gone_ones(instance, listing.partitions, Names.of(pipeline))
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
         print_names("new", found.added)
         print_names("changed", found.changed)
         print_names("emptied", found.emptied)
         stdout.print(f"{len(found.partitions)} partitions in {pipeline.source.root}", markup=False)
+        print_hidden(listing.hidden)
     files = {key: len(partition.files) for key, partition in sorted(found.partitions.items())}
-    return Answer({"partitions": files, "added": found.added, "changed": found.changed, "emptied": found.emptied})
+    changes = {"added": found.added, "changed": found.changed, "emptied": found.emptied}
+    return Answer({"partitions": files, **changes, "hidden": list(listing.hidden)})
 
 
 @command
@@ -213,11 +217,12 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     if not as_json:
         print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
+        print_hidden(result.hidden)
     if result.failed:
         stderr.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
     rows: dict[str, object] = {key: r.as_json() for key, r in result.partitions.items()}
     answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.space.name}
-    return Answer(answer, exit_code=int(bool(result.failed)))
+    return Answer(answer | {"hidden": list(result.hidden)}, exit_code=int(bool(result.failed)))
 
 
 @command

@@ -104,6 +104,17 @@ def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds:
     )
 
 
+def print_hidden(names: Sequence[str]) -> None:
+    """What is left out of the source, in one line."""
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        stdout.print(
+            f"left out: {len(names):,} files or folders whose names begin with a dot ({shown})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
 def print_maintenance(done: Maintenance, dry_run: bool) -> None:
     """What `maintain` did, or would do; errors go to stderr."""
     shown = _table("table", numbers=("small files", "of partitions", "to vacuum", "commits to checkpoint", "windows"))

@@ -123,7 +123,7 @@ class _Died(Exception):
     def of(cls, process: subprocess.Popen[bytes]) -> _Died:
         """The cause of the process's death."""
         status = process.wait()
-        if status == -signal.SIGXCPU:
+        if sys.platform != "win32" and status == -signal.SIGXCPU:
             return cls(f"reading it took more than {CPU_SECONDS} seconds; split or simplify it", True)
         how = f"signal {-status}" if status < 0 else f"status {status}"
         limit = f"perhaps over {MEMORY_BYTES >> 30} GB of memory"

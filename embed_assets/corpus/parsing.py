@@ -13,9 +13,10 @@ from embed_assets.corpus.apart import parser_process
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats import FORMATS, MissingExtra
 from embed_assets.corpus.items import BadRow, Row
+from embed_assets.corpus.listing import SourceFile
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet
-from embed_assets.corpus.source import Source, SourceFile, SourcePartition
+from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.corpus.structure import find_structure
 from embed_assets.records import Document, Rejection
 from embed_assets.scratch import Seen

@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -20,6 +18,7 @@ from urllib.parse import quote
 import fsspec
 from pydantic import JsonValue
 
+from embed_assets.corpus.listing import SourceFile, find, walk
 from embed_assets.errors import SettingsError, SourceError
 from embed_assets.records import hash_parts, hash_text
 from embed_assets.settings import Settings, local_path, same_place
@@ -34,28 +33,11 @@ _LOOKS_LIKE_A_ROW = re.compile(r"\.(jsonl|csv|parquet)#", re.IGNORECASE)
 _HASHED_KEY = re.compile(r"~[0-9a-f]{32}$")
 _MAX_QUOTED_KEY = 200
 """Characters of a key in a table's folder names, where all but letters and digits count threefold."""
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MAX_SECONDS = 60_000_000_000.0
-"""Times beyond the years that Python's dates can hold are taken for the last (or first) of them."""
+_VAGUE = "-vague"
 _LAKE_FOLDERS = frozenset({"", "raw_documents", "rejected_documents", "chunks", "embeddings", "models"})
 _READ_BYTES = 1 << 18
 _RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
 """Names a folder can have that mean something else: our own partition of loose files, and Delta's null."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file of the corpus as its listing shows it."""
-
-    path: str
-    """Relative to the source's root, '/'-separated."""
-    size: int
-    """Bytes."""
-    modified_at: datetime
-    version: str
-    """ETag where the store gives one, else the modification time in nanoseconds."""
-    rejected: str = ""
-    """Reason code when the listing alone shows that it must not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +51,13 @@ class SourcePartition:
 
     @property
     def version(self) -> str:
-        """Data version of what the listing shows: a hash over paths and sizes, '-', and one over ETags or times."""
+        """Data version of what the listing shows: a hash over paths and sizes, '-', and one over checksums or times.
+
+        At its end it says when that does not tell everything: see `can_tell_changes`.
+        """
         shape = hash_parts(part for f in self.files for part in (f.path, str(f.size), f.rejected))
-        return f"{shape}-{hash_parts(f.version for f in self.files)}"
+        is_vague = any(not file.version and not file.rejected for file in self.files)
+        return f"{shape}-{hash_parts(f.version for f in self.files)}{_VAGUE if is_vague else ''}"
 
     @property
     def byte_size(self) -> int:
@@ -82,6 +68,16 @@ class SourcePartition:
         """Identity of a file's text: its path inside the partition."""
         name = clean_name(file.path.removeprefix(self.prefix))
         return f"{name}~{hash_text(name)[:8]}" if _LOOKS_LIKE_A_ROW.search(name) else name
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a source has at a time."""
+
+    partitions: dict[str, SourcePartition]
+    """Those that have files, by key, in order of their keys."""
+    hidden: tuple[str, ...] = ()
+    """Files and folders that are left out because their names begin with a dot."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +102,21 @@ class Source:
         return cls(root, settings.partition_by, settings.source_options, excluded)
 
     def partitions(self) -> dict[str, SourcePartition]:
-        """All partitions that have files, by key, in order of their keys.
+        """All partitions that have files, by key, in order of their keys. As `listing`."""
+        return self.listing().partitions
+
+    def listing(self) -> Listing:
+        """What the source has now.
 
         Raises ``SourceError`` when the source does not exist or can't be listed.
         """
         groups: dict[tuple[str, str], list[SourceFile]] = {}
-        for file in sorted(self._list(), key=lambda f: f.path):
+        hidden: list[str] = []
+        for file in sorted(self._files(hidden), key=lambda f: f.path):
             groups.setdefault(self._assign(file.path), []).append(file)
         found = (SourcePartition(key, tuple(files), prefix) for (key, prefix), files in groups.items())
-        return {partition.key: partition for partition in sorted(found, key=lambda p: p.key)}
+        partitions = {partition.key: partition for partition in sorted(found, key=lambda p: p.key)}
+        return Listing(partitions, tuple(sorted(hidden)))
 
     def open(self, file: SourceFile) -> IO[bytes]:
         """The file's bytes, for reading.
@@ -135,10 +137,15 @@ class Source:
         return io.BufferedReader(_WatchedFile(raw, self.uri(file)), _READ_BYTES)
 
     def uri(self, file: SourceFile) -> str:
-        """Where the file lies: its URL, or ``file://`` and its absolute path."""
-        if "://" in self.root:
-            return clean_name(f"{self.root}/{file.path}")
-        return clean_name(f"file://{self.root}/{file.path}")
+        """Where the file lies, as a URI: what is special in one is quoted, so that its path parses back.
+
+        (Before 0.2 it was not: '50% off #1.md' stood in the tables as it is.)
+        """
+        if "://" not in self.root:
+            return f"file://{quote_path(f'{self.root}/{file.path}')}"
+        # The addresses that HTTP servers list are URIs already.
+        is_quoted = self.root.startswith(("http://", "https://"))
+        return clean_name(f"{self.root}/{file.path}") if is_quoted else f"{self.root}/{quote_path(file.path)}"
 
     def _absolute(self, path: str) -> str:
         return f"{self.root}/{path}"
@@ -159,7 +166,7 @@ class Source:
         digest = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return f"bucket-{int.from_bytes(digest, 'big') % buckets:0{len(str(buckets - 1))}d}-of-{buckets}", ""
 
-    def _list(self) -> Iterator[SourceFile]:
+    def _files(self, hidden: list[str]) -> Iterator[SourceFile]:
         path = local_path(self.root)
         if path is not None:
             if not path.is_dir():
@@ -167,7 +174,7 @@ class Source:
                     f"the source must be an existing folder, got {str(path)!r}; "
                     "create it, run 'embed-assets sample' or set EMBED_SOURCE"
                 )
-            yield from _walk(path, path.resolve(), self.excluded)
+            yield from walk(path, self.excluded, hidden)
             return
         try:
             filesystem = self._filesystem()
@@ -175,17 +182,13 @@ class Source:
             base = filesystem._strip_protocol(self.root).rstrip("/")
             if not filesystem.isdir(base):
                 raise FileNotFoundError("it must be an existing folder or prefix")
-            listing: dict[str, dict[str, Any]] = filesystem.find(base, detail=True)
+            yield from find(filesystem, base, hidden)
         except Exception as error:
             raise SourceError(
                 f"the source {self.root!r} can't be listed: {type(error).__name__}: {error}; "
                 "check EMBED_SOURCE, EMBED_SOURCE_OPTIONS and the credentials in the environment",
                 may_pass=True,
             ) from error
-        for name, info in listing.items():
-            relative = name.removeprefix(base).lstrip("/")
-            if info.get("type") != "directory" and not _is_hidden(relative):
-                yield _from_listing(relative, info)
 
 
 class _WatchedFile(io.RawIOBase):
@@ -243,6 +246,11 @@ def _check_apart(source: str, lake: str) -> None:
         )
 
 
+def can_tell_changes(version: str) -> bool:
+    """Two equal versions of a partition are of the same content. Some sources have neither checksums nor times."""
+    return not version.endswith(_VAGUE)
+
+
 def is_only_touched(before: str, now: str) -> bool:
     """Between two versions of a partition no path and no size changed: perhaps no content did either."""
     return before.partition("-")[0] == now.partition("-")[0]
@@ -264,6 +272,15 @@ def partition_key(name: str) -> str:
     return f"{shown}~{digest}"
 
 
+def quote_path(path: str) -> str:
+    """A path as it stands in a URI; bytes that are no UTF-8 are quoted as they are."""
+    try:
+        name = path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no bytes of a local name, but half a character
+        name = path.encode("utf-8", "surrogatepass")
+    return quote(name, safe="/~!$&'()*+,;=:@")
+
+
 def clean_name(name: str) -> str:
     """The name; if it has bytes that are no UTF-8, with those escaped and a hash appended, so that it is unique."""
     try:
@@ -272,80 +289,3 @@ def clean_name(name: str) -> str:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return f"{name.encode('utf-8', 'backslashreplace').decode('utf-8')}~{digest}"
     return name
-
-
-def _walk(folder: Path, root: Path, excluded: Path | None) -> Iterator[SourceFile]:
-    pending = [(folder, "")]
-    while pending:
-        folder, prefix = pending.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except FileNotFoundError:  # gone since its parent was listed
-            continue
-        except OSError as error:
-            raise SourceError(
-                f"the folder {str(folder)!r} can't be listed: {error.strerror}; fix it or move it"
-            ) from None
-        for entry in entries:
-            relative = prefix + entry.name
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                if excluded is not None and root / relative == excluded:
-                    continue
-                pending.append((Path(entry.path), relative + "/"))
-            elif file := _from_entry(entry, relative, root):
-                yield file
-
-
-def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFile | None:
-    """A local file as it is now; None when it is gone since its folder was listed."""
-    try:
-        rejected = _problem_of_entry(entry, root)
-        # A rejected link's target is none of our business: only the link itself is looked at.
-        stat = entry.stat(follow_symlinks=not rejected)
-    except FileNotFoundError:
-        return None
-    modified_at = _EPOCH + timedelta(seconds=max(-_MAX_SECONDS, min(stat.st_mtime, _MAX_SECONDS)))
-    return SourceFile(relative, stat.st_size, modified_at, str(stat.st_mtime_ns), rejected)
-
-
-def _problem_of_entry(entry: os.DirEntry[str], root: Path) -> str:
-    """Reason code of an entry that must not be read, else ''."""
-    if not entry.is_symlink():
-        return _problem_of_file(Path(entry.path))
-    try:
-        target = Path(entry.path).resolve(strict=True)
-    except (OSError, RuntimeError):
-        return "broken_link"
-    if not target.is_relative_to(root):
-        return "symlink_outside"
-    if target.is_dir():
-        return "symlink_to_folder"
-    return _problem_of_file(target)
-
-
-def _problem_of_file(path: Path) -> str:
-    if not path.is_file():
-        return "not_a_file"
-    # Part of the listing, so that the file is read as soon as it may be.
-    return "" if os.access(path, os.R_OK) else "unreadable"
-
-
-def _from_listing(relative: str, info: dict[str, Any]) -> SourceFile:
-    """A file of an object store: fsspec's implementations name times and ETags differently."""
-    modified = next(
-        (info[k] for k in ("LastModified", "last_modified", "updated", "mtime", "created") if info.get(k)), 0
-    )
-    if isinstance(modified, str):
-        modified = datetime.fromisoformat(modified.replace("Z", "+00:00"))
-    if not isinstance(modified, datetime):
-        modified = datetime.fromtimestamp(float(modified), UTC)
-    modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
-    etag = next((str(info[k]) for k in ("ETag", "etag", "md5Hash", "content_md5") if info.get(k)), "")
-    return SourceFile(relative, int(info.get("size") or 0), modified, etag or modified.isoformat())
-
-
-def _is_hidden(relative: str) -> bool:
-    """Names with one dot in front, by custom. Two are no custom, and nothing may disappear silently."""
-    return any(part.startswith(".") and not part.startswith("..") for part in relative.split("/"))

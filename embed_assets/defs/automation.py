@@ -16,7 +16,7 @@ from dagster import AssetKey, DagsterInstance
 from embed_assets.corpus.source import is_only_touched
 from embed_assets.defs.dagster_internals import latest_attempts
 from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, DEPENDENCIES, LASTING_TAG, SOURCE, Names, code_tag
-from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
+from embed_assets.defs.staleness import READ_EACH_TIME, History, Status, load_history, partition_statuses
 from embed_assets.records import slices
 from embed_assets.stages.pipeline import Pipeline
 
@@ -78,18 +78,20 @@ class Attempt:
         """Whether to try again although nothing changed since.
 
         Not what a run gave up for good, or a person stopped, and for an hour not what failed otherwise. Nor what a run
-        looked at and left alone: it knew better. But what such a run made and was lost since.
+        looked at and left alone: it knew better. But what such a run made and was lost since; and after an hour what
+        must be read to know whether it changed.
         """
         if self.run is None:
             return True
         run = self.run.dagster_run
         if run.tags.get(CODE_TAG, code) != code:
             return True
+        is_long_ago = now - (self.run.end_time or self.run.update_timestamp.timestamp()) > _SECONDS_BETWEEN_ATTEMPTS
         if run.status == dg.DagsterRunStatus.SUCCESS:
-            return status.state == "missing"
+            return status.state == "missing" or (READ_EACH_TIME in status.reasons and is_long_ago)
         if run.status == dg.DagsterRunStatus.CANCELED or LASTING_TAG in run.tags:
             return False
-        return now - (self.run.end_time or self.run.update_timestamp.timestamp()) > _SECONDS_BETWEEN_ATTEMPTS
+        return is_long_ago
 
 
 class _PartitionCondition(dg.AutomationCondition[AssetKey]):

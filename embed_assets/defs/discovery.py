@@ -34,7 +34,13 @@ class Discovery:
 
 def list_partitions(instance: DagsterInstance, source: Source, names: Names) -> dict[str, SourcePartition]:
     """All partitions, of the source and registered ones whose files are gone, by key; nothing is recorded."""
-    listed = source.partitions()
+    return with_gone_ones(instance, source.partitions(), names)
+
+
+def with_gone_ones(
+    instance: DagsterInstance, listed: dict[str, SourcePartition], names: Names
+) -> dict[str, SourcePartition]:
+    """The partitions of a listing, and the registered ones that it has not any more."""
     gone = (key for key in instance.get_dynamic_partitions(names.partitions_name) if key not in listed)
     return listed | {key: SourcePartition(key) for key in gone}
 

@@ -5,7 +5,6 @@ A range run has one data version for all its partitions unless the events are lo
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import dagster as dg
+import psutil
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
@@ -164,5 +164,9 @@ def damage(names: Names, asset: str, key: str) -> dg.AssetMaterialization:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,6 +12,7 @@ from typing import Literal
 
 from dagster import DagsterInstance
 
+from embed_assets.corpus.source import can_tell_changes
 from embed_assets.defs.dagster_internals import (
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
@@ -30,6 +31,7 @@ State = Literal["missing", "stale", "fresh"]
 
 REPAIR_CODE_VERSION = "needs-repair"
 """Code version that `verify --repair` gives to what it found damaged: no code has it, so it is stale."""
+READ_EACH_TIME = "its source tells neither checksums nor times, so it is read each time"
 _KEYS_PER_QUERY = 500
 
 
@@ -128,6 +130,8 @@ class History:
             reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
+        if not can_tell_changes(inputs.get(SOURCE) or ""):
+            reasons.append(READ_EACH_TIME)
         reasons += [
             f"{'source files' if dependency == SOURCE else dependency} changed"
             for dependency, version in inputs.items()

@@ -17,7 +17,7 @@ from embed_assets.defs.dagster_internals import (
     SerializableErrorInfo,
     error_of_run,
 )
-from embed_assets.defs.discovery import discover, find_strays, list_partitions, refuse_if_emptied
+from embed_assets.defs.discovery import discover, find_strays, list_partitions, refuse_if_emptied, with_gone_ones
 from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
@@ -66,6 +66,8 @@ class SyncResult:
 
     partitions: dict[str, PartitionResult]
     seconds: float
+    hidden: Sequence[str]
+    """Files and folders that were left out because their names begin with a dot."""
 
     @property
     def failed(self) -> list[str]:
@@ -148,7 +150,8 @@ def run_sync(
     """
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
-    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
+    listing = pipeline.source.listing()
+    partitions = with_gone_ones(instance, listing.partitions, Names.of(pipeline))
     _check_known(only, partitions)
     if strays := find_strays(pipeline.lake, pipeline.embeddings_table, partitions):
         _log.warning(
@@ -159,8 +162,7 @@ def run_sync(
         )
     history = load_history(instance, pipeline)
     if not allow_empty:
-        is_empty = not any(partition.files for partition in partitions.values())
-        refuse_if_emptied(pipeline.source, is_empty, history.records["raw_documents"])
+        refuse_if_emptied(pipeline.source, not listing.partitions, history.records["raw_documents"])
     discover(instance, partitions, history)
     plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))
     collector = _Collector(observer)
@@ -183,7 +185,8 @@ def run_sync(
             _check_complete(collector, keys, run)
     remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))
     results = fresh | collector.results
-    return SyncResult({key: results[key] for key in sorted(results)}, round(time.perf_counter() - started, 3))
+    seconds = round(time.perf_counter() - started, 3)
+    return SyncResult({key: results[key] for key in sorted(results)}, seconds, listing.hidden)
 
 
 class _Collector:

@@ -33,6 +33,12 @@ _DIMENSION_PROPERTY = "embed_assets.dimension"
 _DRAWING = re.compile("\x1b\\[[0-9;]*m|↳")
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 _ADOPT_ATTEMPTS = 20
+_UNUSABLE = re.compile(r"[\[\]^|\\\x00-\x1f\x7f\ud800-\udfff]")
+"""Characters that no place of a table may have: Delta's library panics, or writes a table and can't find it again."""
+_UNUSABLE_IN_PATHS = re.compile(r"%[0-9A-Fa-f]{2}")
+"""Taken for an escape, once or twice, so that it is written to one folder and read from another."""
+_UNUSABLE_IN_URLS = re.compile(r"[?#]")
+"""The end of the path, as in a browser: 'lake#1' and 'lake#2' would be one lake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,13 @@ class Lake:
         if path is not None and path.exists() and not path.is_dir():
             raise LakeError(f"the lake {str(path)!r} must be a writable folder, it is a file; set EMBED_LAKE")
         root = str(path.absolute()) if path is not None else settings.lake.rstrip("/")
+        others = _UNUSABLE_IN_URLS if path is None else _UNUSABLE_IN_PATHS
+        if found := _UNUSABLE.search(root) or others.search(root):
+            # https://github.com/delta-io/delta-rs/issues/1156 and its relatives
+            raise SettingsError(
+                f"Delta's library can't keep tables in a place with {found[0]!r} in its name, got EMBED_LAKE={root!r}; "
+                "set EMBED_LAKE to another one"
+            )
         return cls(root, settings.lake_options, Owner.from_settings(settings))
 
     def uri(self, table: TableSpec) -> str:
