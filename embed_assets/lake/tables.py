@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pyarrow as pa
-from deltalake import DeltaTable
+from deltalake import DeltaTable, Field
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from obstore.exceptions import BaseError
 
@@ -32,7 +33,7 @@ _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
 _DRAWING = re.compile("\x1b\\[[0-9;]*m|↳")
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
-_ADOPT_ATTEMPTS = 20
+_ALTER_ATTEMPTS = 20
 _UNUSABLE = re.compile(r"[\[\]^|\\\x00-\x1f\x7f\ud800-\udfff]")
 """Characters that no place of a table may have: Delta's library panics, or writes a table and can't find it again."""
 _UNUSABLE_IN_PATHS = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -51,6 +52,8 @@ class TableSpec:
     """Name of the embedding space, for embeddings."""
     properties: Mapping[str, str] = field(default_factory=dict)
     """Written when the table is created."""
+    extra: tuple[pa.Field, ...] = ()
+    """Columns beside those of its kind. A table that was made without them gets them, null in the rows it has."""
 
     @property
     def path(self) -> str:
@@ -60,7 +63,7 @@ class TableSpec:
     @property
     def schema(self) -> pa.Schema:
         """Arrow schema of the rows."""
-        return SCHEMAS[self.kind]
+        return pa.schema([*SCHEMAS[self.kind], *self.extra])
 
 
 RAW = TableSpec("raw_documents")
@@ -228,6 +231,8 @@ class Lake:
         self.check_tables(embeddings)
         if self.owner.source and any((t := self.open(spec)) and not Owner.of(t).source for spec in _OWNED):
             self.adopt()  # made before lakes knew their source
+        for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
+            self._add_columns(table)
 
     def check_tables(self, embeddings: TableSpec) -> None:
         """Raise ``LakeError`` when a table lacks columns, or an entry of its log is empty, or the space's table is of
@@ -239,13 +244,7 @@ class Lake:
                 problem = find_empty_commit(self.storage, table.path)
             if problem:
                 raise self._damaged(table.path, problem)
-            columns = set(pa.schema(delta.schema().to_arrow()).names)
-            if columns != set(table.schema.names):
-                differing = ", ".join(sorted(columns ^ set(table.schema.names)))
-                raise LakeError(
-                    f"the table {self.uri(table)!r} must have the columns {', '.join(table.schema.names)}; it has lost "
-                    f"or gained {differing}; restore an older version of it, or move the folder away and sync"
-                )
+            self._check_columns(table, delta)
             stored = delta.metadata().configuration
             for name, value in table.properties.items():
                 if stored.get(name, value) != value:
@@ -253,6 +252,28 @@ class Lake:
                         f"the table {self.uri(table)!r} must be of the space {table.space!r}, but its property {name} "
                         f"is {stored[name]!r} instead of {value!r}; move the folder away and sync"
                     )
+
+    def _check_columns(self, table: TableSpec, delta: DeltaTable) -> None:
+        """Columns that somebody added stay, null in the rows we write; those that may be null can be added by us."""
+        stored, ours = columns_of(delta), table.schema
+        lost = [column.name for column in ours if column.name not in stored.names and not column.nullable]
+        foreign = [column.name for column in stored if column.name not in ours.names and not column.nullable]
+        if lost or foreign:
+            what = f"lost {', '.join(lost)}" if lost else f"gained {', '.join(foreign)}, which can't be null"
+            raise LakeError(
+                f"the table {self.uri(table)!r} must have the columns {', '.join(ours.names)}; it has {what}; restore "
+                "an older version of it, or move the folder away and sync"
+            )
+
+    def _add_columns(self, table: TableSpec) -> None:
+        """Give a table that was made by older code the columns that are new, without writing a row."""
+        if (delta := self.open(table)) is not None:
+            known = columns_of(delta).names
+            added = [Field.from_arrow(column) for column in table.extra if column.name not in known]
+            if added:
+                self._alter(
+                    delta, f"the columns of {table.path!r} can't be added", lambda: delta.alter.add_columns(added)
+                )
 
     def check_owner(self) -> None:
         """Raise ``LakeError`` when the lake is another corpus's."""
@@ -278,13 +299,19 @@ class Lake:
         return bool(foreign)
 
     def _own(self, delta: DeltaTable) -> None:
-        for attempt in range(_ADOPT_ATTEMPTS):
-            with lake_errors("the lake's owner can't be noted", self.root):
+        properties = dict(self.owner.properties)
+        change = functools.partial(delta.alter.set_table_properties, properties, raise_if_not_exists=False)
+        self._alter(delta, "the lake's owner can't be noted", change)
+
+    def _alter(self, delta: DeltaTable, problem: str, change: Callable[[], None]) -> None:
+        """Change a table's metadata, again where somebody wrote to it meanwhile."""
+        for attempt in range(_ALTER_ATTEMPTS):
+            with lake_errors(problem, self.root):
                 try:
-                    delta.alter.set_table_properties(self.owner.properties, raise_if_not_exists=False)
+                    change()
                     return
-                except CommitFailedError:  # somebody wrote to the table meanwhile
-                    if attempt == _ADOPT_ATTEMPTS - 1:
+                except CommitFailedError:
+                    if attempt == _ALTER_ATTEMPTS - 1:
                         raise
                     delta.update_incremental()
 
@@ -310,6 +337,11 @@ class Lake:
     def storage(self) -> Storage:
         """What lies beside the tables."""
         return Storage(self.root, self.options)
+
+
+def columns_of(table: DeltaTable) -> pa.Schema:
+    """Arrow schema of a table as it is, others' columns included."""
+    return pa.schema(table.schema().to_arrow())
 
 
 def dimension_of(table: DeltaTable) -> int | None:

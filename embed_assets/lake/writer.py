@@ -14,7 +14,7 @@ from deltalake.exceptions import CommitFailedError
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionState, content_version, partition_state, state_of
-from embed_assets.lake.tables import Lake, TableSpec, lake_errors, partition_predicate
+from embed_assets.lake.tables import Lake, TableSpec, columns_of, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 from embed_assets.scratch import SpooledBatches
 
@@ -120,11 +120,22 @@ def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
         return False
 
 
-def _paced(staged: SpooledBatches) -> Iterator[pa.RecordBatch]:
-    """The rows, no faster than they can be written: delta-rs queues what comes faster, hundreds of megabytes of it."""
+def _paced(staged: SpooledBatches, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows, no faster than they can be written: delta-rs queues what comes faster, hundreds of megabytes of it.
+
+    `columns` are the table's, which may have some of other people's: they are null.
+    """
+    ours = staged.schema.names
     for batch in staged:
-        yield batch
+        arrays = [batch.column(c.name) if c.name in ours else pa.nulls(batch.num_rows, c.type) for c in columns]
+        yield pa.RecordBatch.from_arrays(arrays, schema=columns)
         time.sleep(batch.nbytes / _FEED_BYTES_PER_SECOND)
+
+
+def _columns_to_write(table: TableSpec, delta: DeltaTable) -> pa.Schema:
+    """Ours, as they are to be, and those that others gave the table."""
+    ours = table.schema
+    return pa.schema([*ours, *(column for column in columns_of(delta) if column.name not in ours.names)])
 
 
 def _commit(
@@ -142,11 +153,12 @@ def _commit(
         os.environ.setdefault(name, value)
     for attempt in range(_COMMIT_ATTEMPTS):
         check()
+        columns = _columns_to_write(table, delta)
         with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", lake.root):
             try:
                 write_deltalake(
                     delta,
-                    pa.RecordBatchReader.from_batches(table.schema, _paced(staged)),
+                    pa.RecordBatchReader.from_batches(columns, _paced(staged, columns)),
                     mode="overwrite",
                     predicate=partition_predicate(key),
                     target_file_size=TARGET_FILE_BYTES,

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable, Field, write_deltalake
 from deltalake.exceptions import DeltaError
+from deltalake.schema import PrimitiveType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ from embed_assets.lake.tables import (
     REJECTED,
     Lake,
     TableSpec,
+    columns_of,
     dimension_of,
     is_one_of,
     partition_predicate,
@@ -419,3 +421,84 @@ def test_versions_follow_content_only(lake: Lake) -> None:
     version = content_version(lake, CHUNK_TABLE, "a")
     assert content_version(lake, CHUNK_TABLE, "none") != version
     assert [b.num_rows for b in read_partition(lake, CHUNK_TABLE, "none", ["text"])] == []
+
+
+def chunk_rows(key: str, *texts: str) -> pa.RecordBatch:
+    rows = [
+        {
+            "partition_key": key, "chunk_id": hash_text(text), "document_id": "d", "chunk_index": i, "text": text,
+            "heading_path": "", "char_start": 0, "char_end": 1, "token_count": 3, "text_hash": hash_text(text),
+        }
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    return pa.RecordBatch.from_pylist(rows, schema=CHUNKS)
+
+
+WIDER = TableSpec("chunks", extra=(pa.field("page_start", pa.int32()), pa.field("labels", pa.list_(pa.string()))))
+"""As a later version of the code has it."""
+
+
+def test_a_table_of_before_gets_new_columns_without_a_rewrite(lake: Lake) -> None:
+    replace_partition(lake, CHUNK_TABLE, "a", [chunk_rows("a", "one", "two")], RUN)
+    delta = lake.open(CHUNK_TABLE)
+    assert delta is not None
+    files = delta.file_uris()
+    lake.check_tables(WIDER)  # readers take it as it is
+    lake.check_usable(WIDER)
+    lake.check_usable(WIDER)
+    widened = lake.open(WIDER)
+    assert widened is not None and widened.file_uris() == files and widened.version() == delta.version() + 1
+    assert columns_of(widened).names == WIDER.schema.names
+    [batch] = scan(lake, WIDER, ["chunk_id", "page_start", "labels"])
+    assert batch.column("page_start").to_pylist() == batch.column("labels").to_pylist() == [None, None]
+    new = chunk_rows("b", "three")
+    new = pa.RecordBatch.from_pylist([new.to_pylist()[0] | {"page_start": 7, "labels": ["x"]}], schema=WIDER.schema)
+    replace_partition(lake, WIDER, "b", [new], RUN)
+    assert sorted(str(row["page_start"]) for b in scan(lake, WIDER, ["page_start"]) for row in b.to_pylist()) == [
+        "7", "None", "None"
+    ]  # fmt: skip
+
+
+def test_columns_of_other_people_are_left_alone_and_null_in_new_rows(lake: Lake) -> None:
+    for key in "ab":
+        replace_partition(lake, CHUNK_TABLE, key, [chunk_rows(key, f"one of {key}")], RUN)
+    delta = lake.open(CHUNK_TABLE)
+    assert delta is not None
+    delta.alter.add_columns([Field("label", PrimitiveType("string")), Field("score", PrimitiveType("double"))])
+    DeltaTable(lake.uri(CHUNK_TABLE)).update({"label": "'mine'"})
+    lake.check_usable(CHUNK_TABLE)
+    before = content_version(lake, CHUNK_TABLE, "b")
+    replace_partition(lake, CHUNK_TABLE, "a", [chunk_rows("a", "another")], RUN)
+    rows = DeltaTable(lake.uri(CHUNK_TABLE)).to_pyarrow_table().to_pylist()
+    assert {(row["partition_key"], row["text"], row["label"], row["score"]) for row in rows} == {
+        ("a", "another", None, None),
+        ("b", "one of b", "mine", None),
+    }
+    assert content_version(lake, CHUNK_TABLE, "b") == before
+
+
+def test_a_column_that_can_not_be_null_is_refused(lake: Lake) -> None:
+    made = pa.schema([*CHUNKS, pa.field("label", pa.string(), nullable=False)])
+    DeltaTable.create(lake.uri(CHUNK_TABLE), made, partition_by=["partition_key"])
+    with pytest.raises(LakeError, match="it has gained label, which can't be null"):
+        lake.check_usable(SPACE)
+
+
+def test_columns_are_added_beside_writers(lake: Lake) -> None:
+    """A change of the columns conflicts with every commit: both are tried again."""
+    replace_partition(lake, CHUNK_TABLE, "a", [chunk_rows("a", "one")], RUN)
+
+    class Busy(Lake):
+        """A lake that is written to right after a table was opened."""
+
+        def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
+            opened = super().open_path(path, version)
+            if path == "chunks":
+                replace_partition(Lake(self.root), CHUNK_TABLE, "b", [chunk_rows("b", f"{next(counter)}")], RUN)
+            return opened
+
+    counter = iter(range(1000))
+    Busy(lake.root).check_usable(WIDER)
+    widened = lake.open(WIDER)
+    assert widened is not None and "page_start" in columns_of(widened).names
+    assert content_version(lake, CHUNK_TABLE, "a") == content_version(lake, WIDER, "a")
