@@ -10,6 +10,7 @@ from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import wait_until_settled
 from embed_assets.defs.checks import Checker, check_specs
 from embed_assets.defs.corpus_run import CorpusRun, describe
+from embed_assets.defs.dagster_internals import drop_unanswered, latest_answers
 from embed_assets.defs.discovery import refuse_if_emptied
 from embed_assets.defs.names import (
     ALLOW_EMPTY_TAG,
@@ -65,7 +66,7 @@ def build_corpus_assets(
         """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
         try:
             run = _begin(context, pipeline, observer or LogObserver(context.log))
-            with contextlib.closing(run.recorder):
+            with _dropping_unanswered(context), contextlib.closing(run.recorder):
                 if not run.selected:
                     _only_check(run)
                     return
@@ -75,7 +76,7 @@ def build_corpus_assets(
             raise dg.Failure(description=str(error)) from None  # its own cause is in its one line
         if failures:
             _retry_if_it_helps(context, retries, list(failures.values()))
-            run.confirm(key for key in run.keys if key not in failures)
+            run.confirm_unmade(key for key in run.keys if key not in failures)
             raise dg.Failure(
                 description=f"{len(failures)} of {len(run.keys)} partitions failed, the others are materialized: "
                 + "; ".join(f"{key!r}: {describe(error)}" for key, error in failures.items())
@@ -118,7 +119,10 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     for key in keys if selected else ():
         if history.version(SOURCE, key) != partitions[key].version:
             recorder.observed(partitions[key])
-    checker = Checker(pipeline, names, recorder.checked, context.selected_asset_check_keys)
+    checks = context.selected_asset_check_keys
+    # Who runs the checks alone wants to see that they were asked.
+    known = latest_answers(context.instance, checks, keys) if selected else {}
+    checker = Checker(pipeline, names, recorder.checked, checks, known)
     reporter = Reporter(pipeline, history)
     return CorpusRun(
         pipeline=pipeline,
@@ -133,6 +137,15 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
         keys=keys,
         selected=selected,
     )
+
+
+@contextlib.contextmanager
+def _dropping_unanswered(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """Answers that did not change are not recorded again; Dagster must not take those for ones that are missing."""
+    try:
+        yield
+    finally:
+        drop_unanswered(context.instance, context.run.run_id, context.selected_asset_check_keys)
 
 
 def _only_check(run: CorpusRun) -> None:

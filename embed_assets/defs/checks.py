@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from embed_assets.defs.dagster_internals import Answer
 from embed_assets.defs.names import Names
 from embed_assets.defs.staleness import Status
 from embed_assets.errors import PartitionError
@@ -41,6 +42,8 @@ class Checker:
     names: Names
     record: Callable[[dg.AssetCheckEvaluation], None]
     selected: Collection[dg.AssetCheckKey]
+    known: Mapping[tuple[dg.AssetCheckKey, str], Answer]
+    """The latest answers by check and partition. The same one is not recorded again."""
 
     def check(self, asset: str, key: str, stale: Mapping[str, Status]) -> None:
         """Ask all selected checks of an asset about a partition, of whose assets `stale` are not fresh.
@@ -52,7 +55,7 @@ class Checker:
                 raise PartitionError(f"the check {name!r} of {asset} failed: {outcome.detail}")
 
     def outcomes(self, asset: str, key: str, stale: Mapping[str, Status]) -> dict[str, Outcome]:
-        """The answers of the selected checks, by their names; they are recorded."""
+        """The answers of the selected checks, by their names; those that changed are recorded."""
         pipeline = self.pipeline
         subject = Subject(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt, pipeline.settings, key)
         outcomes = {
@@ -63,6 +66,9 @@ class Checker:
         if asset == "embeddings" and self._is_selected(asset, FRESHNESS):
             outcomes[FRESHNESS] = _freshness(stale)
         for name, outcome in outcomes.items():
+            check_key = dg.AssetCheckKey(self.names.key(asset), name)
+            if self.known.get((check_key, key)) == Answer(outcome.passed, outcome.detail):
+                continue
             is_blocking = (asset, name) in _BLOCKING
             self.record(
                 dg.AssetCheckEvaluation(

@@ -160,14 +160,15 @@ class CorpusRun:
                 _log.error("partition %r failed unexpectedly\n%s", key, hide_secrets(trace))
             self.observer.on_partition(key, PartitionResult("failed", error=describe(error)))
 
-    def confirm(self, keys: Iterable[str]) -> None:
-        """Record the present state of partitions again, whether they were made in this run or before.
+    def confirm_unmade(self, keys: Iterable[str]) -> None:
+        """Record again what this run planned for partitions and found to be fresh.
 
         After a run that failed, Dagster counts every partition it had planned and not seen as failed.
         """
         for key in keys:
             for asset in self.selected:
-                self.recorder.confirm(asset, key)
+                if (asset, key) not in self.recorder.recorded:
+                    self.recorder.confirm(asset, key)
 
     def outputs_for_downstream(self, in_run: Collection[dg.AssetKey]) -> Iterator[dg.MaterializeResult[None]]:
         """Outputs, needed only when the same run also makes assets downstream of ours: else those are skipped.
@@ -178,7 +179,9 @@ class CorpusRun:
         if not set(in_run) <= ours:
             for asset in self.selected:
                 yield dg.MaterializeResult(asset_key=self.recorder.names.key(asset))
-            self.confirm(self.keys)
+            for key in self.keys:
+                for asset in self.selected:
+                    self.recorder.confirm(asset, key)
 
     def _prepare(self, key: str) -> _Prepared:
         """Read and chunk a partition, as far as that is selected and due."""

@@ -36,6 +36,7 @@ from dagster._core.executor.in_process import InProcessExecutor  # noqa: E402
 from dagster._core.instance.config import PoolGranularity  # noqa: E402
 from dagster._core.instance.ref import InstanceRef  # noqa: E402
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable  # noqa: E402
+from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable  # noqa: E402
 from dagster._core.storage.legacy_storage import LegacyRunStorage  # noqa: E402
 from dagster._core.storage.runs.schema import KeyValueStoreTable  # noqa: E402
 from dagster._core.storage.runs.sql_run_storage import SqlRunStorage  # noqa: E402
@@ -45,7 +46,7 @@ from dagster._core.storage.sqlite import (  # noqa: E402
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage  # noqa: E402
 from dagster._serdes import ConfigurableClassData  # noqa: E402
 from dagster_shared.error import SerializableErrorInfo  # noqa: E402
-from sqlalchemy import select  # noqa: E402
+from sqlalchemy import func, select  # noqa: E402
 from sqlalchemy.exc import IntegrityError  # noqa: E402
 
 DATA_VERSION_TAG = "dagster/data_version"
@@ -58,6 +59,8 @@ RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 _IDS_PER_QUERY = 500
 """SQLite takes no more than some thousand variables."""
+_PLANNED = "PLANNED"
+"""Status of a check that a run is to ask."""
 _REGISTER_ATTEMPTS = 20
 _NUMBERS = ("IntMetadataEntryData", "FloatMetadataEntryData")
 
@@ -70,6 +73,7 @@ __all__ = [
     "RANGE_END_TAG",
     "RANGE_START_TAG",
     "USER_PROVIDED_TAG",
+    "Answer",
     "ConfigurableClassData",
     "DagsterSqliteStorage",
     "ExecutionPlan",
@@ -81,10 +85,12 @@ __all__ = [
     "SerializableErrorInfo",
     "StoredEvent",
     "delete_value",
+    "drop_unanswered",
     "error_of_run",
     "follow_default_limit",
     "free_slots",
     "holders_of_full_pool",
+    "latest_answers",
     "latest_attempts",
     "latest_event_ids",
     "raise_execution_interrupts",
@@ -231,3 +237,40 @@ def delete_value(instance: DagsterInstance, key: str) -> None:
     if isinstance(sql, SqlRunStorage):
         with sql.connect() as connection:
             connection.execute(KeyValueStoreTable.delete().where(KeyValueStoreTable.c.key == key))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a check said of a partition."""
+
+    passed: bool
+    description: str
+
+
+def latest_answers(
+    instance: DagsterInstance, checks: Collection[dg.AssetCheckKey], partitions: Sequence[str]
+) -> dict[tuple[dg.AssetCheckKey, str], Answer]:
+    """The latest answer of each check about each partition, where there is one."""
+    table, found = AssetCheckExecutionsTable, {}
+    by_place = {(check.asset_key.to_string(), check.name): check for check in checks}
+    latest = select(func.max(table.c.id)).group_by(table.c.asset_key, table.c.check_name, table.c.partition)
+    with _sql_storage(instance).index_connection() as connection:
+        for keys in slices(partitions, _IDS_PER_QUERY):
+            ids = latest.where(table.c.partition.in_(keys), table.c.execution_status != _PLANNED)
+            columns = (table.c.asset_key, table.c.check_name, table.c.partition, table.c.evaluation_event)
+            for asset, name, key, event in connection.execute(select(*columns).where(table.c.id.in_(ids))):
+                if (asset, name) in by_place:
+                    said = json.loads(event)["dagster_event"]["event_specific_data"]
+                    answer = Answer(bool(said["success"]), said.get("description") or "")
+                    found[by_place[asset, name], key] = answer
+    return found
+
+
+def drop_unanswered(instance: DagsterInstance, run_id: str, checks: Collection[dg.AssetCheckKey]) -> None:
+    """Let a run's checks that it planned and did not answer have the answers of before, instead of "skipped"."""
+    table = AssetCheckExecutionsTable
+    with _sql_storage(instance).index_connection() as connection:
+        for check in checks:
+            is_check = (table.c.asset_key == check.asset_key.to_string()) & (table.c.check_name == check.name)
+            is_open = (table.c.run_id == run_id) & (table.c.execution_status == _PLANNED)
+            connection.execute(table.delete().where(is_check & is_open))

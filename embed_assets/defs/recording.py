@@ -31,13 +31,15 @@ MetadataValue = int | float | str | dg.MetadataValue
 Event = dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
 
 _MAX_PENDING = 64
+_PLAIN_VALUES = (dg.IntMetadataValue, dg.FloatMetadataValue, dg.TextMetadataValue)
+_CONFIRMED = "as it was before: said again for Dagster, because of the other partitions of this run"
 
 
 @dataclass(slots=True)
 class Recorder:
     """Logs what happens to the partitions of a run, in the order in which it is told, by a thread of its own.
 
-    With SQLite an event takes 10 to 15 ms, and a partition has nine: as much time as small partitions need for all
+    With SQLite an event takes 10 to 15 ms, and a new partition has nine: as much time as small partitions need for all
     else. `drain` waits until all is written.
     """
 
@@ -46,6 +48,8 @@ class Recorder:
     """Takes an event into the run's log."""
     history: History
     """What was recorded before."""
+    recorded: set[tuple[str, str]] = field(default_factory=set)
+    """The (asset, partition) pairs of which this run told a materialization."""
     _pointers: dict[tuple[str, str], int | None] = field(default_factory=dict)
     """Storage ids of what was recorded since, None where it must be asked for. Only the thread looks at them."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="record"))
@@ -93,6 +97,7 @@ class Recorder:
             self.log(dg.AssetMaterialization(asset_key=asset_key, partition=key, tags=tags, metadata=dict(metadata)))
             self._pointers[asset, key] = None
 
+        self.recorded.add((asset, key))
         self._submit(key, record)
 
     def damaged(self, asset: str, key: str) -> None:
@@ -109,10 +114,14 @@ class Recorder:
         self._thread.shutdown()
 
     def confirm(self, asset: str, key: str) -> None:
-        """Record the latest materialization of a partition once more, as it was. Call `drain` first."""
+        """Record the latest materialization of a partition once more: of what it said, that which decides staleness.
+
+        Call `drain` first.
+        """
         found = self.instance.get_latest_data_version_record(self.names.key(asset), partition_key=key)
-        if found is not None and found.asset_materialization is not None:
-            self.log(found.asset_materialization)
+        if found is not None and (made := found.asset_materialization) is not None:
+            metadata = {name: value for name, value in made.metadata.items() if isinstance(value, _PLAIN_VALUES)}
+            self.log(made._replace(metadata=metadata, description=_CONFIRMED))
 
     def _submit(self, key: str, record: Callable[[], None]) -> None:
         def attempt() -> None:

@@ -22,6 +22,10 @@ from embed_assets.stages.embeddings import Work
 from embed_assets.stages.pipeline import Pipeline
 
 _MAPPED_VECTORS = 300
+_LEAST_DRAWN = 10
+"""Fewer chunks make no histogram and no map."""
+_LEAST_CHANGED = 0.1
+"""Share of a partition's rows; with fewer new ones the pictures look the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Reporter:
         self._rows = {asset: state.rows if state else 0 for asset, state in history.tables.items()}
 
     def metadata(self, made: Made) -> dict[str, MetadataValue]:
-        """All assets carry the same numbers; what is not theirs is 0."""
+        """All assets carry the numbers that the contract names; what is not theirs is 0."""
         result, work, replaced = made.result, made.work, made.replaced
         chunks = 0 if made.asset == "raw_documents" else result.chunks
         metadata: dict[str, MetadataValue] = {
@@ -59,14 +63,9 @@ class Reporter:
             "chunks": chunks,
             "embedded": work.embedded,
             "reused": work.reused,
-            "reused_percent": round(100 * work.reused / work.chunks, 2) if work.chunks else 0.0,
             "dropped": work.dropped,
-            "truncated": work.truncated,
-            "rejected_chunks": work.rejected_chunks,
             **engine_metadata(work, made.facts, made.report),
-            "space": self._pipeline.space.name,
             "peak_memory_bytes": peak_memory_bytes(),
-            "is_committed": int(replaced.is_committed),
             "dagster/partition_row_count": replaced.rows,
             "dagster/row_count": self._total_rows(made),
         }
@@ -78,9 +77,25 @@ class Reporter:
             }
         if made.asset == "raw_documents":
             metadata["source"] = self._pipeline.source.root
-        if replaced.rows and made.asset == "embeddings":
+        if made.asset == "embeddings":
+            metadata |= {
+                "reused_percent": round(100 * work.reused / work.chunks, 2) if work.chunks else 0.0,
+                "truncated": work.truncated,
+                "rejected_chunks": work.rejected_chunks,
+                "space": self._pipeline.space.name,
+            }
+        if made.asset == "embeddings" and self._is_worth_a_picture(made):
             metadata |= self._pictures(made.key)
         return metadata
+
+    def _is_worth_a_picture(self, made: Made) -> bool:
+        """There is something to see that the pictures of before do not show."""
+        if made.replaced.rows < _LEAST_DRAWN:
+            return False
+        before = self._history.record("embeddings", made.key)
+        is_new = before is None or before.code_version != self._pipeline.space.name or before.rows < _LEAST_DRAWN
+        changed = made.work.embedded + made.work.dropped
+        return is_new or changed >= _LEAST_CHANGED * made.replaced.rows
 
     def _total_rows(self, made: Made) -> int:
         """Rows of the whole table: as they were when the run began, and what the run changed."""

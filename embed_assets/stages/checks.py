@@ -96,10 +96,11 @@ def _vectors(subject: Subject) -> Outcome:
     delta = subject.lake.open(subject.table)
     dimension = None if delta is None else dimension_of(delta)
     gaps = verify_vectors(subject.lake, subject.table, subject.key, subject.prompt, dimension)
-    found = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in asdict(gaps).items() if count)
+    counts = {kind: count for kind, count in asdict(gaps).items() if count}
+    found = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
     good = "every chunk has one finite unit-norm vector, for its current text"
     detail = f"{found}; run 'embed-assets verify --repair'" if found else good
-    return Outcome(not gaps.total, detail, asdict(gaps))
+    return Outcome(not counts, detail, counts)
 
 
 def _truncated_share(subject: Subject) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,7 +98,8 @@ def first_vector(value: Callable[[list[float]], list[float]]) -> Callable[[Rows]
 )
 def test_vectors_made_wrong(instance: dg.DagsterInstance, project: Project, change: Callable[[Rows], Rows]) -> None:
     rewrite(project, project.pipeline().embeddings_table, "a", change)
-    assert failing(instance, "a") == {"vectors"}
+    # Rows that somebody else replaced are also not fresh any more.
+    assert failing(instance, "a") - {FRESHNESS} == {"vectors"}
     assert failing(instance, "b") == set()
     assert not project.json("verify", "--repair", exit_code=1)["ok"]
     project.sync()
@@ -144,6 +146,8 @@ def test_freshness_is_asked_of_the_source_as_it_is_now(instance: dg.DagsterInsta
 
 def test_a_blocking_check_stops_its_partition_alone(instance: dg.DagsterInstance, project: Project) -> None:
     rewrite(project, CHUNK_TABLE, "a", lambda rows: rows[1:])
+    # Somebody says in the UI that the chunks are right as they are.
+    instance.report_runless_asset_event(dg.AssetMaterialization("chunks", partition="a"))
     project.set(MODEL="fake:16@other")
     failed = project.sync(exit_code=1)["partitions"]
     assert (failed["a"]["state"], failed["b"]["state"]) == ("failed", "materialized")
@@ -162,3 +166,50 @@ def test_checks_without_a_partition_are_asked_of_all(instance: dg.DagsterInstanc
     assert job.resolve_job_def("ask").execute_in_process(instance=instance, raise_on_error=False).success
     assert answers(instance, "a")["embeddings", "vectors"].passed
     assert not answers(instance, "b")["embeddings", "vectors"].passed
+
+
+def recorded(instance: dg.DagsterInstance) -> int:
+    """Answers in the event log."""
+    kind = dg.DagsterEventType.ASSET_CHECK_EVALUATION
+    return sum(len(instance.all_logs(run.run_id, of_type=kind)) for run in instance.get_runs())
+
+
+def shown(instance: dg.DagsterInstance, key: str) -> set[str]:
+    """What Dagster's pages show of the checks' latest executions about a partition."""
+    found = set()
+    for asset, name in ALL:
+        check = dg.AssetCheckKey(dg.AssetKey(asset), name)
+        [info] = instance.event_log_storage.get_asset_check_partition_info([check], partition_keys=[key])
+        found.add(info.latest_execution_status.value)
+    return found
+
+
+def test_an_answer_is_recorded_when_it_changes(instance: dg.DagsterInstance, project: Project) -> None:
+    assert recorded(instance) == 12
+    project.write("a/try.rst", topic("try") + topic("import"))
+    project.sync()
+    assert recorded(instance) == 14  # of how many chunks none is a duplicate, or truncated
+    os.utime(project.landing / "b/try.rst", (5, 5))
+    project.sync()
+    assert recorded(instance) == 14
+    assert shown(instance, "a") == shown(instance, "b") == {"SUCCEEDED"}
+    project.set(MAX_DUPLICATE_PERCENT="50", MAX_REJECTED_PERCENT="10")
+    project.write("b/photo.png", "no text")
+    project.sync()
+    assert recorded(instance) == 15
+    assert not answers(instance, "b")["raw_documents", "rejected_share"].passed
+    assert shown(instance, "b") == {"SUCCEEDED", "FAILED"}
+
+
+def test_checks_that_somebody_asks_are_always_recorded(instance: dg.DagsterInstance) -> None:
+    before = recorded(instance)
+    ask(instance, "a")
+    assert recorded(instance) == before + len(ALL)
+
+
+def test_a_run_that_fails_leaves_the_answers_of_before(instance: dg.DagsterInstance, project: Project) -> None:
+    [vectors] = (project.root / "lake/embeddings").glob("*/partition_key=a/*.parquet")
+    vectors.write_bytes(b"damaged")
+    project.write("a/three.md", "Three.")
+    project.sync(exit_code=1)
+    assert shown(instance, "a") == {"SUCCEEDED"}

@@ -26,6 +26,7 @@ from embed_assets_tests.defs.dagster_runs import (
     latest,
     materialize,
     run,
+    run_range,
     we_say,
 )
 
@@ -224,18 +225,21 @@ def test_the_plan_is_a_job_of_the_ui(project: Project, instance: dg.DagsterInsta
 
 
 def test_the_pages_show_a_summary_pictures_and_lineage(project: Project, instance: dg.DagsterInstance) -> None:
-    project.write("a/try.rst", topic("try"))
+    project.write("a/try.rst", topic("try") + topic("import") + topic("class"))
     project.write("b/with.rst", topic("with"))
     project.sync()
-    project.write("a/try.rst", topic("try") + "\n\nA new end.")
+    pictured = latest(instance, "embeddings", "a").metadata
+    assert not {"token_lengths", "map"} & latest(instance, "embeddings", "b").metadata.keys()  # of four chunks
+    project.write("a/new.md", "A new document.")
     project.sync()
     found = {asset: latest(instance, asset, "a").metadata for asset in ASSETS}
+    assert not {"token_lengths", "map"} & found["embeddings"].keys()  # which would look the same
     summary = str(found["embeddings"]["summary"].value)
     assert summary.startswith("**Why:** chunks changed; raw_documents changed.")
     assert "texts embedded" in summary and "vectors reused" in summary and "one commit" in summary
     assert "source files changed" in str(found["raw_documents"]["summary"].value)
     for name in ("token_lengths", "map"):
-        encoded = re.fullmatch(r"!\[[\w ]+\]\(data:image/png;base64,([\w+/=]+)\)", str(found["embeddings"][name].value))
+        encoded = re.fullmatch(r"!\[[\w ]+\]\(data:image/png;base64,([\w+/=]+)\)", str(pictured[name].value))
         assert encoded
         picture = Image.open(io.BytesIO(base64.b64decode(encoded.group(1))))
         assert picture.size == (690, 285)
@@ -250,3 +254,26 @@ def test_the_pages_show_a_summary_pictures_and_lineage(project: Project, instanc
         columns = {column.name for column in metadata["dagster/column_schema"].columns}
         assert set(metadata["dagster/column_lineage"].deps_by_column) <= columns
         assert {"dagster/table_name", "dagster/uri", "dagster/code_references"} <= metadata.keys()
+
+
+def test_after_a_failed_run_only_what_it_did_not_make_is_said_again(
+    project: Project, instance: dg.DagsterInstance
+) -> None:
+    for key in "abc":
+        project.write(f"{key}/one.rst", topic("import") + topic("class") + topic("try"))
+    project.sync()
+    first = {asset: latest(instance, asset, "b") for asset in ASSETS}
+    assert "map" in first["embeddings"].metadata
+    project.write("a/two.md", "A second document.")
+    [vectors] = (project.root / "lake/embeddings").glob("*/partition_key=c/*.parquet")
+    vectors.write_bytes(b"damaged")
+    project.write("c/two.md", "A second document.")
+    project.json("discover")
+    assert not run_range(instance, "a", "c").success
+    assert [events(instance, asset) for asset in ASSETS] == [6, 6, 5]  # 3, one of a, one of b again, c's up to chunks
+    said = latest(instance, "embeddings", "b")
+    assert "map" not in said.metadata and "summary" not in said.metadata
+    assert said.tags == first["embeddings"].tags and "said again" in str(said.description)
+    assert said.metadata["dagster/partition_row_count"] == first["embeddings"].metadata["dagster/partition_row_count"]
+    assert set(we_say(instance, "b")["b"].values()) == set(dagster_says(instance, "b")["b"].values()) == {"fresh"}
+    assert instance.get_materialized_partitions(dg.AssetKey("embeddings")) == {"a", "b", "c"}
