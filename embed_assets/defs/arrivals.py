@@ -6,7 +6,7 @@ It starts no run: what it records makes partitions missing or stale, and the aut
 
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -160,7 +160,9 @@ def seconds_until_settled(partition: SourcePartition, settle_seconds: float, now
     return max((settle_seconds - age for age in ages if abs(age) < settle_seconds), default=0.0)
 
 
-def wait_until_settled(pipeline: Pipeline, keys: Collection[str]) -> dict[str, SourcePartition]:
+def wait_until_settled(
+    pipeline: Pipeline, keys: Collection[str], sleep: Callable[[float], object] = time.sleep
+) -> dict[str, SourcePartition]:
     """All partitions of the source, once those of `keys` are not being written to, or after some seconds."""
     settle_seconds = pipeline.settings.settle_seconds
     for _ in range(_WAITS):
@@ -170,7 +172,7 @@ def wait_until_settled(pipeline: Pipeline, keys: Collection[str]) -> dict[str, S
         seconds = max((seconds_until_settled(p, settle_seconds, now) for p in found), default=0.0)
         if not seconds:
             return partitions
-        time.sleep(seconds)
+        sleep(seconds)
     return pipeline.source.partitions()
 
 
