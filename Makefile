@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test ui check bench torture clean
+.PHONY: install demo test ui check check-lowest bench torture clean
 
 install: $(STAMP)
 
@@ -28,6 +28,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 0 embed_assets_tests/test_architecture.py
 
+# The tests with the lowest versions that pyproject.toml allows: uv names them, pip installs them.
+LOWEST := .venv-lowest
+check-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --extra dev pyproject.toml -o $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt --editable '.[dev]'
+	$(LOWEST)/bin/python -m pytest $(ARGS)
+
 ui: install
 	@$(BIN)/embed-assets init
 	$(BIN)/dagster dev --host 127.0.0.1
@@ -41,4 +50,4 @@ torture: install
 	$(BIN)/python -m embed_assets_tests.crowd
 
 clean:
-	rm -rf .venv .dagster landing lake
+	rm -rf .venv .venv-lowest .dagster landing lake

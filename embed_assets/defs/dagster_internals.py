@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,18 @@ from dagster import AssetKey, DagsterEventType, DagsterInstance
 from embed_assets.errors import SettingsError
 from embed_assets.records import slices
 
-_TESTED = "1.13."
+_TESTED = re.compile(r"1\.13\.(\d+)")
+_LEAST_PATCH = 6
+"""Before it, assets below ours were skipped in the same run."""
 
 
 def check_version(version: str) -> None:
     """Raise ``SettingsError`` for a Dagster whose internals may be others."""
-    if not version.startswith(_TESTED):
+    found = _TESTED.match(version)
+    if found is None or int(found[1]) < _LEAST_PATCH:
         raise SettingsError(
-            f"embed_assets needs Dagster {_TESTED}x, whose internals it knows, got {version}; "
-            "pip install 'dagster>=1.13,<1.14' 'dagster-webserver>=1.13,<1.14'"
+            f"embed_assets needs Dagster 1.13.x from 1.13.{_LEAST_PATCH} on, whose internals it knows, got {version}; "
+            "pip install 'dagster>=1.13.6,<1.14' 'dagster-webserver>=1.13.6,<1.14'"
         )
 
 

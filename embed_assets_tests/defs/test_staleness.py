@@ -120,8 +120,9 @@ def test_what_was_read_before_is_not_read_again(project: Project, instance: dg.D
     assert again.records["chunks"]["b"] is not first.records["chunks"]["b"]
 
 
-@pytest.mark.parametrize("version", ["1.12.9", "1.14.0", "2.0.0"])
+@pytest.mark.parametrize("version", ["1.12.9", "1.13.5", "1.14.0", "2.0.0"])
 def test_another_dagster_is_refused_with_what_to_install(version: str) -> None:
     with pytest.raises(SettingsError, match=rf"needs Dagster 1\.13\.x.*got {version}; pip install"):
         check_version(version)
+    check_version("1.13.6")
     check_version("1.13.99")
