@@ -42,7 +42,8 @@ class HomePath(click.Path):
     """A path that may begin with ``~``, which shells leave alone in quotes."""
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(super().convert(Path(value).expanduser(), param, ctx))  # type: ignore[arg-type]
+        path = super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (it fails for an unknown user)
+        return Path(os.fsdecode(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def sample(as_json: bool, folder: Path | None) -> Answer:
 
 @command
 def init(as_json: bool) -> Answer:
-    """Make the Dagster instance of this folder (or DAGSTER_HOME), or mend one that was made by halves.
+    """Make the Dagster instance of this folder (or DAGSTER_HOME), or mend one that is half made.
 
     Every command does so by itself; this one is for what opens the instance without one, as `dagster dev`.
     """
@@ -242,12 +243,12 @@ def forget(as_json: bool, key: str) -> Answer:
 
 @command
 def adopt(as_json: bool) -> Answer:
-    """Make the lake that of EMBED_SOURCE and EMBED_NAME_PREFIX: for documents that moved to another place."""
+    """Hand the lake over to EMBED_SOURCE and EMBED_NAME_PREFIX: for documents that moved to another place."""
     pipeline = _pipeline()
     was_foreign = pipeline.lake.adopt()
     if not as_json:
-        told = "is now" if was_foreign else "was already, or has no tables yet:"
-        stdout.print(f"the lake {pipeline.lake.root} {told} that of {pipeline.lake.owner}", markup=False)
+        told = "now belongs" if was_foreign else "has no tables yet, or already belonged,"
+        stdout.print(f"the lake {pipeline.lake.root} {told} to {pipeline.lake.owner}", markup=False)
     return Answer({"lake": pipeline.lake.root, "source": pipeline.source.root, "adopted": was_foreign})
 
 

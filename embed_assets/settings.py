@@ -131,7 +131,8 @@ class Settings(BaseSettings):
     def _is_below_home(cls, place: str) -> str:
         scheme = "file://" if place.startswith("file://") else ""
         path = place.removeprefix(scheme)
-        return scheme + str(Path(path).expanduser()) if path.startswith("~") else place
+        # Where there is no such user, it is a name like any other.
+        return scheme + os.path.expanduser(path) if path.startswith("~") else place  # noqa: PTH111
 
     @field_validator("source", "lake")
     @classmethod
@@ -225,6 +226,8 @@ def _describe(problem: object) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{field!r} is no setting{did_you_mean(field, _NAMES)}; correct or remove it"
     variable = f"{PREFIX}{field.upper()}"
+    if problem["loc"][1:]:
+        message = f"its {problem['loc'][1]!r}: {message}"
     # Options may hold credentials, and so may a URL with a login.
     shown = "" if field.endswith("_options") or problem["type"] == "login" else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}; correct or unset {variable}"

@@ -51,6 +51,7 @@ def test_discover_registers_and_tells_changes(project: Project) -> None:
         "added": ["a", "b"],
         "changed": [],
         "emptied": [],
+        "hidden": [],
     }
     assert project.json("discover")["changed"] == []
     project.write("a/more.md", "More.")

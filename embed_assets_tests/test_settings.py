@@ -141,6 +141,12 @@ def test_options_of_the_lake_become_the_text_that_delta_takes(monkeypatch: pytes
     assert load_settings().lake_options == {"allow_http": "true", "max_retries": "4", "timeout": "30s"}
 
 
+def test_options_of_a_wrong_kind_name_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_LAKE_OPTIONS", '{"timeout": null}')
+    with pytest.raises(SettingsError, match="EMBED_LAKE_OPTIONS: its 'timeout': Input should be a valid string"):
+        load_settings()
+
+
 def test_options_that_are_no_json_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_SOURCE_OPTIONS", "anon=true, secret=xyz")
     with pytest.raises(SettingsError, match="EMBED_SOURCE_OPTIONS is no JSON") as caught:
@@ -160,6 +166,7 @@ def test_the_home_folder_can_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPat
     assert (settings.source, settings.lake) == (f"{tmp_path}/notes", f"file://{tmp_path}/lake")
     assert settings.model == f"{tmp_path}/models/mine"
     assert load_settings(source="s3://bucket/~x", lake="a/~b").source == "s3://bucket/~x"
+    assert load_settings(source="~no-such-user/x").source == "~no-such-user/x"
 
 
 def test_folders_given_to_commands_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

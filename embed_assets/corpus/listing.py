@@ -53,7 +53,6 @@ _TIMES = (
     "timemodified",  # Oracle
     "lastwritetime",
     "datetime",
-    "created",  # in memory, where a file is never changed
 )
 """The same of times."""
 _NAME = re.compile("[^a-z0-9]")
@@ -155,7 +154,8 @@ def find(filesystem: Any, base: str, hidden: list[str]) -> Iterator[SourceFile]:
         if info.get("type") == "directory":
             continue
         if is_hidden(relative):
-            hidden.append(relative)
+            if (top := _hidden_part(relative)) not in hidden:
+                hidden.append(top)
         elif _tells(info):
             yield _from_info(relative, info)
         else:
@@ -169,8 +169,11 @@ def _ask_about(
     """The files, by requests of their own: `names` has their paths below the source."""
     has_key = _has_telling_key(filesystem, next(iter(names)))
 
-    def ask(name: str) -> SourceFile:
-        info = {**listing[name], **filesystem.info(name)}
+    def ask(name: str) -> SourceFile | None:
+        try:
+            info = {**listing[name], **filesystem.info(name)}
+        except FileNotFoundError:  # gone since it was listed, or a link to nothing
+            return None
         if not _tells(info):
             info["modified"] = _try(filesystem.modified, name)
         if not _tells(info) and has_key:
@@ -180,7 +183,7 @@ def _ask_about(
     # Only file systems over HTTP take requests from several threads.
     workers = _REQUESTS_AT_ONCE if getattr(filesystem, "async_impl", False) else 1
     with ThreadPoolExecutor(workers, thread_name_prefix="list") as pool:
-        yield from pool.map(ask, names)
+        yield from (file for file in pool.map(ask, names) if file is not None)
 
 
 def _has_telling_key(filesystem: Any, name: str) -> bool:
@@ -244,4 +247,14 @@ def _parse_time(text: str) -> datetime:
 
 def is_hidden(relative: str) -> bool:
     """Names with one dot in front, by custom. Two are no custom."""
-    return any(part.startswith(".") and not part.startswith("..") for part in relative.split("/"))
+    return any(map(_has_dot, relative.split("/")))
+
+
+def _hidden_part(relative: str) -> str:
+    """The outermost folder (or the file) that is hidden."""
+    parts = relative.split("/")
+    return "/".join(parts[: next(i for i, part in enumerate(parts) if _has_dot(part)) + 1])
+
+
+def _has_dot(name: str) -> bool:
+    return name.startswith(".") and not name.startswith("..")

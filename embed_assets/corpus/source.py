@@ -143,9 +143,10 @@ class Source:
         """
         if "://" not in self.root:
             return f"file://{quote_path(f'{self.root}/{file.path}')}"
-        # The addresses that HTTP servers list are URIs already.
-        is_quoted = self.root.startswith(("http://", "https://"))
-        return clean_name(f"{self.root}/{file.path}") if is_quoted else f"{self.root}/{quote_path(file.path)}"
+        if self.root.startswith(("http://", "https://")):  # the addresses that HTTP servers list are URIs already
+            return clean_name(f"{self.root}/{file.path}")
+        scheme, _, place = self.root.partition("://")
+        return f"{scheme}://{quote_path(f'{place}/{file.path}')}"
 
     def _absolute(self, path: str) -> str:
         return f"{self.root}/{path}"

@@ -65,12 +65,13 @@ def build_corpus_assets(
     def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
         """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
         try:
-            run = _begin(context, pipeline, observer or LogObserver(context.log))
-            with _dropping_unanswered(context), contextlib.closing(run.recorder):
-                if not run.selected:
-                    _only_check(run)
-                    return
-                failures = run.materialize()
+            with _dropping_unanswered(context):
+                run = _begin(context, pipeline, observer or LogObserver(context.log))
+                with contextlib.closing(run.recorder):
+                    if not run.selected:
+                        _only_check(run)
+                        return
+                    failures = run.materialize()
         except UserError as error:
             _retry_if_it_helps(context, retries, [error])
             raise dg.Failure(description=str(error)) from None  # its own cause is in its one line
@@ -121,7 +122,7 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
             recorder.observed(partitions[key])
     checks = context.selected_asset_check_keys
     # Who runs the checks alone wants to see that they were asked.
-    known = latest_answers(context.instance, checks, keys) if selected else {}
+    known = latest_answers(context.instance, context.run.run_id, checks, keys) if selected else {}
     checker = Checker(pipeline, names, recorder.checked, checks, known)
     reporter = Reporter(pipeline, history)
     return CorpusRun(

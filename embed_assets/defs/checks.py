@@ -9,7 +9,7 @@ import dagster as dg
 
 from embed_assets.defs.dagster_internals import Answer
 from embed_assets.defs.names import Names
-from embed_assets.defs.staleness import Status
+from embed_assets.defs.staleness import READ_EACH_TIME, Status
 from embed_assets.errors import PartitionError
 from embed_assets.stages.checks import CHECKS, Outcome, Subject, check
 from embed_assets.stages.pipeline import Pipeline
@@ -91,5 +91,7 @@ class Checker:
 def _freshness(stale: Mapping[str, Status]) -> Outcome:
     if not stale:
         return Outcome(True, "all three assets are fresh")
+    if all(status.reasons == (READ_EACH_TIME,) for status in stale.values()):
+        return Outcome(True, f"all three assets are as fresh as can be told: {READ_EACH_TIME}")
     found = "; ".join(f"{asset} is {status.state}: {', '.join(status.reasons)}" for asset, status in stale.items())
     return Outcome(False, f"{found}; materialize it or run 'embed-assets sync'")

@@ -167,7 +167,9 @@ class CorpusRun:
         """
         for key in keys:
             for asset in self.selected:
-                if (asset, key) not in self.recorder.recorded:
+                before = self.history.record(asset, key)  # of an earlier attempt of this run, perhaps
+                is_told = (asset, key) in self.recorder.recorded or (before and before.run_id == self.run_id)
+                if not is_told:
                     self.recorder.confirm(asset, key)
 
     def outputs_for_downstream(self, in_run: Collection[dg.AssetKey]) -> Iterator[dg.MaterializeResult[None]]:

@@ -252,17 +252,22 @@ class Answer:
 
 
 def latest_answers(
-    instance: DagsterInstance, checks: Collection[dg.AssetCheckKey], partitions: Sequence[str]
+    instance: DagsterInstance, run_id: str, checks: Collection[dg.AssetCheckKey], partitions: Sequence[str]
 ) -> dict[tuple[dg.AssetCheckKey, str], Answer]:
-    """The latest answer of each check about each partition, where there is one."""
+    """The latest answer of each check about each partition, unless a run that died was to give another since."""
     table, found = AssetCheckExecutionsTable, {}
     by_place = {(check.asset_key.to_string(), check.name): check for check in checks}
-    latest = select(func.max(table.c.id)).group_by(table.c.asset_key, table.c.check_name, table.c.partition)
+    latest = (
+        select(func.max(table.c.id))
+        .where(table.c.asset_key.in_({asset for asset, _ in by_place}), table.c.run_id != run_id)
+        .group_by(table.c.asset_key, table.c.check_name, table.c.partition)
+    )
     with _sql_storage(instance).index_connection() as connection:
         for keys in slices(partitions, _IDS_PER_QUERY):
-            ids = latest.where(table.c.partition.in_(keys), table.c.execution_status != _PLANNED)
+            ids = latest.where(table.c.partition.in_(keys))
             columns = (table.c.asset_key, table.c.check_name, table.c.partition, table.c.evaluation_event)
-            for asset, name, key, event in connection.execute(select(*columns).where(table.c.id.in_(ids))):
+            is_answered = table.c.id.in_(ids) & (table.c.execution_status != _PLANNED)
+            for asset, name, key, event in connection.execute(select(*columns).where(is_answered)):
                 if (asset, name) in by_place:
                     said = json.loads(event)["dagster_event"]["event_specific_data"]
                     answer = Answer(bool(said["success"]), said.get("description") or "")

@@ -116,6 +116,11 @@ def wait_for_pool(instance: DagsterInstance, patience: float = SILENT_SECONDS) -
 
 def _holders(instance: DagsterInstance, silence: Silence, patience: float) -> list[str]:
     end_dead_runs(instance, silence, patience)
+    holders = holders_of_full_pool(instance, POOL)
+    for run_id in holders:
+        run = instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:  # killed or canceled before it gave its place back
+            free_slots(instance, run_id)
     return holders_of_full_pool(instance, POOL)
 
 

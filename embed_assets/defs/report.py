@@ -69,12 +69,9 @@ class Reporter:
             "dagster/partition_row_count": replaced.rows,
             "dagster/row_count": self._total_rows(made),
         }
+        metadata["data_files"] = replaced.state.files_hash
         if replaced.table_version is not None:
-            metadata |= {
-                "table_version": replaced.table_version,
-                "table_id": replaced.table_id,
-                "data_files": replaced.state.files_hash,
-            }
+            metadata |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
         if made.asset == "raw_documents":
             metadata["source"] = self._pipeline.source.root
         if made.asset == "embeddings":

@@ -25,6 +25,7 @@ from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.defs.results import PartitionResult
 from embed_assets.lake.reader import ContentReader, PartitionFiles, TableState, table_state
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
+from embed_assets.settings import same_place
 from embed_assets.stages.pipeline import Pipeline
 
 State = Literal["missing", "stale", "fresh"]
@@ -126,7 +127,7 @@ class History:
         reasons: list[str] = []
         if record.code_version == code_version and self._is_replaced(asset, key, record):
             reasons.append("its rows are not those that were recorded: somebody else replaced them")
-        if record.source and record.source != self.source:
+        if record.source and same_place(record.source) != same_place(self.source):
             reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
@@ -171,7 +172,7 @@ class History:
         Compaction makes other files of the same rows, so where the files differ, their content decides.
         """
         table = self.tables[asset]
-        if table is None or not record.table_id:
+        if table is None or not (record.data_files or record.table_id):
             return False
         now = table.partitions.get(key, PartitionFiles())
         is_same = now.files == record.data_files if record.data_files else now.written_at <= record.timestamp

@@ -59,16 +59,17 @@ def prepare(base_dir: str) -> None:
     root = Path(base_dir).absolute()
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock"), timeout=_LOCK_SECONDS):
-        if any((root / name).exists() for name in _DATABASES):
-            for name in _DATABASES:
-                _mend(root / name)
+        missing = [name for name in _DATABASES if not (root / name).exists()]
+        for name in set(_DATABASES).difference(missing):
+            _mend(root / name)
+        if not missing:
             return
         draft = root.with_name(f".{root.name}.new")
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft.exists():
+            shutil.rmtree(draft)
         DagsterSqliteStorage.from_local(str(draft)).dispose()
-        for name in _DATABASES:
+        for name in missing:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-        for name in reversed(_DATABASES):
             (draft / name).replace(root / name)
         shutil.rmtree(draft)
 
@@ -79,8 +80,6 @@ def _mend(database: Path) -> None:
     One of them saw the other's new tables without a revision yet, took them for old ones and stamped them so; both
     stamps together keep every later process from opening it.
     """
-    if not database.exists():
-        return
     with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_SECONDS)) as connection, connection:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
             return

@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.tables import Lake, TableSpec, is_one_of, lake_errors, partition_predicate
+from embed_assets.lake.tables import Lake, TableSpec, columns_of, is_one_of, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion, hash_parts
 
 
@@ -39,11 +39,17 @@ def scan_open(
 ) -> Iterator[pa.RecordBatch]:
     """The same of a table that is open, as it was opened: reading it twice reads one version."""
     schema = pa.schema([table.schema.field(name) for name in columns])
+    # A table that was made before a column was there has null in it.
+    absent = {f.name for f in table.extra}.difference(columns_of(delta).names) if table.extra else set()
+    present = [name for name in columns if name not in absent]
     with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", lake.root):
-        for batch in pa.RecordBatchReader.from_stream(delta.scan(list(columns), predicate)):
+        for batch in pa.RecordBatchReader.from_stream(delta.scan(present, predicate)):
             if batch.num_rows:
                 # Delta's engine answers with string views and nullable fields.
-                arrays = [batch.column(f.name).cast(f.type) for f in schema]
+                arrays = [
+                    pa.nulls(batch.num_rows, f.type) if f.name in absent else batch.column(f.name).cast(f.type)
+                    for f in schema
+                ]
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

@@ -70,7 +70,7 @@ RAW = TableSpec("raw_documents")
 REJECTED = TableSpec("rejected_documents")
 CHUNK_TABLE = TableSpec("chunks")
 _OWNED = (RAW, REJECTED)
-"""The tables that say whose the lake is: what is read first, of which one is there as soon as anything is."""
+"""The tables that say whose the lake is. They are written first: one of them is there as soon as anything is."""
 
 
 def partition_predicate(key: str) -> str:
@@ -122,11 +122,12 @@ class Lake:
 
     @contextlib.contextmanager
     def _keeping_handles(self, is_pinned: bool = False) -> Iterator[None]:
+        before = self._handles.tables, self._handles.is_pinned
         self._handles.tables, self._handles.is_pinned = {}, is_pinned
         try:
             yield
         finally:
-            self._handles.tables, self._handles.is_pinned = None, False
+            self._handles.tables, self._handles.is_pinned = before
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Lake:
@@ -230,7 +231,7 @@ class Lake:
         self.check_owner()
         self.check_tables(embeddings)
         if self.owner.source and any((t := self.open(spec)) and not Owner.of(t).source for spec in _OWNED):
-            self.adopt()  # made before lakes knew their source
+            self._take_over()  # made before lakes knew their source
         for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
             self._add_columns(table)
 
@@ -291,16 +292,28 @@ class Lake:
             )
 
     def adopt(self) -> bool:
-        """Make this lake the corpus's of the settings, whosesoever it was; False when it was already, or is empty."""
+        """Make this lake belong to the corpus of the settings; False when it already did, or has no tables yet."""
         tables = [delta for table in _OWNED if (delta := self.open(table)) is not None]
         foreign = [delta for delta in tables if Owner.of(delta) != self.owner]
         for delta in foreign:
             self._own(delta)
         return bool(foreign)
 
-    def _own(self, delta: DeltaTable) -> None:
+    def _take_over(self) -> None:
+        """Note the owner where none is. Raises ``LakeError`` when another corpus did so first."""
+        for table in _OWNED:
+            if (delta := self.open(table)) is not None:
+                self._check_owner_of(delta)
+                if not Owner.of(delta).source:
+                    self._own(delta, functools.partial(self._check_owner_of, delta))
+
+    def _own(self, delta: DeltaTable, check: Callable[[], None] = lambda: None) -> None:
         properties = dict(self.owner.properties)
-        change = functools.partial(delta.alter.set_table_properties, properties, raise_if_not_exists=False)
+
+        def change() -> None:
+            check()
+            delta.alter.set_table_properties(properties, raise_if_not_exists=False)
+
         self._alter(delta, "the lake's owner can't be noted", change)
 
     def _alter(self, delta: DeltaTable, problem: str, change: Callable[[], None]) -> None:

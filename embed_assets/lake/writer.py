@@ -13,7 +13,7 @@ from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProp
 from deltalake.exceptions import CommitFailedError
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.reader import PartitionState, content_version, partition_state, state_of
+from embed_assets.lake.reader import PartitionState, content_of, state_of
 from embed_assets.lake.tables import Lake, TableSpec, columns_of, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 from embed_assets.scratch import SpooledBatches
@@ -91,8 +91,8 @@ def replace_partition(
         delta = lake.open(table)
         if delta is None and not rows:
             return Replaced(data_version, 0, False, PartitionState(table, None))
-        if delta is not None and not rewrite and _holds(lake, table, key, data_version):
-            return Replaced(data_version, rows, False, partition_state(lake, table, key), str(delta.metadata().id))
+        if delta is not None and not rewrite and _holds(lake, table, delta, key, data_version):
+            return Replaced(data_version, rows, False, state_of(delta, table, key), str(delta.metadata().id))
         if delta is None:
             delta = lake.create(table, dimension)
         properties = CommitProperties(
@@ -112,10 +112,10 @@ def replace_partition(
         return Replaced(data_version, rows, True, state_of(delta, table, key), str(delta.metadata().id))
 
 
-def _holds(lake: Lake, table: TableSpec, key: str, data_version: str) -> bool:
-    """The table has this content already. Files that can't be read hold nothing, and are replaced."""
+def _holds(lake: Lake, table: TableSpec, delta: DeltaTable, key: str, data_version: str) -> bool:
+    """The table, as it was opened, has this content. Files that can't be read hold nothing, and are replaced."""
     try:
-        return content_version(lake, table, key) == data_version
+        return content_of(lake, table, delta, key) == data_version
     except LakeError:
         return False
 

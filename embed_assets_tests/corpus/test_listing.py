@@ -224,6 +224,16 @@ def test_edits_on_a_real_http_server(project: Project, tmp_path: Path) -> None:
         same_size_edit(project, folder)
 
 
+def test_a_broken_link_of_a_web_page_hides_nothing_else(project: Project, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "one.md").write_text("one")
+    (folder / "index.html").write_text('<a href="one.md">one</a> <a href="gone.md">gone</a>')
+    with served(partial(Quiet, directory=str(folder))) as address:
+        project.set(SOURCE=f"http://{address}")
+        assert project.sync()["partitions"]["_root"]["documents"] == 1
+
+
 class Timeless(Quiet):
     """A server that gives neither an ETag nor a time."""
 
@@ -300,6 +310,8 @@ def test_uris_parse_back(parts: list[str]) -> None:
     assert unquote(urlsplit(Source("/home/me/50% off", "folder").uri(file)).path) == f"/home/me/50% off/{path}"
     parsed = urlsplit(Source("s3://bucket/x", "folder").uri(file))
     assert (parsed.netloc, unquote(parsed.path), parsed.query, parsed.fragment) == ("bucket", f"/x/{path}", "", "")
+    parsed = urlsplit(Source("s3://bucket/my docs#1", "folder").uri(file))
+    assert (parsed.netloc, unquote(parsed.path)) == ("bucket", f"/my docs#1/{path}")
 
 
 def test_uris_in_the_tables(project: Project) -> None:

@@ -201,6 +201,17 @@ def test_an_answer_is_recorded_when_it_changes(instance: dg.DagsterInstance, pro
     assert shown(instance, "b") == {"SUCCEEDED", "FAILED"}
 
 
+def test_a_check_that_a_dead_run_was_to_answer_is_answered_by_the_next(
+    instance: dg.DagsterInstance, project: Project
+) -> None:
+    job = definitions().resolve_implicit_global_asset_job_def()
+    instance.create_run_for_job(job, tags={"dagster/partition": "a"})  # its process died before its step began
+    assert shown(instance, "a") == {"PLANNED"}
+    project.write("a/try.rst", topic("try") + "\n\nOne paragraph more.")
+    project.sync()
+    assert shown(instance, "a") == {"SUCCEEDED"}
+
+
 def test_checks_that_somebody_asks_are_always_recorded(instance: dg.DagsterInstance) -> None:
     before = recorded(instance)
     ask(instance, "a")

@@ -98,6 +98,17 @@ def test_one_that_died_while_making_the_databases_left_nothing_half_done(project
     assert stamps(project.root) == dict.fromkeys(DATABASES, 1)
 
 
+@pytest.mark.parametrize("left", DATABASES)
+def test_databases_that_are_missing_are_made_beside_those_that_are_there(project: Project, left: str) -> None:
+    """As after a process that died between moving one and the next."""
+    project.json("init")
+    for name in DATABASES:
+        if name != left:
+            (project.root / ".dagster/storage" / name).unlink()
+    run_at_once(*[[*CLI, "init"]] * 3)
+    assert stamps(project.root) == dict.fromkeys(DATABASES, 1)
+
+
 def test_the_project_names_the_storage_that_takes_turns(project: Project) -> None:
     with open_instance() as instance:
         assert isinstance(instance.get_ref().storage, LockedSqliteStorage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,12 +14,14 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from embed_assets.definitions import definitions_over
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, ASSETS
 from embed_assets.defs.staleness import load_history
 from embed_assets.errors import LakeError
 from embed_assets.lake.maintenance import maintain
-from embed_assets.lake.tables import RAW
+from embed_assets.lake.owner import Owner
+from embed_assets.lake.tables import RAW, Lake
 from embed_assets_tests.conftest import Project
 from embed_assets_tests.defs.dagster_runs import definitions, latest
 
@@ -144,6 +147,48 @@ def test_a_rolled_back_source_is_noticed_by_the_instance_that_knew_it(project: P
     assert REPLACED in states(project)["chunks"][1]
 
 
+def test_rows_where_an_instance_knows_of_no_table_are_noticed(project: Project) -> None:
+    """Instance 1 recorded an empty document before there were tables; instance 2 fills it, and the source goes back."""
+    file = project.write("a/one.md", " ")
+    os.utime(file, (5, 5))
+    use_instance(project, "first")
+    project.sync()
+    use_instance(project, "second")
+    project.write("a/one.md", "Text!")
+    project.sync()
+    project.write("a/one.md", " ")
+    os.utime(file, (5, 5))
+    use_instance(project, "first")
+    assert "stale" in {state for state, _ in states(project).values()}
+    project.sync()
+    assert project.rows("text") == [] and project.json("verify")["ok"]
+
+
+@pytest.mark.parametrize("look", [2, 3])
+def test_of_two_corpora_that_take_over_an_old_lake_at_once_one_is_refused(project: Project, look: int) -> None:
+    project.write("docs/one.md", "One.")
+    project.sync()
+    DeltaTable(project.root / "lake/raw_documents").alter.set_table_properties(
+        {"embed_assets.source": ""}, raise_if_not_exists=False
+    )
+
+    class Slow(Lake):
+        """A lake that somebody else takes over after it was looked at."""
+
+        def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
+            opened = super().open_path(path, version)
+            if path == "raw_documents" and next(looks) == look:
+                first.check_usable(table)
+            return opened
+
+    looks = iter(range(100))
+    first, table = project.pipeline().lake, project.pipeline().embeddings_table
+    with pytest.raises(LakeError, match="a lake holds one corpus"):
+        Slow(first.root, owner=Owner("", "../second")).check_usable(table)
+    delta = DeltaTable(project.root / "lake/raw_documents")
+    assert Owner.of(delta) == first.owner
+
+
 def test_rows_that_another_tool_wrote_are_noticed(project: Project) -> None:
     project.write("a/one.md", "One.")
     project.write("b/one.md", "Another.")
@@ -250,7 +295,8 @@ def test_an_emptied_source_is_refused_by_runs(project: Project, instance: dg.Dag
     project.write("a/one.md", "One.")
     project.sync()
     drop_source(project)
-    job = definitions().resolve_implicit_global_asset_job_def()
+    patient = definitions_over(project.pipeline(), retries=dg.RetryPolicy(max_retries=0))
+    job = patient.resolve_implicit_global_asset_job_def()
     refused = job.execute_in_process(instance=instance, partition_key="a", raise_on_error=False)
     assert not refused.success and len(project.rows("text")) == 1
     allowed = job.execute_in_process(instance=instance, partition_key="a", tags={ALLOW_EMPTY_TAG: "true"})

@@ -357,6 +357,15 @@ def test_the_texts_of_results_are_looked_for_in_their_partitions_alone(lake: Lak
     assert sorted(uri.split("partition_key=")[1][:2] for uri in pruned) == ["p1", "p3"]
 
 
+def test_a_look_inside_a_session_does_not_end_it(lake: Lake) -> None:
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    with lake.session():
+        opened = lake.open(REJECTED)
+        with lake.pinned():
+            assert lake.open(REJECTED) is not opened
+        assert lake.open(REJECTED) is opened
+
+
 def test_a_pinned_lake_stays_as_it_was_first_read(lake: Lake) -> None:
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
     other = Lake(lake.root)
@@ -444,6 +453,8 @@ def test_a_table_of_before_gets_new_columns_without_a_rewrite(lake: Lake) -> Non
     assert delta is not None
     files = delta.file_uris()
     lake.check_tables(WIDER)  # readers take it as it is
+    [batch] = scan(lake, WIDER, ["chunk_id", "page_start"])
+    assert batch.column("page_start").null_count == batch.num_rows == 2
     lake.check_usable(WIDER)
     lake.check_usable(WIDER)
     widened = lake.open(WIDER)

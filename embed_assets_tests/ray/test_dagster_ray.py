@@ -52,6 +52,8 @@ def test_a_run_is_a_job_of_the_cluster(project: Project) -> None:
         config = {"address": address, "num_cpus": 1, "env_vars": ["EMBED_MODEL", "EMBED_SOURCE", "EMBED_LAKE"]}
         config["env_vars"] += ["EMBED_COMPUTE=ray", f"DAGSTER_HOME={project.root}"]
         instance = yaml.safe_load((project.root / "dagster.yaml").read_text())
+        # The launcher puts the instance between single quotes of a shell, and the YAML of a storage of ours has some.
+        instance["storage"] = {"sqlite": {"base_dir": ".dagster/storage"}}
         instance["run_launcher"] = {"module": "dagster_ray", "class": "RayRunLauncher", "config": {"ray": config}}
         del instance["concurrency"]["runs"]  # its queue would need the daemon
         instance["run_coordinator"] = {"module": "dagster._core.run_coordinator", "class": "DefaultRunCoordinator"}
