@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from embed_assets.errors import SettingsError
-from embed_assets.spelling import did_you_mean, is_slip
+from embed_assets.spelling import did_you_mean, slips
 
 PREFIX = "EMBED_"
 
@@ -186,6 +186,8 @@ class Settings(BaseSettings):
 
 
 _NAMES = tuple(Settings.model_fields)
+_VARIABLES = tuple(PREFIX + name.upper() for name in _NAMES)
+_SLIPS = frozenset(slips(_VARIABLES))
 
 
 def describe_unknown_variables(environment: Mapping[str, str]) -> str:
@@ -193,12 +195,10 @@ def describe_unknown_variables(environment: Mapping[str, str]) -> str:
 
     Meant for us is what begins with ``EMBED_``, in whatever case, or is one slip of the finger off a setting's name.
     """
-    known = [PREFIX + name.upper() for name in _NAMES]
     wrong = [
-        f"{name} is no setting{did_you_mean(name.upper(), known)}; correct or unset it"
+        f"{name} is no setting{did_you_mean(name.upper(), _VARIABLES)}; correct or unset it"
         for name in sorted(environment)
-        if name.upper() not in known
-        and (name.upper().startswith(PREFIX) or any(is_slip(name.upper(), right) for right in known))
+        if name.upper() not in _VARIABLES and (name.upper().startswith(PREFIX) or name.upper() in _SLIPS)
     ]
     return "; ".join(wrong)
 

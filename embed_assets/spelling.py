@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """' (did you mean X?)', with all names that are one slip of the finger away; '' when nothing is near."""
-    one_slip = [candidate for candidate in known if is_slip(name, candidate)]
-    meant = one_slip or difflib.get_close_matches(name, known, 1)
+    meant = slips(known).get(name) or difflib.get_close_matches(name, known, 1)
     return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
-def is_slip(name: str, right: str) -> bool:
-    """`name` is `right` with one letter dropped or doubled, or two neighbours swapped."""
-    return name != right and name in _slips(right)
+def slips(known: Collection[str]) -> Mapping[str, list[str]]:
+    """What the names become with one letter dropped or doubled, or two neighbours swapped, and which they were."""
+    found: dict[str, list[str]] = {}
+    for name in known:
+        for slip in set(_slips(name)) - {name}:
+            found.setdefault(slip, []).append(name)
+    return found
 
 
 def _slips(name: str) -> Iterator[str]:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +17,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.reader import DataFile, data_files
+from embed_assets.lake.reader import DataFile, files_by_partition
 from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, lake_errors
 from embed_assets.lake.writer import TARGET_FILE_BYTES, writer_properties
@@ -165,10 +164,10 @@ def _look_after(lake: Lake, table: TableSpec, retention: timedelta, dry_run: boo
 
 def _small_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> dict[str, list[DataFile]]:
     """The small files of each partition that has more than one."""
-    found: defaultdict[str, list[DataFile]] = defaultdict(list)
-    for file in data_files(lake, table, delta):
-        if file.byte_size < TARGET_FILE_BYTES // 2:
-            found[file.partition_key].append(file)
+    found = {
+        key: [file for file in files if file.byte_size < TARGET_FILE_BYTES // 2]
+        for key, files in files_by_partition(lake, table, delta).items()
+    }
     return {key: files for key, files in found.items() if len(files) > 1}
 
 

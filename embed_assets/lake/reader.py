@@ -121,16 +121,13 @@ def table_state(lake: Lake, table: TableSpec) -> TableState | None:
     delta = lake.open(table)
     if delta is None:
         return None
-    found: defaultdict[str, list[DataFile]] = defaultdict(list)
-    for file in data_files(lake, table, delta):
-        found[file.partition_key].append(file)
     partitions = {
         key: PartitionFiles(
             sum(file.rows for file in files),
             files_hash(_file_name(file.path) for file in files),
             max(file.written_at_ms for file in files) / 1000,
         )
-        for key, files in found.items()
+        for key, files in files_by_partition(lake, table, delta).items()
     }
     return TableState(str(delta.metadata().id), int(delta.version()), partitions)
 
@@ -154,6 +151,14 @@ def data_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> list[DataFile
         return []
     names = ("partition.partition_key", "path", "size_bytes", "num_records", "modification_time")
     return [DataFile(*row) for row in zip(*(files[name].to_pylist() for name in names), strict=True)]
+
+
+def files_by_partition(lake: Lake, table: TableSpec, delta: DeltaTable) -> Mapping[str, list[DataFile]]:
+    """The same by partition; none for one that has no rows."""
+    found: defaultdict[str, list[DataFile]] = defaultdict(list)
+    for file in data_files(lake, table, delta):
+        found[file.partition_key].append(file)
+    return dict(found)
 
 
 def table_version(lake: Lake, table: TableSpec) -> int | None:
@@ -197,11 +202,11 @@ def partition_states(lake: Lake, table: TableSpec, keys: Iterable[str]) -> dict[
     delta = lake.open(table)
     if delta is None:
         return {key: PartitionState(table, None) for key in keys}
-    found: defaultdict[str, set[str]] = defaultdict(set)
-    for file in data_files(lake, table, delta):
-        found[file.partition_key].add(_file_name(file.path))
-    version = int(delta.version())
-    return {key: PartitionState(table, version, frozenset(found.get(key, ()))) for key in keys}
+    found, version = files_by_partition(lake, table, delta), int(delta.version())
+    return {
+        key: PartitionState(table, version, frozenset(_file_name(file.path) for file in found.get(key, ())))
+        for key in keys
+    }
 
 
 def _file_name(path: str) -> str:
@@ -227,12 +232,9 @@ class ContentReader:
         if place not in self.known:
             self._delta = self._delta or self._lake.open(self._table, self._version)
             try:
-                self.known[place] = "" if self._delta is None else self._content(self._delta, key)
+                self.known[place] = content_of(self._lake, self._table, self._delta, key) if self._delta else ""
             except LakeError as error:
                 if error.may_pass:
                     raise
                 self.known[place] = ""
         return self.known[place]
-
-    def _content(self, delta: DeltaTable, key: str) -> str:
-        return content_of(self._lake, self._table, delta, key)

@@ -230,8 +230,8 @@ class Lake:
         self._check_writable()
         self.check_owner()
         self.check_tables(embeddings)
-        if self.owner.source and any((t := self.open(spec)) and not Owner.of(t).source for spec in _OWNED):
-            self._take_over()  # made before lakes knew their source
+        if self.owner.source:
+            self._take_over()
         for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
             self._add_columns(table)
 
@@ -268,13 +268,16 @@ class Lake:
 
     def _add_columns(self, table: TableSpec) -> None:
         """Give a table that was made by older code the columns that are new, without writing a row."""
-        if (delta := self.open(table)) is not None:
+        delta = self.open(table) if table.extra else None
+        if delta is None:
+            return
+
+        def add_missing() -> None:
             known = columns_of(delta).names
-            added = [Field.from_arrow(column) for column in table.extra if column.name not in known]
-            if added:
-                self._alter(
-                    delta, f"the columns of {table.path!r} can't be added", lambda: delta.alter.add_columns(added)
-                )
+            if added := [Field.from_arrow(column) for column in table.extra if column.name not in known]:
+                delta.alter.add_columns(added)
+
+        self._alter(delta, f"the columns of {table.path!r} can't be added", add_missing)
 
     def check_owner(self) -> None:
         """Raise ``LakeError`` when the lake is another corpus's."""
@@ -300,7 +303,10 @@ class Lake:
         return bool(foreign)
 
     def _take_over(self) -> None:
-        """Note the owner where none is. Raises ``LakeError`` when another corpus did so first."""
+        """Note the owner in a lake that was made before lakes knew their source.
+
+        Raises ``LakeError`` when another corpus did so first.
+        """
         for table in _OWNED:
             if (delta := self.open(table)) is not None:
                 self._check_owner_of(delta)
