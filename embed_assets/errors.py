@@ -59,9 +59,9 @@ def _secrets_in(options: object, is_secret: bool = False) -> Iterator[str]:
 class UserError(Exception):
     """Base of all errors whose message is meant for the person at the keyboard."""
 
-    def __init__(self, message: str, may_pass: bool = False) -> None:
+    def __init__(self, message: str, is_retryable: bool = False) -> None:
         super().__init__(hide_secrets(message))
-        self.may_pass = may_pass
+        self.is_retryable = is_retryable
         """Trying again later may help."""
 
     def __str__(self) -> str:
@@ -96,8 +96,8 @@ class PartitionError(UserError):
     """A partition does not exist or could not be materialized."""
 
 
-def may_pass(error: Exception) -> bool:
+def is_retryable(error: Exception) -> bool:
     """Whether trying again later may help: a store that hiccups or a device that was lost, not a wrong value."""
     if isinstance(error, UserError):
-        return error.may_pass
+        return error.is_retryable
     return isinstance(error, OSError | RuntimeError | MemoryError)

@@ -101,7 +101,7 @@ class ParserProcess:
                 raise SourceError(
                     f"the process that reads HTML, PDF and Word ended with status {status} before its first document; "
                     "see what 'python -m embed_assets.corpus.apart' says",
-                    may_pass=True,
+                    is_retryable=True,
                 ) from None
         return self._process
 

@@ -188,7 +188,7 @@ class Source:
             raise SourceError(
                 f"the source {self.root!r} can't be listed: {type(error).__name__}: {error}; "
                 "check EMBED_SOURCE, EMBED_SOURCE_OPTIONS and the credentials in the environment",
-                may_pass=True,
+                is_retryable=True,
             ) from error
 
 
@@ -230,7 +230,7 @@ def _storage_errors(uri: str) -> Iterator[None]:
         raise SourceError(
             f"{uri!r} was listed but can't be read: {reason}; if it is gone or changed the next run sees that, "
             "else check its storage, and the credentials in the environment",
-            may_pass=True,
+            is_retryable=True,
         ) from error
 
 

@@ -29,7 +29,7 @@ from embed_assets.defs.results import RunObserver
 from embed_assets.defs.run_log import LogObserver
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
-from embed_assets.errors import UserError, may_pass
+from embed_assets.errors import UserError, is_retryable
 from embed_assets.lake.reader import partition_states
 from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import Pipeline
@@ -89,7 +89,7 @@ def build_corpus_assets(
 
 def _retry_if_it_helps(context: dg.AssetExecutionContext, retries: dg.RetryPolicy, errors: Sequence[Exception]) -> None:
     """Have Dagster start the step again in a while, if any of the errors may pass and there is an attempt left."""
-    passing = [error for error in errors if may_pass(error)]
+    passing = [error for error in errors if is_retryable(error)]
     if not passing:
         context.instance.add_run_tags(context.run.run_id, {LASTING_TAG: "true"})
     if passing and context.retry_number < retries.max_retries:

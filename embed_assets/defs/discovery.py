@@ -64,7 +64,7 @@ def refuse_if_emptied(source: Source, is_empty: bool, raw: Mapping[str, Record])
         raise SourceError(
             f"the source {source.root!r} is empty, and {held} partitions hold documents of it; mount or fill it, or, "
             "if all of them are to be dropped, run 'embed-assets sync --allow-empty'",
-            may_pass=True,
+            is_retryable=True,
         )
 
 

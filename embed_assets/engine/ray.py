@@ -270,7 +270,7 @@ class RayPool:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
                     self._settle(row)
-            self._fail(EmbeddingError("the Ray dataset ended early; run again", may_pass=True))
+            self._fail(EmbeddingError("the Ray dataset ended early; run again", is_retryable=True))
         except Exception as error:
             if not self._is_closed.is_set():
                 self._fail(self._explained(error))
@@ -278,7 +278,7 @@ class RayPool:
     def _settle(self, row: dict[str, Any]) -> None:
         self._feed.forget.remote(row["number"])
         if row["error"]:
-            result: Done | Exception = EmbeddingError(row["error"], may_pass=row["may_pass"])
+            result: Done | Exception = EmbeddingError(row["error"], is_retryable=row["is_retryable"])
         else:
             result = Done(row["answer"], EngineStats(**json.loads(row["stats"])))
         self._tell(Finished(row["number"], result))
@@ -288,7 +288,7 @@ class RayPool:
         with contextlib.suppress(Exception):
             self._refresh()
         if self._status.failure is not None:
-            return ModelError(self._status.failure, may_pass=self._status.may_pass)
+            return ModelError(self._status.failure, is_retryable=self._status.is_retryable)
         _log.debug("the dataset was stopped", exc_info=error)
         return gave_up(self._cluster, error)
 
@@ -347,7 +347,7 @@ class RayPool:
         """See whether workers start, load the model, and are still there."""
         status = self._status
         if status.failure is not None:
-            self._fail(ModelError(status.failure, may_pass=status.may_pass))
+            self._fail(ModelError(status.failure, is_retryable=status.is_retryable))
         elif any(worker.starts_in_vain > _MOST_STARTS for worker in status.workers):
             self._fail(
                 EmbeddingError(

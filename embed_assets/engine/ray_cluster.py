@@ -122,7 +122,7 @@ def _init(ray: Any, address: str | None) -> Any:
         raise SettingsError(
             f"{where}: {reason}; the cluster must run, with the Ray and Python of this process, "
             "and this machine must be one of its nodes",
-            may_pass=not isinstance(error, ValueError) and "ersion mismatch" not in reason,
+            is_retryable=not isinstance(error, ValueError) and "ersion mismatch" not in reason,
         ) from error
 
 
@@ -232,7 +232,7 @@ def workers_lost(cluster: Cluster, nodes: Sequence[Node], replicas: Replicas, se
     return EmbeddingError(
         f"all workers were lost, and for {seconds:g} s no node has come for others: "
         f"{_offer(cluster, nodes, replicas)}; windows that were finished are kept, run again when there are nodes",
-        may_pass=True,
+        is_retryable=True,
     )
 
 
@@ -251,11 +251,11 @@ def gave_up(cluster: Cluster | None, error: Exception) -> EmbeddingError:
             f"a worker of {cluster} took more memory than its node has, and Ray ended it; windows that were finished "
             "are kept; run again with more memory per worker (EMBED_RAY_CPUS_PER_REPLICA, EMBED_RAY_REPLICAS), or "
             "lower EMBED_MAX_BATCH_TOKENS",
-            may_pass=True,
+            is_retryable=True,
         )
     lines = [line for line in hide_secrets(str(error)).splitlines() if line.strip()]
     reason = f"{type(error).__name__}: {' '.join(lines[-1:])[:300]}"
-    return EmbeddingError(f"{cluster} gave up ({reason}); run again", may_pass=True)
+    return EmbeddingError(f"{cluster} gave up ({reason}); run again", is_retryable=True)
 
 
 def lost(cluster: Cluster, reason: str) -> EmbeddingError:
@@ -263,5 +263,5 @@ def lost(cluster: Cluster, reason: str) -> EmbeddingError:
     return EmbeddingError(
         f"{cluster} was lost: it has not answered for a while ({hide_secrets(reason)[:200]}); "
         "windows that were finished are kept, run again when it is back",
-        may_pass=True,
+        is_retryable=True,
     )

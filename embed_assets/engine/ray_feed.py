@@ -60,7 +60,7 @@ class FeedStatus:
     """What workers had to say since this was asked for last."""
     failure: str | None = None
     """Why the model can't be loaded."""
-    may_pass: bool = False
+    is_retryable: bool = False
 
 
 @dataclass(slots=True)
@@ -156,9 +156,9 @@ class Feed:
         state.facts, state.is_ready, state.starts_in_vain = facts, True, 0
         state.ready_since = state.ready_since or self.clock()
 
-    async def fail(self, message: str, may_pass: bool) -> None:
+    async def fail(self, message: str, is_retryable: bool) -> None:
         """A worker can't load the model. Where another one could, this may pass."""
-        self._failure, self._may_pass = message, may_pass or any(w.facts for w in self._workers.values())
+        self._failure, self._may_pass = message, is_retryable or any(w.facts for w in self._workers.values())
 
     async def tell(self, message: str) -> None:
         """A worker has something to say to whoever watches."""

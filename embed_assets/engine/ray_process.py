@@ -194,7 +194,7 @@ class RayProcess:
                 EmbeddingError(
                     f"the process that drives Ray ended with status {status} ({self._last_words()}); "
                     "windows that were finished are kept, run again",
-                    may_pass=True,
+                    is_retryable=True,
                 )
             )
         finally:
@@ -296,7 +296,7 @@ def _portable(error: Exception) -> UserError:
     """The error, as something that can be sent: Ray's own ones can't always."""
     if isinstance(error, UserError):
         return error
-    return EmbeddingError(f"Ray failed: {hide_secrets(reason_of(error))[:300]}; run again", may_pass=True)
+    return EmbeddingError(f"Ray failed: {hide_secrets(reason_of(error))[:300]}; run again", is_retryable=True)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from embed_assets.engine.faults import reason_of
 from embed_assets.engine.hardware import limit_resources
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray_feed import Turn
-from embed_assets.errors import UserError, hide_secrets, may_pass
+from embed_assets.errors import UserError, hide_secrets, is_retryable
 
 MOST_DEATHS = 4
 """Workers that may die of one piece of work before it is given up."""
@@ -60,7 +60,7 @@ RESULT = pa.schema(
         pa.field("answer", pa.string(), False),
         pa.field("stats", pa.string(), False),
         pa.field("error", pa.string(), False),
-        pa.field("may_pass", pa.bool_(), False),
+        pa.field("is_retryable", pa.bool_(), False),
     ]
 )
 """What became of a piece of work, one row; `error` is empty where it was done."""
@@ -68,12 +68,12 @@ RESULT = pa.schema(
 
 def result_row(number: int, done: Done) -> pa.Table:
     """A row of `RESULT` for work that was done."""
-    return _row(number=number, answer=done.answer, stats=json.dumps(asdict(done.stats)), error="", may_pass=False)
+    return _row(number=number, answer=done.answer, stats=json.dumps(asdict(done.stats)), error="", is_retryable=False)
 
 
-def error_row(number: int, error: str, may_pass: bool) -> pa.Table:
+def error_row(number: int, error: str, is_retryable: bool) -> pa.Table:
     """A row of `RESULT` for work that could not be done."""
-    return _row(number=number, answer="", stats="", error=error, may_pass=may_pass)
+    return _row(number=number, answer="", stats="", error=error, is_retryable=is_retryable)
 
 
 def _row(**values: object) -> pa.Table:
@@ -109,7 +109,7 @@ class RayWorker:
             self._worker = recipe.open()
         except Exception as error:
             message = str(error) if isinstance(error, UserError) else hide_secrets(reason_of(error))
-            ray.get(feed.fail.remote(f"{message} (on {address})", may_pass(error)))
+            ray.get(feed.fail.remote(f"{message} (on {address})", is_retryable(error)))
             raise
         ray.get(feed.ready.remote(self._id, self._worker.facts))
 
@@ -139,7 +139,7 @@ class RayWorker:
         try:
             done = self._worker.run(content, turn.is_retry)
         except UserError as error:
-            return error_row(number, str(error), error.may_pass), 0
+            return error_row(number, str(error), error.is_retryable), 0
         except Exception as error:
             # The process may be in a bad way, as after an error of the GPU: a new one tries again.
             reason = hide_secrets(reason_of(error))

@@ -30,7 +30,7 @@ class Inputs:
                 raise SupersededError(
                     f"partition {self._key!r}: another run replaced its {state.table.path} while this one worked on "
                     "the older ones, so its own were not written; the newer ones stand, see 'embed-assets plan'",
-                    may_pass=True,
+                    is_retryable=True,
                 )
 
     @contextlib.contextmanager

@@ -234,7 +234,7 @@ class ContentReader:
             try:
                 self.known[place] = content_of(self._lake, self._table, self._delta, key) if self._delta else ""
             except LakeError as error:
-                if error.may_pass:
+                if error.is_retryable:
                     raise
                 self.known[place] = ""
         return self.known[place]

@@ -51,9 +51,11 @@ class Staging:
                 [batch] = batches_of(self._lake.storage.read(path))
             except FileNotFoundError as error:
                 why = "another run of its partition has committed it, or EMBED_LAKE is another folder on this machine"
-                raise LakeError(f"the staged window {path!r} is gone: {why}; run again", may_pass=True) from error
+                raise LakeError(f"the staged window {path!r} is gone: {why}; run again", is_retryable=True) from error
             except (pa.ArrowException, ValueError) as error:
-                raise LakeError(f"the staged window {path!r} is damaged: {error}; run again", may_pass=True) from error
+                raise LakeError(
+                    f"the staged window {path!r} is damaged: {error}; run again", is_retryable=True
+                ) from error
         self._known.add(path)
         return batch
 

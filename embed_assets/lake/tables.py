@@ -380,4 +380,4 @@ def lake_errors(what: str, root: str) -> Iterator[None]:
         reason = " ".join(plain.split())[:600] or type(error).__name__
         full = any(sign in str(error) for sign in _DISK_FULL)
         advice = f"free some space in {root!r}" if full else f"check EMBED_LAKE={root!r} and its permissions"
-        raise LakeError(f"{what}: {reason}; {advice}", may_pass=local_path(root) is None) from error
+        raise LakeError(f"{what}: {reason}; {advice}", is_retryable=local_path(root) is None) from error

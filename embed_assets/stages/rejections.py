@@ -104,7 +104,7 @@ def _others(lake: Lake, key: str, space: str | None) -> Iterator[pa.RecordBatch]
             if kept.num_rows:
                 yield kept
     except LakeError as error:
-        if error.may_pass:  # a storage that hiccups is no damage
+        if error.is_retryable:  # a storage that hiccups is no damage
             raise
 
 

@@ -26,7 +26,7 @@ from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import POOL
 from embed_assets.defs.processes import PROCESS_TAG, end_dead_runs, this_process, wait_for_pool
 from embed_assets.defs.sync import run_sync
-from embed_assets.errors import LakeError, PartitionError, UserError, may_pass
+from embed_assets.errors import LakeError, PartitionError, UserError, is_retryable
 from embed_assets.lake.writer import Provenance
 from embed_assets.progress import ConsoleObserver
 from embed_assets.settings import load_settings
@@ -261,8 +261,16 @@ def test_a_sync_with_nothing_to_do_does_not_wait(project: Project, instance: dg.
 def test_delays_grow_and_only_what_may_pass_is_worth_them() -> None:
     delays = [RETRIES.calculate_delay(attempt) for attempt in (1, 2)]
     assert 0 < delays[0] < 11 and delays[1] < 22
-    assert may_pass(LakeError("503", may_pass=True)) and may_pass(ConnectionResetError()) and may_pass(MemoryError())
-    assert not may_pass(LakeError("damaged")) and not may_pass(PartitionError("no")) and not may_pass(KeyError("x"))
+    assert (
+        is_retryable(LakeError("503", is_retryable=True))
+        and is_retryable(ConnectionResetError())
+        and is_retryable(MemoryError())
+    )
+    assert (
+        not is_retryable(LakeError("damaged"))
+        and not is_retryable(PartitionError("no"))
+        and not is_retryable(KeyError("x"))
+    )
 
 
 class Flaky(Pipeline):

@@ -228,11 +228,11 @@ def test_a_model_that_one_worker_could_load_may_be_loaded_later() -> None:
     async def scenario() -> None:
         feed = Feed()
         await feed.start("a", "node", "here")
-        await feed.fail("no memory", may_pass=False)
-        assert not (await feed.status()).may_pass
+        await feed.fail("no memory", is_retryable=False)
+        assert not (await feed.status()).is_retryable
         await feed.ready("a", FACTS)
-        await feed.fail("no memory", may_pass=False)
-        assert (await feed.status()).may_pass
+        await feed.fail("no memory", is_retryable=False)
+        assert (await feed.status()).is_retryable
 
     run(scenario())
 
@@ -289,7 +289,7 @@ def test_a_local_ray_without_a_gpu_says_so_at_once() -> None:
 def test_what_ray_says_is_one_line() -> None:
     cluster = Cluster("head:1", "", False)
     memory = gave_up(cluster, RuntimeError("The actor died.\nOn how to address the out of memory issue: https://docs"))
-    assert memory.may_pass and "took more memory than its node has" in str(memory) and "https" not in str(memory)
+    assert memory.is_retryable and "took more memory than its node has" in str(memory) and "https" not in str(memory)
     other = gave_up(cluster, RuntimeError("many\nlines\n\nthe last one\n"))
     assert str(other) == "the Ray cluster at head:1 gave up (RuntimeError: the last one); run again"
 

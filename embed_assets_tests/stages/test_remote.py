@@ -165,7 +165,7 @@ def test_a_window_that_another_run_has_cleared_is_tried_again_later(pipeline: Pi
 
     with pytest.raises(LakeError, match=r"the staged window .*_staging.* is gone: another run") as error:
         embed(compute_over(Pool(cleared)), staging_of(pipeline), windows(1))
-    assert error.value.may_pass
+    assert error.value.is_retryable
 
 
 def test_texts_the_model_can_not_take_come_back_with_the_reason(pipeline: Pipeline) -> None:
