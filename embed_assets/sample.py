@@ -1,4 +1,4 @@
-"""A small real corpus for first tries: the Python language reference as it ships with every Python."""
+"""Writes a small real corpus to try things on: the Python language reference, which ships with every Python."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from embed_assets.errors import SourceError
 
-_PARTITIONS = {
+_TOPICS_BY_FOLDER = {
     "statements": "assert assignment augassign async atom-identifiers break class compound continue del else exprlists "
     "for function global if import integers nonlocal pass raise return try while with yield await",
     "expressions": "binary bitwise booleans calls comparisons conversions lambda lists numbers operator-summary power "
@@ -15,22 +15,23 @@ _PARTITIONS = {
     "bltin-ellipsis-object bltin-type-objects string-methods specialnames customization numeric-types sequence-types "
     "callable-types attribute-access context-managers objects naming dynamic-features execmodel",
 }
-_OTHERS = "lexis_and_tools"
+_OTHER_FOLDER = "lexis_and_tools"
+"""Folder of every topic not listed above."""
 
 
 def write_sample(folder: Path) -> dict[str, int]:
-    """Write one reStructuredText file per topic, in folders by subject; returns the files per folder.
+    """Write one reStructuredText file per topic, in a folder per subject; returns the number of files per folder.
 
-    Files that are there already are written only where their text differs, so that their times stay.
+    A file that already has the right text is left alone, so its modification time does not change.
     Raises ``SourceError`` when the folder can't be written.
     """
     from pydoc_data.topics import topics
 
-    subjects = {topic: subject for subject, names in _PARTITIONS.items() for topic in names.split()}
+    subjects = {topic: subject for subject, names in _TOPICS_BY_FOLDER.items() for topic in names.split()}
     counts: dict[str, int] = {}
     try:
         for topic, text in sorted(topics.items()):
-            subject = subjects.get(topic, _OTHERS)
+            subject = subjects.get(topic, _OTHER_FOLDER)
             path = folder / subject / f"{topic}.rst"
             path.parent.mkdir(parents=True, exist_ok=True)
             if not (path.is_file() and path.read_text("utf-8") == text):

@@ -1,4 +1,4 @@
-"""Temporary files, so that what is known of a partition's rows does not have to fit in memory."""
+"""Temporary files that keep the bookkeeping of a partition on disk, so that it need not fit in memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ import pyarrow as pa
 from embed_assets.errors import LakeError
 
 _CACHE_KILOBYTES = 16_384
-_IN_MEMORY = 20_000
+"""Page cache of each `DiskMap`. A larger one keeps more maps off the disk, at that much more memory per open map."""
+_MAX_IN_MEMORY = 20_000
+"""Strings a `SpillingSet` holds before it spills: a few megabytes of ids, so that small files need no database."""
 
 
 def scratch_file() -> IO[bytes]:
-    """A file that is gone when it is closed, or when the process ends."""
+    """An open temporary file that is deleted when it is closed or the process ends."""
     with scratch_errors():
         return tempfile.TemporaryFile(prefix="embed_assets_")
 
 
 @contextlib.contextmanager
 def scratch_errors() -> Iterator[None]:
-    """Name the place where a temporary file could not be written. Raises ``LakeError``."""
+    """Turn a failed write to a temporary file into a ``LakeError`` that names the folder."""
     try:
         yield
     except (OSError, sqlite3.Error, pa.ArrowException) as error:
@@ -37,7 +39,7 @@ def scratch_errors() -> Iterator[None]:
 
 
 class SpooledBatches:
-    """Record batches of one schema in a temporary file, to be read as often as need be."""
+    """Record batches of one schema, spooled to a temporary file; they can be read back any number of times."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
@@ -52,12 +54,12 @@ class SpooledBatches:
         self._file.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Keep one more; not after they were read."""
+        """Append a batch. Not allowed after `complete` or a first iteration."""
         with scratch_errors():
             self._stream.write_batch(batch)
 
     def complete(self) -> int:
-        """Write what is left; returns the bytes of all batches."""
+        """Flush everything to disk; returns the size of the spool in bytes."""
         with scratch_errors():
             if not self._is_complete:
                 self._is_complete = True
@@ -73,10 +75,10 @@ class SpooledBatches:
 
 
 class DiskMap:
-    """Rows of values by a key of bytes or text, in a temporary database that SQLite removes by itself."""
+    """Maps a key of bytes or text to a row of values, in a temporary SQLite database that deletes itself."""
 
     def __init__(self, *columns: str) -> None:
-        # An empty name is a private database on disk; only what the cache can't hold is written at all.
+        # An empty name opens a private on-disk database; SQLite writes only what its cache can't hold.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for pragma in (f"cache_size=-{_CACHE_KILOBYTES}", "journal_mode=OFF", "synchronous=OFF", "temp_store=FILE"):
             self._database.execute(f"PRAGMA {pragma}")
@@ -91,11 +93,11 @@ class DiskMap:
         self.close()
 
     def close(self) -> None:
-        """Remove it."""
+        """Close and delete the database."""
         self._database.close()
 
     def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Take in rows, their key first; where a key is there already, its values stay."""
+        """Insert rows of (key, *values). A key that is already present keeps its values."""
         with scratch_errors():
             self._database.execute("BEGIN")
             try:
@@ -104,7 +106,7 @@ class DiskMap:
                 self._database.execute("COMMIT")
 
     def get(self, keys: Sequence[bytes | str]) -> Iterator[tuple[Any, ...] | None]:
-        """The values of each key, or None."""
+        """The values of each key, in order; None for a key that is not there."""
         with scratch_errors():
             cursor = self._database.cursor()
             for key in keys:
@@ -119,30 +121,30 @@ class DiskMap:
         return int(count)
 
 
-class Seen:
-    """Which strings were there before. The first ones are kept in memory, where files are many and small."""
+class SpillingSet:
+    """A set of strings that keeps the first ones in memory and spills the rest to disk."""
 
     def __init__(self) -> None:
-        self._first: set[str] = set()
-        self._others: DiskMap | None = None
+        self._in_memory: set[str] = set()
+        self._spilled: DiskMap | None = None
 
-    def __enter__(self) -> Seen:
+    def __enter__(self) -> SpillingSet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._others is not None:
-            self._others.close()
+        if self._spilled is not None:
+            self._spilled.close()
 
     def __contains__(self, item: str) -> bool:
-        return item in self._first or (self._others is not None and _key(item) in self._others)
+        return item in self._in_memory or (self._spilled is not None and _key(item) in self._spilled)
 
     def add(self, item: str) -> None:
-        """Remember it."""
-        if len(self._first) < _IN_MEMORY:
-            self._first.add(item)
+        """Add a string."""
+        if len(self._in_memory) < _MAX_IN_MEMORY:
+            self._in_memory.add(item)
             return
-        self._others = self._others or DiskMap()
-        self._others.add([(_key(item),)])
+        self._spilled = self._spilled or DiskMap()
+        self._spilled.add([(_key(item),)])
 
 
 def _key(item: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Which name was meant: a misspelt setting must not pass for one that was never given."""
+"""Guesses which name a typo stands for, so that a misspelt setting is not mistaken for one that was never given."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from collections.abc import Collection, Iterator, Mapping
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """' (did you mean X?)', with all names that are one slip of the finger away; '' when nothing is near."""
-    meant = slips(known).get(name) or difflib.get_close_matches(name, known, 1)
+    """' (did you mean X?)' with every known name that is one typo away, else the closest one; '' when none is close."""
+    meant = typos(known).get(name) or difflib.get_close_matches(name, known, 1)
     return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
-def slips(known: Collection[str]) -> Mapping[str, list[str]]:
-    """What the names become with one letter dropped or doubled, or two neighbours swapped, and which they were."""
+def typos(known: Collection[str]) -> Mapping[str, list[str]]:
+    """Every misspelling of the known names by one typo, with the names it may stand for.
+
+    A typo is a dropped letter, a doubled letter or two swapped neighbours.
+    """
     found: dict[str, list[str]] = {}
     for name in known:
-        for slip in set(_slips(name)) - {name}:
-            found.setdefault(slip, []).append(name)
+        for typo in set(_typos_of(name)) - {name}:
+            found.setdefault(typo, []).append(name)
     return found
 
 
-def _slips(name: str) -> Iterator[str]:
+def _typos_of(name: str) -> Iterator[str]:
     for i in range(len(name)):
         yield name[:i] + name[i + 1 :]
         yield name[: i + 1] + name[i:]

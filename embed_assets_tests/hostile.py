@@ -1,4 +1,4 @@
-"""Two hundred files made to break things, with good neighbours among them."""
+"""Writes a corpus of two hundred files designed to break parsers, with a harmless file in every folder."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ ODD_NAMES = (
 
 
 @dataclass(slots=True)
-class Offered:
-    """What was written."""
+class Written:
+    """What the corpus contains."""
 
     files: int = 0
     items: int = 0
-    """Files, and rows of files of rows: each must become a document or a rejection."""
-    neighbours: list[str] = field(default_factory=list)
-    """Texts that must be embedded whatever happens beside them."""
+    """Files, counting each row of JSONL, CSV and Parquet: each must become a document or a rejection."""
+    harmless_texts: list[str] = field(default_factory=list)
+    """Texts that must be embedded whatever the files next to them do."""
 
 
-def write_hostile_corpus(landing: Path) -> Offered:
-    """Fill the folder."""
-    offered = Offered()
+def write_hostile_corpus(landing: Path) -> Written:
+    """Write the corpus to an existing folder."""
+    written = Written()
     for writer in (_names, _texts, _pages, _word, _pdfs, _rows, _tables, _links):
-        writer(landing, offered)
+        writer(landing, written)
     for folder in sorted(p for p in landing.iterdir() if p.is_dir()):
-        text = f"A good neighbour in {folder.name!a}."
-        offered.neighbours.append(text)
-        _file(folder / "zz neighbour.txt", text, offered)
-    return offered
+        text = f"A harmless file in {folder.name!a}."
+        written.harmless_texts.append(text)
+        _file(folder / "zz harmless.txt", text, written)
+    return written
 
 
-def _file(path: Path, content: str | bytes, offered: Offered, items: int = 1) -> None:
+def _file(path: Path, content: str | bytes, written: Written, items: int = 1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
-    offered.files += 1
-    offered.items += items
+    written.files += 1
+    written.items += items
 
 
-def _names(landing: Path, offered: Offered) -> None:
+def _names(landing: Path, written: Written) -> None:
     for name in ODD_NAMES:
-        _file(landing / "names" / f"{name}.txt", f"The text of {name!r}.", offered)
+        _file(landing / "names" / f"{name}.txt", f"The text of {name!r}.", written)
     for name in (
         "it's 100%",
         "new\nline",
@@ -84,18 +84,18 @@ def _names(landing: Path, offered: Offered) -> None:
         "_delta_log",
         "nul\x01",
     ):
-        _file(landing / name / "x.txt", f"A text in {name!r}.", offered)
+        _file(landing / name / "x.txt", f"A text in {name!r}.", written)
     for form in ("NFC", "NFD"):
         name = unicodedata.normalize(form, "Ünï")  # type: ignore[arg-type]
-        _file(landing / name / f"{name}.txt", f"A text whose name is in {form}.", offered)
-    _file(Path(os.fsdecode(bytes(landing / "names") + b"/caf\xe9 \xff.txt")), "Not UTF-8 in its name.", offered)
+        _file(landing / name / f"{name}.txt", f"A text whose name is in {form}.", written)
+    _file(Path(os.fsdecode(bytes(landing / "names") + b"/caf\xe9 \xff.txt")), "Not UTF-8 in its name.", written)
     deep = landing / "deep"
     for i in range(17):
         deep = deep / f"{i}{'d' * 200}"
-    _file(deep / "far.txt", "A path of almost 4 KB.", offered)
+    _file(deep / "far.txt", "A path of almost 4 KB.", written)
 
 
-def _texts(landing: Path, offered: Offered) -> None:
+def _texts(landing: Path, written: Written) -> None:
     cases: dict[str, str | bytes] = {
         "empty.txt": b"", "spaces.md": "   \n\t\n", "nul.txt": b"a\0b\0c", "controls.txt": bytes(range(1, 32)) * 20,
         "surrogate.txt": b"\xed\xa0\x80 lone", "cesu.md": b"\xed\xa0\xbd\xed\xb8\x80", "utf16.txt": "Wide.".encode("utf-16"),
@@ -113,16 +113,16 @@ def _texts(landing: Path, offered: Offered) -> None:
         "special.txt": "[CLS] [SEP] [MASK] <s> </s> <|endoftext|> [PAD]" * 50, "long word.txt": "ab" * 100_000,
     }  # fmt: skip
     for name, content in cases.items():
-        _file(landing / "texts" / name, content, offered)
+        _file(landing / "texts" / name, content, written)
     with (landing / "texts/too large.txt").open("wb") as file:
         file.truncate(100 << 20)
     with (landing / "texts/one line of a gigabyte.md").open("wb") as file:
         file.truncate(1 << 30)
-    offered.files += 2
-    offered.items += 2
+    written.files += 2
+    written.items += 2
 
 
-def _pages(landing: Path, offered: Offered) -> None:
+def _pages(landing: Path, written: Written) -> None:
     cases: dict[str, str | bytes] = {
         "deep.html": "<div>" * 100_000 + "deep", "deep close.htm": "<b>" * 100_000 + "x" + "</b>" * 100_000,
         "open.html": "<" * 300_000, "comment.html": "<!--" + "x" * 100_000, "attributes.html": "<p " + "a=1 " * 100_000 + ">x",
@@ -133,7 +133,7 @@ def _pages(landing: Path, offered: Offered) -> None:
         "doctype.html": '<!DOCTYPE html [<!ENTITY a "b">]><p>&a; text</p>', "svg.html": "<svg>" * 20_000, "ok.html": "<p>Good.</p>",
     }  # fmt: skip
     for name, content in cases.items():
-        _file(landing / "pages" / name, content, offered)
+        _file(landing / "pages" / name, content, written)
 
 
 def _docx(body: str, prologue: str = "", extra: dict[str, bytes] | None = None) -> bytes:
@@ -152,7 +152,7 @@ def _paragraph(text: str) -> str:
     return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"
 
 
-def _word(landing: Path, offered: Offered) -> None:
+def _word(landing: Path, written: Written) -> None:
     lie = bytearray(_docx(_paragraph("x") + " " * 30_000_000))
     at = lie.find(b"PK\x01\x02", lie.find(b"word/document.xml") + 50)
     at = lie.rfind(b"PK\x01\x02") if at < 0 else at
@@ -171,10 +171,10 @@ def _word(landing: Path, offered: Offered) -> None:
         "old.docx": bytes.fromhex("d0cf11e0a1b11ae1") + bytes(500), "not word.docx": b"PK\x05\x06" + bytes(18),
     }  # fmt: skip
     for name, content in cases.items():
-        _file(landing / "word" / name, content, offered)
+        _file(landing / "word" / name, content, written)
 
 
-def _pdfs(landing: Path, offered: Offered) -> None:
+def _pdfs(landing: Path, written: Written) -> None:
     loop = b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[2 0 R]/Count 1>>endobj\n"
     arrays = b"%PDF-1.4\n1 0 obj " + b"[" * 50_000 + b" endobj\n"
     trailer = b"trailer<</Root 1 0 R>>\n%%EOF"
@@ -184,10 +184,10 @@ def _pdfs(landing: Path, offered: Offered) -> None:
         "nul.pdf": bytes(10_000),
     }  # fmt: skip
     for name, content in cases.items():
-        _file(landing / "pdfs" / name, content, offered)
+        _file(landing / "pdfs" / name, content, written)
 
 
-def _rows(landing: Path, offered: Offered) -> None:
+def _rows(landing: Path, written: Written) -> None:
     lines = [
         '{"text": "Good."}', "[" * 100_000, '{"a":' * 100_000, '{"text": ' + "9" * 100_000 + "}", '{"text": "x", "n": 1e999}',
         '{"text": "x y", "n": ' + "7" * 50_000 + "}", '{"text": "x z", "n": -Infinity, "m": NaN}', '{"text": "a", "text": "b"}',
@@ -197,21 +197,21 @@ def _rows(landing: Path, offered: Offered) -> None:
         "\x00", '{"text": "x4", "id": "../../etc"}', '{"text": "x5", "id": "#"}', '{"text": "  "}', '{"txt": "no"}',
         '{"text": "same", "id": 1}', '{"text": "same too", "id": 1}', '{"text": "twice"}', '{"text": "twice"}',
     ]  # fmt: skip
-    _file(landing / "rows/nasty.jsonl", "\n".join(lines), offered, len(lines))
-    # A row named as the second of two equal texts would be.
+    _file(landing / "rows/nasty.jsonl", "\n".join(lines), written, len(lines))
+    # The id of the last row is the key that the second of the two equal texts would get.
     names = '{"text": "a"}\n{"text": "a"}\n{"text": "a", "id": "cb93ddf5ce33cbc0.2"}'
-    _file(landing / "rows/names.jsonl", names, offered, 3)
-    _file(landing / "rows/bytes.jsonl", b'{"text": "\xff"}\n\xef\xbb\xbf{"text": "bom"}', offered, 2)
-    _file(landing / "rows/empty.jsonl", b"", offered)
-    _file(landing / "rows/ragged.csv", "id,text\n1,Good row.\n2\n3,a,b,c\n4,Good again.\n", offered, 4)
-    _file(landing / "rows/header.csv", "id,text\n", offered)
-    _file(landing / "rows/no column.csv", "a,b\n1,2\n", offered)
-    _file(landing / "rows/nul.csv", b"id,text\n1,a\0b\n", offered)
-    _file(landing / "rows/columns.csv", ",".join(["text", *(f"c{i}" for i in range(20_000))]) + "\n", offered)
-    _file(landing / "rows/twice.csv", "text,text\na,b\n", offered)
+    _file(landing / "rows/names.jsonl", names, written, 3)
+    _file(landing / "rows/bytes.jsonl", b'{"text": "\xff"}\n\xef\xbb\xbf{"text": "bom"}', written, 2)
+    _file(landing / "rows/empty.jsonl", b"", written)
+    _file(landing / "rows/ragged.csv", "id,text\n1,Good row.\n2\n3,a,b,c\n4,Good again.\n", written, 4)
+    _file(landing / "rows/header.csv", "id,text\n", written)
+    _file(landing / "rows/no column.csv", "a,b\n1,2\n", written)
+    _file(landing / "rows/nul.csv", b"id,text\n1,a\0b\n", written)
+    _file(landing / "rows/columns.csv", ",".join(["text", *(f"c{i}" for i in range(20_000))]) + "\n", written)
+    _file(landing / "rows/twice.csv", "text,text\na,b\n", written)
 
 
-def _tables(landing: Path, offered: Offered) -> None:
+def _tables(landing: Path, written: Written) -> None:
     dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["y y " * 250_000]))
     columns: dict[str, pa.Array] = {
         "int": pa.array([1, 2]), "binary": pa.array([b"\xff", b"a"]), "list": pa.array([["a"], ["b"]]), "null": pa.nulls(2),
@@ -220,27 +220,27 @@ def _tables(landing: Path, offered: Offered) -> None:
     }  # fmt: skip
     for name, column in columns.items():
         table = pa.table({"text": column, "id": pa.array(range(len(column)))})
-        _parquet(landing / f"tables/{name}.parquet", table, offered)
+        _parquet(landing / f"tables/{name}.parquet", table, written)
     extra = {
         "wide list": pa.array([[0] * 1_000_000] * 30), "nan": pa.array([float("nan")] * 30), "time": pa.array([2**62] * 30, pa.timestamp("us")),
         "map": pa.array([[(1.0, float("inf"))]] * 30, pa.map_(pa.float64(), pa.float64())),
     }  # fmt: skip
     for name, column in extra.items():
         table = pa.table({"text": [f"{name} {i}" for i in range(30)], "more": column})
-        _parquet(landing / f"tables/{name}.parquet", table, offered)
+        _parquet(landing / f"tables/{name}.parquet", table, written)
     good = (landing / "tables/large.parquet").read_bytes()
-    _file(landing / "tables/cut.parquet", good[:-20], offered)
-    _file(landing / "tables/no.parquet", b"PAR1" + bytes(100) + b"PAR1", offered)
-    _file(landing / "tables/nothing.parquet", b"", offered)
+    _file(landing / "tables/cut.parquet", good[:-20], written)
+    _file(landing / "tables/no.parquet", b"PAR1" + bytes(100) + b"PAR1", written)
+    _file(landing / "tables/nothing.parquet", b"", written)
 
 
-def _parquet(path: Path, table: pa.Table, offered: Offered) -> None:
+def _parquet(path: Path, table: pa.Table, written: Written) -> None:
     data = io.BytesIO()
     pq.write_table(table, data, compression="zstd")
-    _file(path, data.getvalue(), offered, table.num_rows)
+    _file(path, data.getvalue(), written, table.num_rows)
 
 
-def _links(landing: Path, offered: Offered) -> None:
+def _links(landing: Path, written: Written) -> None:
     folder = landing / "links"
     folder.mkdir()
     outside = landing.parent / "outside"
@@ -254,10 +254,10 @@ def _links(landing: Path, offered: Offered) -> None:
     for name, target in links.items():
         (folder / name).symlink_to(target)
     os.mkfifo(folder / "pipe.txt")
-    with socket.socket(socket.AF_UNIX) as made:
+    with socket.socket(socket.AF_UNIX) as unix_socket:
         here = Path.cwd()
-        os.chdir(folder)  # a socket's path must be short
-        made.bind("socket.txt")
+        os.chdir(folder)  # the path of a Unix socket is limited to about 100 bytes
+        unix_socket.bind("socket.txt")
         os.chdir(here)
-    offered.files += len(links) + 2
-    offered.items += len(links) + 2
+    written.files += len(links) + 2
+    written.items += len(links) + 2

@@ -1,4 +1,4 @@
-"""What comes out of a file: rows, whole texts, and what could not be read."""
+"""Defines the results of reading a file: rows with a text, and rows that could not be read."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The text of a row, or of a whole file (then `key` is empty)."""
+    """The text of one row of a file, or of a whole file (then `key` is empty)."""
 
     key: str
-    """What tells it from the other rows of its file: its id, else a hash of its text."""
+    """Identifies the row within its file: its id, else a hash of its text."""
     text: str
     title: str
     media_type: str
     byte_size: int
     metadata: str = "{}"
-    place: str = ""
-    """Where the row stands in its file, when `key` comes from the id column; empty when it has no id."""
+    """The row's other columns, as a JSON object."""
+    position: str = ""
+    """Where the row stands in its file, such as 'row7', when `key` comes from the id column; '' when it has no id."""
 
-    def named(self, key: str) -> Row:
-        """A copy under another key."""
+    def with_key(self, key: str) -> Row:
+        """A copy with another key."""
         return replace(self, key=key)
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row, or file (then `key` is empty), that could not be read."""
+    """A row, or a whole file (then `key` is empty), that could not be read."""
 
     key: str
     reason: str
+    """Short code, one of `parsing.REASONS`."""
     detail: str
 
     class Error(Exception):
-        """Raised by a parser of whole files."""
+        """Raised by parsers of whole files; `row` is the rejection."""
 
         def __init__(self, reason: str, detail: str) -> None:
             super().__init__(detail)

@@ -1,4 +1,4 @@
-"""Listing files and telling their versions apart, on a local disk or any fsspec file system."""
+"""Lists files with a version each that shows when they change, on a local disk or any fsspec file system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embed_assets.errors import SourceError
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SECONDS = 60_000_000_000.0
-"""Times beyond the years that Python's dates can hold are taken for the last (or first) of them."""
+"""Times further than this from 1970 are clamped: the years 68 to 3871 are safely within those of Python's datetime."""
 _CHECKSUMS = (
     "etag",  # S3, Azure, WebDAV, HTTP
     "md5hash",  # Google Cloud Storage
@@ -40,7 +40,10 @@ _CHECKSUMS = (
     "versionid",
     "rev",
 )
-"""What fsspec's implementations call something that changes with the content, in lower case and letters alone."""
+"""Keys under which fsspec implementations report a value that changes with the content, best first, as `_normalized`.
+
+fsspec standardizes no such key: https://github.com/fsspec/filesystem_spec/issues/526.
+"""
 _TIMES = (
     "lastmodified",  # S3, Azure, Jupyter, HTTP
     "updated",  # Google Cloud Storage
@@ -54,33 +57,37 @@ _TIMES = (
     "lastwritetime",
     "datetime",
 )
-"""The same of times."""
-_NAME = re.compile("[^a-z0-9]")
+"""Keys under which fsspec implementations report the modification time, best first, as `_normalized`."""
+_NOT_ALPHANUMERIC = re.compile("[^a-z0-9]")
 _FTP_TIME = re.compile(r"\d{14}(\.\d+)?$")
-_REQUESTS_AT_ONCE = 16
-_MILLISECONDS = 1e11
-"""A larger number is no count of seconds, but of milliseconds."""
-_NO_SUCH_FILE = ".embed-assets-looks-whether-this-is-told-apart"
+_MAX_CONCURRENT_REQUESTS = 16
+"""Requests for single files. More would list faster, but risk a server's rate limit."""
+_MAX_PLAUSIBLE_SECONDS = 1e11
+"""A larger time is in milliseconds: as seconds this is the year 5138, as milliseconds March 1973."""
+_PROBE_SUFFIX = ".embed-assets-probe"
+"""Appended to the name of a file to get one that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of the corpus as its listing shows it."""
+    """One file of the source as the listing shows it."""
 
     path: str
     """Relative to the source's root, '/'-separated."""
     size: int
     """Bytes."""
     modified_at: datetime
+    """Time zone aware; 1970 when the file system does not report it."""
     version: str
-    """Checksum where the store gives one, else the modification time; '' where there is neither."""
+    """Checksum if the file system reports one, else the modification time; '' if it reports neither."""
     rejected: str = ""
-    """Reason code when the listing alone shows that it must not be read."""
+    """Reason code if the listing alone shows that the file must not be read, else ''."""
 
 
 def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[SourceFile]:
-    """The files of a local folder but for `excluded`; names that begin with a dot go to `hidden`.
+    """The files below a local folder, without those in the folder `excluded`.
 
+    Files and folders whose names begin with a dot are skipped, and appended to `hidden`.
     Raises ``SourceError`` for a folder that can't be listed.
     """
     root = folder.resolve()
@@ -89,11 +96,11 @@ def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[Sou
         folder, prefix = pending.pop()
         try:
             entries = list(os.scandir(folder))
-        except FileNotFoundError:  # gone since its parent was listed
+        except FileNotFoundError:  # deleted since its parent was listed
             continue
         except OSError as error:
             raise SourceError(
-                f"the folder {str(folder)!r} can't be listed: {error.strerror}; fix it or move it"
+                f"the folder {str(folder)!r} can't be listed: {error.strerror}; fix its permissions or move it"
             ) from None
         for entry in entries:
             relative = prefix + entry.name
@@ -109,10 +116,10 @@ def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[Sou
 
 
 def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFile | None:
-    """A local file as it is now; None when it is gone since its folder was listed."""
+    """A local file; None when it was deleted since its folder was listed."""
     try:
-        rejected = _problem_of_entry(entry, root)
-        # A rejected link's target is none of our business: only the link itself is looked at.
+        rejected = _entry_rejection(entry, root)
+        # The target of a rejected link must not influence anything, so only the link itself is examined.
         stat = entry.stat(follow_symlinks=not rejected)
     except FileNotFoundError:
         return None
@@ -120,10 +127,10 @@ def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFil
     return SourceFile(relative, stat.st_size, modified_at, str(stat.st_mtime_ns), rejected)
 
 
-def _problem_of_entry(entry: os.DirEntry[str], root: Path) -> str:
-    """Reason code of an entry that must not be read, else ''."""
+def _entry_rejection(entry: os.DirEntry[str], root: Path) -> str:
+    """Reason code of a directory entry that must not be read, else ''."""
     if not entry.is_symlink():
-        return _problem_of_file(Path(entry.path))
+        return _file_rejection(Path(entry.path))
     try:
         target = Path(entry.path).resolve(strict=True)
     except (OSError, RuntimeError):
@@ -132,23 +139,25 @@ def _problem_of_entry(entry: os.DirEntry[str], root: Path) -> str:
         return "symlink_outside"
     if target.is_dir():
         return "symlink_to_folder"
-    return _problem_of_file(target)
+    return _file_rejection(target)
 
 
-def _problem_of_file(path: Path) -> str:
+def _file_rejection(path: Path) -> str:
+    """Reason code of a file that must not be read, else ''."""
     if not path.is_file():
         return "not_a_file"
-    # Part of the listing, so that the file is read as soon as it may be.
+    # Checked while listing: `rejected` is part of the partition's version, so fixed permissions make it stale.
     return "" if os.access(path, os.R_OK) else "unreadable"
 
 
 def find(filesystem: Any, base: str, hidden: list[str]) -> Iterator[SourceFile]:
-    """The files below a folder of an fsspec file system; those with a dot in front of a name go to `hidden`.
+    """The files below the folder `base` of an fsspec file system.
 
-    Where the listing does not tell one content from another, the file system is asked about each file.
+    Files and folders whose names begin with a dot are skipped, and appended to `hidden`. Files that the listing gives
+    without a checksum or time are looked up one by one.
     """
     listing: dict[str, dict[str, Any]] = filesystem.find(base, detail=True)
-    vague: dict[str, str] = {}
+    unversioned: dict[str, str] = {}
     for name, info in listing.items():
         relative = name.removeprefix(base).lstrip("/")
         if info.get("type") == "directory":
@@ -156,71 +165,73 @@ def find(filesystem: Any, base: str, hidden: list[str]) -> Iterator[SourceFile]:
         if is_hidden(relative):
             if (top := _hidden_part(relative)) not in hidden:
                 hidden.append(top)
-        elif _tells(info):
+        elif _has_version(info):
             yield _from_info(relative, info)
         else:
-            vague[name] = relative
-    yield from _ask_about(filesystem, vague, listing) if vague else ()
+            unversioned[name] = relative
+    yield from _look_up(filesystem, unversioned, listing) if unversioned else ()
 
 
-def _ask_about(
-    filesystem: Any, names: Mapping[str, str], listing: Mapping[str, dict[str, Any]]
-) -> Iterator[SourceFile]:
-    """The files, by requests of their own: `names` has their paths below the source."""
-    has_key = _has_telling_key(filesystem, next(iter(names)))
+def _look_up(filesystem: Any, names: Mapping[str, str], listing: Mapping[str, dict[str, Any]]) -> Iterator[SourceFile]:
+    """The files, each by a request of its own. `names` maps their full names to their paths relative to the source."""
+    has_content_key = _has_content_key(filesystem, next(iter(names)))
 
-    def ask(name: str) -> SourceFile | None:
+    def look_up(name: str) -> SourceFile | None:
         try:
             info = {**listing[name], **filesystem.info(name)}
-        except FileNotFoundError:  # gone since it was listed, or a link to nothing
+        except FileNotFoundError:  # deleted since it was listed, or a link to nothing
             return None
-        if not _tells(info):
-            info["modified"] = _try(filesystem.modified, name)
-        if not _tells(info) and has_key:
-            info["checksum"] = _try(filesystem.ukey, name)
+        if not _has_version(info):
+            info["modified"] = _or_none(filesystem.modified, name)
+        if not _has_version(info) and has_content_key:
+            info["checksum"] = _or_none(filesystem.ukey, name)
         return _from_info(names[name], info)
 
-    # Only file systems over HTTP take requests from several threads.
-    workers = _REQUESTS_AT_ONCE if getattr(filesystem, "async_impl", False) else 1
+    # Only fsspec's asynchronous implementations, such as HTTP, can be used by several threads at once.
+    workers = _MAX_CONCURRENT_REQUESTS if getattr(filesystem, "async_impl", False) else 1
     with ThreadPoolExecutor(workers, thread_name_prefix="list") as pool:
-        yield from (file for file in pool.map(ask, names) if file is not None)
+        yield from (file for file in pool.map(look_up, names) if file is not None)
 
 
-def _has_telling_key(filesystem: Any, name: str) -> bool:
-    """Its `ukey` looks at the file. Some are made of the name alone, and know of a file that is not there."""
-    if type(filesystem).ukey is AbstractFileSystem.ukey:  # of `info`, which does not tell
+def _has_content_key(filesystem: Any, name: str) -> bool:
+    """Whether the file system's `ukey` depends on the file's content.
+
+    Some implementations hash only the name: they even have a key for a file that does not exist, so one is probed.
+    """
+    if type(filesystem).ukey is AbstractFileSystem.ukey:  # a hash of `info`, which has no checksum or time here
         return False
-    return _try(filesystem.ukey, name + _NO_SUCH_FILE) is None
+    return _or_none(filesystem.ukey, name + _PROBE_SUFFIX) is None
 
 
-def _try(ask: Any, name: str) -> Any:
-    """What a file system answers; None when it can't, which implementations say by all kinds of errors."""
+def _or_none(method: Any, name: str) -> Any:
+    """The method's result for a file; None on any error, as implementations raise all kinds when they can't tell."""
     try:
-        return ask(name)
+        return method(name)
     except Exception:
         return None
 
 
-def _tells(info: Mapping[str, Any]) -> bool:
-    """A file's info has something that changes with its content."""
-    return any(value for name, value in info.items() if _plain(name) in _CHECKSUMS or _plain(name) in _TIMES)
+def _has_version(info: Mapping[str, Any]) -> bool:
+    """Whether a file's info has a checksum or a modification time."""
+    return any(value for key, value in info.items() if _normalized(key) in _CHECKSUMS or _normalized(key) in _TIMES)
 
 
 def _from_info(relative: str, info: Mapping[str, Any]) -> SourceFile:
-    plain = {_plain(name): value for name, value in info.items() if value}
-    checksum = next((str(plain[name]) for name in _CHECKSUMS if name in plain), "")
-    told = next((plain[name] for name in _TIMES if name in plain), None)
-    modified_at = _as_time(told)
-    time = "" if told is None else str(told) if modified_at is None else modified_at.isoformat()
+    values = {_normalized(key): value for key, value in info.items() if value}
+    checksum = next((str(values[key]) for key in _CHECKSUMS if key in values), "")
+    reported = next((values[key] for key in _TIMES if key in values), None)
+    modified_at = _as_time(reported)
+    time = "" if reported is None else str(reported) if modified_at is None else modified_at.isoformat()
     return SourceFile(relative, int(info.get("size") or 0), modified_at or _EPOCH, checksum or time)
 
 
-def _plain(name: str) -> str:
-    return _NAME.sub("", name.lower())
+def _normalized(key: str) -> str:
+    """A key in lower case, letters and digits only: 'Last-Modified' and 'last_modified' are the same."""
+    return _NOT_ALPHANUMERIC.sub("", key.lower())
 
 
 def _as_time(value: Any) -> datetime | None:
-    """A time in one of the forms that file systems give it in; None for others."""
+    """A time in any of the forms that file systems use, time zone aware; None when it is in no known form."""
     try:
         if isinstance(value, datetime):
             time = value
@@ -229,7 +240,7 @@ def _as_time(value: Any) -> datetime | None:
         elif isinstance(value, str):
             time = _parse_time(value)
         else:
-            seconds = float(value) / (1000 if abs(float(value)) > _MILLISECONDS else 1)
+            seconds = float(value) / (1000 if abs(float(value)) > _MAX_PLAUSIBLE_SECONDS else 1)
             time = _EPOCH + timedelta(seconds=max(-_MAX_SECONDS, min(seconds, _MAX_SECONDS)))
     except (ValueError, TypeError, OverflowError):
         return None
@@ -242,19 +253,19 @@ def _parse_time(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
-        return parsedate_to_datetime(text)  # as HTTP writes it
+        return parsedate_to_datetime(text)  # the form of HTTP headers
 
 
 def is_hidden(relative: str) -> bool:
-    """Names with one dot in front, by custom. Two are no custom."""
-    return any(map(_has_dot, relative.split("/")))
+    """Whether any part of the path begins with exactly one dot: by convention '.x' is hidden, but '..x' is not."""
+    return any(map(_is_dot_name, relative.split("/")))
 
 
 def _hidden_part(relative: str) -> str:
-    """The outermost folder (or the file) that is hidden."""
+    """The path up to its first hidden part, a folder or the file itself."""
     parts = relative.split("/")
-    return "/".join(parts[: next(i for i, part in enumerate(parts) if _has_dot(part)) + 1])
+    return "/".join(parts[: next(i for i, part in enumerate(parts) if _is_dot_name(part)) + 1])
 
 
-def _has_dot(name: str) -> bool:
+def _is_dot_name(name: str) -> bool:
     return name.startswith(".") and not name.startswith("..")

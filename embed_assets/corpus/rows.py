@@ -1,4 +1,4 @@
-"""JSONL, CSV and Parquet: one row, one document, one row in memory at a time."""
+"""Reads JSONL, CSV and Parquet, where each row is a document, without holding a whole file in memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ from embed_assets.corpus.options import ParseOptions
 from embed_assets.records import hash_text
 
 _MAX_BRACKETS = 3_000_000
-"""Of a JSON line: an empty list takes 56 bytes of memory, thirty times its text."""
+"""Opening brackets in a JSON line. An empty list takes 56 bytes of memory, thirty times its text: 170 MB in all."""
+_MAX_INT_DIGITS = 1000
+"""Longer integers stay text: Python refuses to parse more than 4,300 digits."""
+_SKIP_BYTES = 1 << 20
+"""Read at a time of a line that is too long. More would take fewer reads and more memory."""
+_CSV_SAMPLE_BYTES = 1 << 18
+"""From the start of a CSV file, to determine its encoding. More would make it surer, at that much more memory."""
 _BATCH_ROWS = 256
-"""Of a Parquet file, read at a time ..."""
+"""Rows of a Parquet file in memory at a time. More would read faster, but they are all held until each is handed on."""
 _NESTED_BATCH_ROWS = 4
-"""... and where a row may hold lists: a few bytes of such a file can stand for millions of values."""
-_MOST_UNFOLDED = 200
-"""Times the size of a Parquet file that its rows may have together; well packed text is a tenth of itself."""
+"""Rows in memory at a time if rows may have lists: a few bytes of a file can encode a list of millions of values."""
+_MAX_EXPANSION = 200
+"""How many times its own size a Parquet file may expand to. Text usually compresses about tenfold; a bomb, far more."""
 
 
 def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
-    """One JSON object per line; blank lines are skipped. Bad lines are named by their 1-based number."""
+    """Rows of a JSONL file, one JSON object per line. Blank lines are skipped; bad ones are keyed by 1-based number."""
     for number, line in enumerate(_lines(stream, options.max_file_bytes), 1):
         key = f"line{number}"
         if line is None:
@@ -44,41 +50,42 @@ def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRo
             continue
         try:
             value = json.loads(line.decode("utf-8"), parse_int=_parse_int)
-            row = _row(value, key, len(line), options) if isinstance(value, dict) else None
+            row = _build_row(value, key, len(line), options) if isinstance(value, dict) else None
         except UnicodeDecodeError as error:
-            yield BadRow(key, "undecodable", f"line {number} is no UTF-8 ({error.reason} at byte {error.start})")
+            yield BadRow(key, "undecodable", f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
         except (ValueError, RecursionError) as error:
-            yield BadRow(key, "invalid_json", f"line {number} is no JSON: {error}")
+            yield BadRow(key, "invalid_json", f"line {number} is not JSON: {error}")
         else:
             yield row or BadRow(key, "invalid_json", f"line {number} is a JSON {type(value).__name__}, not an object")
 
 
 def _parse_int(digits: str) -> int | str:
-    # Python refuses to parse thousands of digits; as text they can be kept.
-    return int(digits) if len(digits) < 1000 else digits
+    return int(digits) if len(digits) < _MAX_INT_DIGITS else digits
 
 
 def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | None]:
-    """Lines of at most `max_bytes`; None for a longer one, which is read past in bounded memory."""
+    """Lines of at most `max_bytes`, with their line ends; None for a longer one, which is skipped in bounded memory."""
     while line := stream.readline(max_bytes + 1):
         if len(line) <= max_bytes or line.endswith(b"\n"):
             yield line
             continue
-        while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
+        while (rest := stream.readline(_SKIP_BYTES)) and not rest.endswith(b"\n"):
             pass
         yield None
 
 
 def iter_csv(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
-    """Comma-separated rows under a header line; the encoding is told from the file's beginning."""
-    head = stream.read(1 << 18)
+    """Rows of a comma-separated file with a header line. The encoding is determined from the file's start."""
+    head = stream.read(_CSV_SAMPLE_BYTES)
     try:
-        # A byte order mark tells at once; without one the sample must not end inside a character.
+        # Without a byte order mark only whole lines are decoded: the sample may end inside a character.
         encoding = byte_order_mark(head) or decode(head[: head.rfind(b"\n") + 1] or head)[1]
     except Undecodable as error:
         yield BadRow("", "undecodable", str(error))
         return
-    text = io.TextIOWrapper(io.BufferedReader(_Rejoined(head, stream)), encoding=encoding, newline="", errors="strict")
+    text = io.TextIOWrapper(
+        io.BufferedReader(_PrefixedStream(head, stream)), encoding=encoding, newline="", errors="strict"
+    )
     csv.field_size_limit(options.max_file_bytes)
     reader = csv.DictReader(text, strict=True)
     try:
@@ -87,7 +94,7 @@ def iter_csv(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]
         yield BadRow("", "broken_file", f"the header line could not be read: {error}")
         return
     if options.text_column not in names:
-        yield BadRow("", "missing_text", _no_column(options.text_column, names))
+        yield BadRow("", "missing_text", _missing_column(options.text_column, names))
         return
     yield from _csv_rows(reader, len(names), options)
 
@@ -100,30 +107,30 @@ def _csv_rows(reader: csv.DictReader[str], columns: int, options: ParseOptions) 
         except StopIteration:
             return
         except csv.Error as error:
-            if "field larger than" in str(error):  # what follows would be read from inside that field
+            if "field larger than" in str(error):  # the reader would go on in the middle of that field
                 yield BadRow(
                     key,
                     "too_large",
-                    f"a field over EMBED_MAX_FILE_BYTES={options.max_file_bytes}; the rest was not read",
+                    f"a field is over EMBED_MAX_FILE_BYTES={options.max_file_bytes}; the rest of the file was not read",
                 )
                 return
             yield BadRow(key, "invalid_row", f"row {number}: {error}")
             continue
         except UnicodeDecodeError as error:
-            detail = f"no {error.encoding} near row {number} ({error.reason}); the rest was not read"
+            detail = f"not {error.encoding} near row {number} ({error.reason}); the rest of the file was not read"
             yield BadRow(key, "undecodable", detail)
             return
         size = sum(len(str(value).encode("utf-8", "replace")) for value in fields.values())
         if None in fields or None in fields.values():
-            yield BadRow(key, "invalid_row", f"row {number} has other columns than the header's {columns}")
+            yield BadRow(key, "invalid_row", f"row {number} does not have the header's {columns} columns")
         elif size > options.max_file_bytes:
             yield BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
         else:
-            yield _row(dict(fields), key, size, options)
+            yield _build_row(dict(fields), key, size, options)
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream whose beginning was read already, from its beginning."""
+class _PrefixedStream(io.RawIOBase):
+    """A stream whose first bytes were already read, put back together."""
 
     def __init__(self, head: bytes, rest: IO[bytes]) -> None:
         self._head, self._rest = io.BytesIO(head), rest
@@ -140,38 +147,38 @@ class _Rejoined(io.RawIOBase):
 def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
     """Rows of a Parquet file, a small batch at a time.
 
-    Values become Python's row by row, and strings stay in dictionaries until then, so that a file that is small
-    because it repeats itself does not unfold all at once.
+    Strings stay dictionary-encoded until their row becomes Python values, so that a file that is small because it
+    repeats itself never expands all at once.
     """
-    number = unfolded = 0
+    number = expanded = 0
     try:
-        budget = max(options.max_file_bytes, _MOST_UNFOLDED * stream.seek(0, io.SEEK_END))
+        budget = max(options.max_file_bytes, _MAX_EXPANSION * stream.seek(0, io.SEEK_END))
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
         if options.text_column not in names:
-            yield BadRow("", "missing_text", _no_column(options.text_column, names))
+            yield BadRow("", "missing_text", _missing_column(options.text_column, names))
             return
         strings = [field.name for field in file.schema_arrow if pa.types.is_string(field.type)]
         file = pq.ParquetFile(stream, read_dictionary=strings)
         for batch in _parquet_batches(file):
             for i in range(batch.num_rows):
                 number += 1
-                if unfolded > budget:
-                    detail = f"the file unfolds to more than {_MOST_UNFOLDED} times its size; {budget} bytes were read"
+                if expanded > budget:
+                    detail = f"the file expands to over {_MAX_EXPANSION} times its size; only {budget} bytes were read"
                     yield BadRow(f"row{number}", "too_large", detail)
                     continue
                 row = _parquet_row(names, batch, i, f"row{number}", options)
-                unfolded += row.byte_size + len(row.metadata) if isinstance(row, Row) else 0
+                expanded += row.byte_size + len(row.metadata) if isinstance(row, Row) else 0
                 yield row
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        after = f" after row {number}; the rest was not read" if number else ""
+        after = f" after row {number}, and the rest was not read" if number else ""
         key = f"row{number + 1}" if number else ""
-        yield BadRow(key, "broken_file", f"no Parquet that could be parsed{after}: {error or 'not enough memory'}")
+        yield BadRow(key, "broken_file", f"the Parquet file could not be parsed{after}: {error or 'not enough memory'}")
 
 
 def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """All rows in batches, small ones where a row may hold any number of values."""
-    # How many it holds, the metadata of its columns would tell; of some broken files, asking for that ends the process.
+    """All rows in batches, which are smaller when a row may have any number of values."""
+    # The column chunks' metadata has the number of values, but reading it aborts the process on some broken files.
     is_nested = any(pa.types.is_nested(field.type) for field in file.schema_arrow)
     rows = _NESTED_BATCH_ROWS if is_nested else _BATCH_ROWS
     for i in range(file.num_row_groups):
@@ -179,7 +186,10 @@ def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
 
 
 def _python_value(value: pa.Scalar, is_text: bool) -> Any:
-    """The value; one that Python can't hold (a time out of its range, ...) as Arrow writes it, or as None."""
+    """The value as a Python object; if Python has none for it, such as a late date, as Arrow prints it, or None.
+
+    Text that is not UTF-8 comes back as bytes if `is_text`.
+    """
     if isinstance(value, pa.DictionaryScalar):
         value = value.value
     try:
@@ -187,7 +197,7 @@ def _python_value(value: pa.Scalar, is_text: bool) -> Any:
     except UnicodeDecodeError:
         if is_text:
             return value.as_buffer().to_pybytes() if value.as_buffer() is not None else None
-    except Exception:  # anything from OverflowError to an unknown time zone's KeyError
+    except Exception:  # from OverflowError to an unknown time zone's KeyError
         pass
     try:
         return value.cast(pa.string()).as_py()
@@ -202,9 +212,9 @@ def _parquet_row(names: list[str], batch: pa.RecordBatch, i: int, key: str, opti
         }
         text = fields.get(options.text_column)
         size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
-        row = _row(fields, key, size, options) if size <= options.max_file_bytes else None
+        row = _build_row(fields, key, size, options) if size <= options.max_file_bytes else None
     except MemoryError:
-        return BadRow(key, "too_large", "it needs more memory than there is")
+        return BadRow(key, "too_large", "there is not enough memory for it")
     size += len(row.metadata) if isinstance(row, Row) else 0
     if size > options.max_file_bytes:
         return BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
@@ -212,21 +222,22 @@ def _parquet_row(names: list[str], batch: pa.RecordBatch, i: int, key: str, opti
     return row
 
 
-def _row(fields: dict[str, Any], fallback: str, size: int, options: ParseOptions) -> Row | BadRow:
+def _build_row(fields: dict[str, Any], position: str, size: int, options: ParseOptions) -> Row | BadRow:
+    """The row with these columns. `position` is its key when it has no text, and `size` its size in bytes."""
     if options.text_column not in fields:
-        return BadRow(fallback, "missing_text", _no_column(options.text_column, list(fields)))
+        return BadRow(position, "missing_text", _missing_column(options.text_column, list(fields)))
     text = fields.pop(options.text_column)
     if text is None:
-        return BadRow(fallback, "empty", f"its column {options.text_column!r} is null")
+        return BadRow(position, "empty", f"its column {options.text_column!r} is null")
     if not isinstance(text, str):
         return BadRow(
-            fallback, "missing_text", f"its column {options.text_column!r} is a {type(text).__name__}, not a string"
+            position, "missing_text", f"its column {options.text_column!r} is a {type(text).__name__}, not a string"
         )
     identity = fields.pop(options.id_column, None)
     title = fields.pop(options.title_column, None)
     has_id = identity is not None and str(identity) != ""
     key = _printable(identity) if has_id else hash_text(text)[:16]
-    # Sorted, so that the order of a row's columns is no change.
+    # Sorted, so that a different order of columns is not a change.
     metadata = (
         json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str, allow_nan=False) if fields else "{}"
     )
@@ -237,12 +248,12 @@ def _row(fields: dict[str, Any], fallback: str, size: int, options: ParseOptions
         "text/plain",
         size,
         metadata,
-        fallback if has_id else "",
+        position if has_id else "",
     )
 
 
 def _finite(value: Any) -> Any:
-    """The value without NaN and infinities, which JSON does not have."""
+    """The value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -251,9 +262,11 @@ def _finite(value: Any) -> Any:
 
 
 def _printable(value: object) -> str:
+    """The value as text, with lone surrogates escaped."""
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _no_column(text_column: str, found: list[str]) -> str:
+def _missing_column(text_column: str, found: list[str]) -> str:
+    """Detail of a file or row that lacks the text column."""
     shown = ", ".join(repr(name) for name in found[:8])
-    return f"no column {text_column!r} among {shown or 'none'}; set EMBED_TEXT_COLUMN"
+    return f"no column {text_column!r} among {shown or 'no columns'}; set EMBED_TEXT_COLUMN"

@@ -1,4 +1,4 @@
-"""Long documents in sections that are split on their own, so that none is worked on as a whole. Pure."""
+"""Cuts long documents into sections that are chunked one by one, which bounds memory. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from dataclasses import dataclass
 from embed_assets.corpus.structure import BLANK_LINES, Outline, find_fences
 
 MAX_SECTION_CHARACTERS = 1 << 20
-"""Splitting takes up to 300 bytes of memory per character. Few documents are that long."""
+"""Longest section. Chunking takes up to 300 bytes of memory per character; few documents are longer than this."""
 _CONTEXT_CHARACTERS = 16
+"""On either side of a cut, to choose it by. More make ties rarer, but let an edit near a cut move it more often."""
 _LINE_ENDS = re.compile(r"\n")
 _SPACES = re.compile(r"\s")
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a document, in order."""
+    """A consecutive part of a document."""
 
     text: str
     media_type: str
     start: int
-    """Code point of the document."""
+    """Its first code point in the document."""
     outline: Outline
-    """One for all sections of the document."""
+    """Shared by all sections of the document, and updated as they are chunked in order."""
     is_last: bool
+    """Whether the document ends with it."""
 
 
-def sections_of(text: str, media_type: str) -> Iterator[Section]:
-    """The document in sections; most documents are one."""
+def iter_sections(text: str, media_type: str) -> Iterator[Section]:
+    """The sections of a document, in order. Most documents are a single one."""
     outline, start = Outline(), 0
     while len(text) - start > MAX_SECTION_CHARACTERS:
         end = start + _cut(text[start : start + MAX_SECTION_CHARACTERS], media_type)
@@ -41,9 +43,9 @@ def sections_of(text: str, media_type: str) -> Iterator[Section]:
 
 
 def _cut(text: str, media_type: str) -> int:
-    """Where to cut, in the second half of the text: after a blank line outside of code, else a line, else a space.
+    """Where to cut, in the second half of the text: after a blank line outside code, else a line end, else a space.
 
-    Which one depends on the characters around it alone, so that an edit moves this cut and few of those after it.
+    The choice among them depends only on the characters around each, so that an edit moves few cuts.
     """
     fences = find_fences(text, media_type)
     starts = [start for start, _ in fences]
@@ -61,5 +63,6 @@ def _cut(text: str, media_type: str) -> int:
 
 
 def _fingerprint(text: str, position: int) -> int:
+    """A hash of the characters around a position."""
     around = text[position - _CONTEXT_CHARACTERS : position + _CONTEXT_CHARACTERS]
     return zlib.crc32(around.encode("utf-8", "surrogatepass"))

@@ -1,6 +1,6 @@
-"""Where documents come from: list them, tell versions apart, assign them to partitions, open them.
+"""Lists the source's files, assigns them to versioned partitions, and opens them.
 
-Any fsspec URL works; a local folder is walked here so that links leaving it are noticed.
+Any fsspec URL works. A local folder is walked without fsspec, so that links to places outside it are noticed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from embed_assets.records import hash_parts, hash_text
 from embed_assets.settings import Settings, local_path, same_place
 
 ROOT_PARTITION = "_root"
-"""Key of the partition of the loose files at the root, with PARTITION_BY=folder."""
+"""Key of the partition of files that lie in no folder, with EMBED_PARTITION_BY=folder."""
 
 _FORBIDDEN_IN_KEYS = re.compile(r"\.\.\.|[\x00-\x1f\x7f]|[\ud800-\udfff]")
-"""Dagster refuses '...' and control characters in partition keys; lone surrogates can't be stored as UTF-8."""
-_LOOKS_LIKE_A_ROW = re.compile(r"\.(jsonl|csv|parquet)#", re.IGNORECASE)
-"""A file named like the id of a row ('data.csv#1') must not share it."""
+"""Dagster rejects '...' and control characters in partition keys; lone surrogates can't be encoded as UTF-8."""
+_LOOKS_LIKE_ROW_ID = re.compile(r"\.(jsonl|csv|parquet)#", re.IGNORECASE)
+"""A file may be named like the id of a row, such as 'data.csv#1'; its own id must differ."""
 _HASHED_KEY = re.compile(r"~[0-9a-f]{32}$")
+"""A name that ends like a key that `partition_key` made is hashed too, so that the two can't collide."""
+_KEY_SUFFIX_LENGTH = 35
+"""'~' and 32 hex digits, and two to spare."""
 _MAX_QUOTED_KEY = 200
-"""Characters of a key in a table's folder names, where all but letters and digits count threefold."""
+"""Characters of a percent-encoded key. Delta names a folder 'partition_key=<key>', and file systems allow 255 bytes."""
 _VAGUE = "-vague"
+"""End of the version of a partition with files that have neither checksum nor time."""
 _LAKE_FOLDERS = frozenset({"", "raw_documents", "rejected_documents", "chunks", "embeddings", "models"})
+"""Folders of the lake that can't be the source; '' is the lake itself."""
 _READ_BYTES = 1 << 18
+"""Buffer for reading a file. More would make fewer requests to remote storage, at that much more memory."""
 _RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
-"""Names a folder can have that mean something else: our own partition of loose files, and Delta's null."""
+"""Names that a folder can have but a key can't: one is the root's own partition, the other is Delta's null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +52,15 @@ class SourcePartition:
 
     key: str
     files: tuple[SourceFile, ...] = ()
+    """In order of their paths."""
     prefix: str = ""
-    """Part of the paths that is the partition's own and not in its document ids."""
+    """Start of the files' paths that their document ids leave out."""
 
     @property
     def version(self) -> str:
-        """Data version of what the listing shows: a hash over paths and sizes, '-', and one over checksums or times.
+        """Data version of the files as listed: '<hash of paths and sizes>-<hash of checksums or times>'.
 
-        At its end it says when that does not tell everything: see `can_tell_changes`.
+        It ends in '-vague' if some files have neither checksum nor time: see `detects_changes`.
         """
         shape = hash_parts(part for f in self.files for part in (f.path, str(f.size), f.rejected))
         is_vague = any(not file.version and not file.rejected for file in self.files)
@@ -61,23 +68,23 @@ class SourcePartition:
 
     @property
     def byte_size(self) -> int:
-        """Of all its files."""
+        """Size of all files together."""
         return sum(file.size for file in self.files)
 
     def document_id(self, file: SourceFile) -> str:
-        """Identity of a file's text: its path inside the partition."""
+        """Id of a file's document: its path within the partition."""
         name = clean_name(file.path.removeprefix(self.prefix))
-        return f"{name}~{hash_text(name)[:8]}" if _LOOKS_LIKE_A_ROW.search(name) else name
+        return f"{name}~{hash_text(name)[:8]}" if _LOOKS_LIKE_ROW_ID.search(name) else name
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a source has at a time."""
+    """The contents of a source at one point in time."""
 
     partitions: dict[str, SourcePartition]
-    """Those that have files, by key, in order of their keys."""
+    """Partitions that have files, by key, in order of their keys."""
     hidden: tuple[str, ...] = ()
-    """Files and folders that are left out because their names begin with a dot."""
+    """Paths of files and folders that are skipped because their names begin with a dot."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +94,31 @@ class Source:
     root: str
     """Absolute URL or path, without a trailing slash."""
     partition_by: str
+    """'folder', 'file' or 'hash:<buckets>'."""
     options: Mapping[str, JsonValue] = field(default_factory=dict, repr=False)
+    """Options of the fsspec file system, such as credentials."""
     excluded: Path | None = None
-    """A local folder that is left out: the lake, where it lies inside the source."""
+    """A local folder to skip: the lake, in case it is inside the source."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Source:
-        """The source that the settings name; nothing is opened yet."""
+        """The source that the settings specify, not opened yet. Raises ``SettingsError`` if it overlaps the lake."""
         path = local_path(settings.source)
-        _check_apart(settings.source, settings.lake)
+        _check_overlap(settings.source, settings.lake)
         root = str(path.absolute()) if path is not None else settings.source.rstrip("/")
         lake = local_path(settings.lake)
         excluded = lake.absolute().resolve() if lake is not None else None
         return cls(root, settings.partition_by, settings.source_options, excluded)
 
     def partitions(self) -> dict[str, SourcePartition]:
-        """All partitions that have files, by key, in order of their keys. As `listing`."""
+        """All partitions that have files, by key, in order of their keys.
+
+        Raises ``SourceError`` when the source does not exist or can't be listed.
+        """
         return self.listing().partitions
 
     def listing(self) -> Listing:
-        """What the source has now.
+        """The current contents of the source.
 
         Raises ``SourceError`` when the source does not exist or can't be listed.
         """
@@ -119,31 +131,31 @@ class Source:
         return Listing(partitions, tuple(sorted(hidden)))
 
     def open(self, file: SourceFile) -> IO[bytes]:
-        """The file's bytes, for reading.
+        """The file's content, as a buffered binary stream.
 
-        Raises ``SourceError``, while opening or reading, when they can't be had: the file is gone since it was
-        listed, became a link that leaves the source, or its storage fails. A file that is rejected is a document
-        less, so none is for what may be different the next time.
+        Opening and reading raise ``SourceError`` when the file was deleted since it was listed, became a link to a
+        place outside the source, or its storage fails. These are errors and not rejections, because a rejection drops
+        the document, and the next attempt may well succeed.
         """
         path = local_path(self.root)
         with _storage_errors(self.uri(file)):
             if path is not None:
                 place = path / file.path
                 if not place.resolve(strict=True).is_relative_to(path.resolve()):
-                    raise PermissionError("it became a link that leaves the source")
+                    raise PermissionError("it became a link to a place outside the source")
                 raw = io.FileIO(place)
             else:
                 raw = self._filesystem().open(self._absolute(file.path), "rb")
-        return io.BufferedReader(_WatchedFile(raw, self.uri(file)), _READ_BYTES)
+        return io.BufferedReader(_GuardedFile(raw, self.uri(file)), _READ_BYTES)
 
     def uri(self, file: SourceFile) -> str:
-        """Where the file lies, as a URI: what is special in one is quoted, so that its path parses back.
+        """The file's location as a URI, percent-encoded so that parsing it gives the path back.
 
-        (Before 0.2 it was not: '50% off #1.md' stood in the tables as it is.)
+        Rows written before version 0.2 have unquoted locations, such as 'file:///docs/50% off #1.md'.
         """
         if "://" not in self.root:
             return f"file://{quote_path(f'{self.root}/{file.path}')}"
-        if self.root.startswith(("http://", "https://")):  # the addresses that HTTP servers list are URIs already
+        if self.root.startswith(("http://", "https://")):  # links in HTTP listings are URIs already
             return clean_name(f"{self.root}/{file.path}")
         scheme, _, place = self.root.partition("://")
         return f"{scheme}://{quote_path(f'{place}/{file.path}')}"
@@ -155,7 +167,7 @@ class Source:
         return fsspec.core.url_to_fs(self.root, **self.options)[0]
 
     def _assign(self, path: str) -> tuple[str, str]:
-        """Key of the partition a file belongs to, and the prefix that its document ids leave out."""
+        """(key of the file's partition, prefix of its path that its document id leaves out)."""
         if self.partition_by == "file":
             return partition_key(path), path.rpartition("/")[0] + "/" if "/" in path else ""
         if self.partition_by == "folder":
@@ -179,7 +191,7 @@ class Source:
             return
         try:
             filesystem = self._filesystem()
-            filesystem.invalidate_cache()  # listings are remembered, which a sensor must not
+            filesystem.invalidate_cache()  # a cached listing would hide changes from the sensor
             base = filesystem._strip_protocol(self.root).rstrip("/")
             if not filesystem.isdir(base):
                 raise FileNotFoundError("it must be an existing folder or prefix")
@@ -192,8 +204,8 @@ class Source:
             ) from error
 
 
-class _WatchedFile(io.RawIOBase):
-    """A file whose storage may fail while it is read."""
+class _GuardedFile(io.RawIOBase):
+    """A file that raises ``SourceError`` when its storage fails."""
 
     def __init__(self, raw: Any, uri: str) -> None:
         self._raw, self._uri = raw, uri
@@ -223,67 +235,74 @@ class _WatchedFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def _storage_errors(uri: str) -> Iterator[None]:
+    """Turn any error into a retryable ``SourceError`` that names the file."""
     try:
         yield
     except Exception as error:
         reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
         raise SourceError(
-            f"{uri!r} was listed but can't be read: {reason}; if it is gone or changed the next run sees that, "
-            "else check its storage, and the credentials in the environment",
+            f"{uri!r} was listed but can't be read: {reason}; run again if it was moved or changed, "
+            "else check its storage and the credentials in the environment",
             is_retryable=True,
         ) from error
 
 
-def _check_apart(source: str, lake: str) -> None:
-    """Raise ``SettingsError`` when the source is the lake, one of its tables or a bucket with the lake in it, which
-    would embed itself again and again. A folder beside the tables is fine; a local lake in the source is left out."""
-    inside, around = (same_place(location) for location in (source, lake))
-    first = inside.removeprefix(around).strip("/").partition("/")[0]
-    swallows_it = local_path(lake) is None and f"{around}/".startswith(f"{inside}/")
-    if swallows_it or (f"{inside}/".startswith(f"{around}/") and first in _LAKE_FOLDERS):
+def _check_overlap(source: str, lake: str) -> None:
+    """Raise ``SettingsError`` when the source is the lake or one of its tables, or is remote and contains the lake.
+
+    Such a source would embed its own output over and over. A folder next to the tables is fine, and so is a local lake
+    inside the source, which is skipped.
+    """
+    source_place, lake_place = (same_place(location) for location in (source, lake))
+    folder = source_place.removeprefix(lake_place).strip("/").partition("/")[0]
+    contains_lake = local_path(lake) is None and f"{lake_place}/".startswith(f"{source_place}/")
+    if contains_lake or (f"{source_place}/".startswith(f"{lake_place}/") and folder in _LAKE_FOLDERS):
         raise SettingsError(
-            f"the source must not be the lake, hold it or be one of its tables, got EMBED_SOURCE={source!r} and "
-            f"EMBED_LAKE={lake!r}; set one of them to another place"
+            f"the source must not be the lake, contain it or be one of its tables, got EMBED_SOURCE={source!r} and "
+            f"EMBED_LAKE={lake!r}; move one of them elsewhere"
         )
 
 
-def can_tell_changes(version: str) -> bool:
-    """Two equal versions of a partition are of the same content. Some sources have neither checksums nor times."""
+def detects_changes(version: str) -> bool:
+    """Whether a partition with this version changes its version whenever its content changes.
+
+    It does not where the source reports neither checksums nor modification times.
+    """
     return not version.endswith(_VAGUE)
 
 
-def is_only_touched(before: str, now: str) -> bool:
-    """Between two versions of a partition no path and no size changed: perhaps no content did either."""
+def has_same_files(before: str, now: str) -> bool:
+    """Whether two versions of a partition are of the same paths with the same sizes; the contents may still differ."""
     return before.partition("-")[0] == now.partition("-")[0]
 
 
 def partition_key(name: str) -> str:
-    """A Dagster partition key for a folder or file: the name itself wherever Dagster and file systems take it.
+    """The Dagster partition key of a folder or file: its name, wherever Dagster and file systems allow that.
 
-    Names with '...', control characters or undecodable bytes, over-long ones and reserved ones get those
-    characters replaced and a hash of the whole name appended, so that no two names share a key.
+    In a name with '...', control characters or undecodable bytes these are replaced, an overlong name is cut, and such
+    names and reserved ones get a hash of the whole name appended. No two names share a key.
     """
     is_plain = name not in _RESERVED_KEYS and not _FORBIDDEN_IN_KEYS.search(name) and not _HASHED_KEY.search(name)
     if is_plain and len(quote(name, safe="")) <= _MAX_QUOTED_KEY:
         return name
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     shown = _FORBIDDEN_IN_KEYS.sub("_", name)
-    while len(quote(shown, safe="")) > _MAX_QUOTED_KEY - 35:
+    while len(quote(shown, safe="")) > _MAX_QUOTED_KEY - _KEY_SUFFIX_LENGTH:
         shown = shown[: len(shown) * 3 // 4]
     return f"{shown}~{digest}"
 
 
 def quote_path(path: str) -> str:
-    """A path as it stands in a URI; bytes that are no UTF-8 are quoted as they are."""
+    """The path percent-encoded for a URI. Bytes of a local name that are not UTF-8 are encoded as they are."""
     try:
         name = path.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # no bytes of a local name, but half a character
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte of a local name
         name = path.encode("utf-8", "surrogatepass")
     return quote(name, safe="/~!$&'()*+,;=:@")
 
 
 def clean_name(name: str) -> str:
-    """The name; if it has bytes that are no UTF-8, with those escaped and a hash appended, so that it is unique."""
+    """The name, if it is valid Unicode; else with the rest escaped, and a hash appended that keeps it unique."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:

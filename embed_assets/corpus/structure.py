@@ -1,9 +1,9 @@
-"""Where a text may be cut, and how gladly: headings, blocks, list items, sentences. Pure.
+"""Finds where a text may be cut (at headings, blocks, list items, sentences) and what each cut costs. Pure functions.
 
-The costs are what keeps edits local. A cut at a heading is cheap, so chunks restart there; all others
-carry a part that depends only on the few characters around the cut, so that the cheapest way through a
-long stretch meets its old course again soon after an edit. They were tuned on Rust RFCs, see
-`embed_assets_tests/benchmarks/bench_chunking.py`.
+The costs keep the effect of an edit local. A cut at a heading is cheap, so chunks restart there. Every cut also has
+some noise that depends only on the few characters around it, so that the cheapest path through a long stretch soon
+rejoins its old course after an edit. The constants were tuned on 600 Rust RFCs with
+`embed_assets_tests/benchmarks/bench_chunking.py`, for few chunks changed by an inserted sentence.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from itertools import accumulate
 import numpy as np
 
 _HEADING_COST = (0.2, 0.4, 0.8)
-"""By depth: 1, 2, and 3 or deeper."""
+"""By depth: 1, 2, and 3 or deeper. Tuned."""
 _HEADING_NOISE = 1.0
+"""Weight of the noise at a heading: small, so that headings stay the cheapest cuts. Tuned."""
 BLOCK, ITEM, CODE_LINE, SENTENCE, WORD, CHARACTER = range(6)
 _COST = (0.8, 0.8, 0.6, 1.7, 3.7, 5.7)
-"""By kind of cut. One more chunk costs what its cut costs: a dearer cut is taken to save a cheaper one only."""
+"""By kind of cut, in the order above. An additional chunk costs as much as its cut does. Tuned."""
 _NOISE = 7.0
+"""Weight of the noise: higher makes edits more local, but chunks smaller and cuts worse. Tuned."""
 _NOISE_POWER = 0.4
+"""Shapes the noise, which is uniform in [0, 1] raised to this power: below 1, cheap cuts are rare. Tuned."""
 _CONTEXT_CHARACTERS = 6
+"""On either side of a cut, to derive its noise from. With six, an edited word changes one chunk in 99 of 100 cases."""
 
 BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])|[。！？｡]+[」』”）]*\s*")
@@ -42,10 +46,12 @@ _RST_HEADING = re.compile(
     rf"(?m)^(?:({_PUNCTUATION})\1+[ \t]*\n[ \t]*(\S.*)\n(\1{{2,}})[ \t]*|(\S.*)\n(({_PUNCTUATION})\6*)[ \t]*)$"
 )
 _RST_NO_TITLE = re.compile(r"(?:[-*+]|\.\.|\d+[.)]|[|>:])[ \t]")
-_RST_SURE_LENGTH = 4
-"""An underline that long makes a heading even when it is shorter than the title (docutils only warns)."""
+_RST_MIN_UNDERLINE = 4
+"""An underline of at least this length may be shorter than its title; docutils accepts it too, with a warning."""
+_LOOK_BACK_CHARACTERS = 200
+"""How far back to check that a heading without overline follows a blank line; bounds the work per heading."""
 _MAX_TITLE_CHARACTERS = 200
-"""A longer 'heading' is a paragraph in a heading's clothes; its beginning is title enough."""
+"""A longer 'heading' is really a paragraph; it is cut, as every chunk below repeats it in its heading path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +67,34 @@ class Heading:
 
 @dataclass(slots=True)
 class Outline:
-    """What the part of a long document before a section means for it."""
+    """The state that a section of a long document inherits from the text before it."""
 
     path: list[Heading] = field(default_factory=list)
-    """Headings that the section is under, outermost first."""
+    """Headings above the section's start, outermost first."""
     styles: dict[tuple[str, bool], int] = field(default_factory=dict)
-    """Depths of reStructuredText's headings by their style, which the document itself defines."""
+    """Depth of each reStructuredText heading style, (character, has overline), in the order the document uses them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Where a text may be cut."""
+    """The possible cuts of a text, and its headings."""
 
     cuts: np.ndarray
-    """int64 code points, ascending, each the start of a line's or sentence's text; 0 and the end are not in it."""
+    """int64 (cuts,): code points in ascending order, each the start of a line or sentence; without 0 and the end."""
     costs: np.ndarray
-    """float64, what each cut costs."""
+    """float64 (cuts,): the cost of each cut."""
     fences: list[tuple[int, int]]
-    """Half-open spans of code that should stay whole."""
+    """Half-open spans of code blocks, which should stay whole."""
     headings: list[Heading]
+    """In order of their start."""
     outline: Outline
-    """Of the document before this text; `heading_paths` brings it up to the text's end."""
+    """Inherited from the document before this text; `heading_paths` advances it to the text's end."""
 
     def heading_paths(self, positions: Sequence[int]) -> list[str]:
-        """For each of the ascending positions, the headings above it, outermost first, joined by ' > '."""
+        """For each position, the headings above it, outermost first, joined by ' > '.
+
+        Positions must ascend. Works once: it advances `outline` past the last heading.
+        """
         paths: list[str] = []
         path = self.outline.path
         following = deque(self.headings)
@@ -104,18 +114,18 @@ class Structure:
 
 
 def find_structure(text: str, media_type: str, outline: Outline | None = None) -> Structure:
-    """The cuts of a text: Markdown and reStructuredText by their syntax, anything else by blank lines and sentences.
+    """The cuts and headings of a text: by Markdown or reStructuredText syntax, else by blank lines and sentences.
 
-    `outline` is that of the document before the text, where the text is a section of a longer one.
+    `outline` is what the text inherits if it is a section of a longer document; it is updated in place.
     """
     outline = outline or Outline()
     fences = find_fences(text, media_type)
     headings = _headings(text, media_type, fences, outline)
     kinds: dict[int, int] = {}
     for pattern, kind in ((_SENTENCE_END, SENTENCE), (_LIST_ITEM, ITEM), (BLANK_LINES, BLOCK)):
-        # Later kinds are better places for the same cut. List items are found by their start, the others by their end.
+        # Later kinds take precedence at the same position. A list item is cut at its start, the others after their end.
         kinds.update(dict.fromkeys((m.start() if kind == ITEM else m.end() for m in pattern.finditer(text)), kind))
-    _cut_around_fences(text, kinds, fences)
+    _apply_fences(text, kinds, fences)
     depths = {h.start: h.depth for h in headings}
     positions = sorted(p for p in kinds.keys() | depths.keys() if 0 < p < len(text))
     costs = [_cost(text, p, kinds.get(p, BLOCK), depths.get(p)) for p in positions]
@@ -123,7 +133,7 @@ def find_structure(text: str, media_type: str, outline: Outline | None = None) -
 
 
 def cut_cost(text: str, position: int, kind: int) -> float:
-    """What a cut of that kind costs there: the kind's own cost, and a part that the characters around it decide."""
+    """Cost of a cut: the base cost of its kind, plus noise derived from the characters around `position`."""
     return _cost(text, position, kind, None)
 
 
@@ -137,14 +147,14 @@ def _cost(text: str, position: int, kind: int, heading_depth: int | None) -> flo
 
 
 def find_fences(text: str, media_type: str) -> list[tuple[int, int]]:
-    """Spans of Markdown's fenced code, the fences' lines included. An unclosed fence runs to the end of the text."""
+    """Half-open spans of Markdown's fenced code blocks, fences included. An unclosed one runs to the text's end."""
     if media_type != "text/markdown":
         return []
     fences: list[tuple[int, int]] = []
     opening: re.Match[str] | None = None
     for line in _FENCE.finditer(text):
         if opening is None:
-            if line[1][0] == "~" or "`" not in line[2]:  # ```a``` on one line is no fence
+            if line[1][0] == "~" or "`" not in line[2]:  # ```a``` on one line is inline code
                 opening = line
         elif line[1].startswith(opening[1]) and not line[2].strip():
             fences.append((opening.start(), line.end()))
@@ -154,8 +164,8 @@ def find_fences(text: str, media_type: str) -> list[tuple[int, int]]:
     return fences
 
 
-def _cut_around_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[int, int]]) -> None:
-    """Inside code, lines are the places to cut; before it is a block's start."""
+def _apply_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[int, int]]) -> None:
+    """Allow cuts in code only at line starts, and make the start of each code block a cut. Changes `kinds` in place."""
     if not fences:
         return
     starts = [start for start, _ in fences]
@@ -172,24 +182,27 @@ def _cut_around_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[
 
 
 def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], outline: Outline) -> list[Heading]:
+    """Headings in order of their start, without what only looks like one in code, front matter and comments."""
     if media_type == "text/x-rst":
         return _rst_headings(text, outline.styles)
     if media_type != "text/markdown":
         return []
     setext = [Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(m[1])) for m in _SETEXT_HEADING.finditer(text)]
-    atx = [Heading(m.start(), len(m[1]), _title(_without_marks(m[2] or ""))) for m in _ATX_HEADING.finditer(text)]
+    atx = [
+        Heading(m.start(), len(m[1]), _title(_strip_closing_hashes(m[2] or ""))) for m in _ATX_HEADING.finditer(text)
+    ]
     front_matter = _FRONT_MATTER.match(text)
     hidden = [
         *fences,
         *([front_matter.span()] if front_matter else []),
-        *_spans(text, "<!--", "-->"),
-        *_spans(text, "<pre", "</pre>"),
+        *_delimited(text, "<!--", "-->"),
+        *_delimited(text, "<pre", "</pre>"),
     ]
     return sorted(_outside(hidden, [*atx, *setext]), key=lambda h: h.start)
 
 
 def _outside(hidden: Sequence[tuple[int, int]], headings: Sequence[Heading]) -> Iterator[Heading]:
-    """The headings that begin in none of the spans."""
+    """The headings that start in none of the hidden spans."""
     covered = sorted(hidden)
     starts = [start for start, _ in covered]
     ends = list(accumulate((end for _, end in covered), max))
@@ -199,8 +212,8 @@ def _outside(hidden: Sequence[tuple[int, int]], headings: Sequence[Heading]) -> 
             yield heading
 
 
-def _spans(text: str, opening: str, closing: str) -> Iterator[tuple[int, int]]:
-    """Spans from each opening mark to its closing one."""
+def _delimited(text: str, opening: str, closing: str) -> Iterator[tuple[int, int]]:
+    """Half-open spans from each opening delimiter up to its closing one."""
     end = 0
     while (start := text.find(opening, end)) >= 0:
         end = text.find(closing, start)
@@ -213,27 +226,27 @@ def _title(line: str) -> str:
     return " ".join(line[:_MAX_TITLE_CHARACTERS].split())
 
 
-def _without_marks(rest: str) -> str:
-    """A heading's text without its closing marks: 'Title ##' is 'Title', 'C#' stays."""
+def _strip_closing_hashes(rest: str) -> str:
+    """Title of an ATX heading without its closing hashes: 'Title ##' becomes 'Title', and 'C#' stays."""
     title = rest.strip()
-    unmarked = title.rstrip("#")
-    return unmarked if unmarked != title and (not unmarked or unmarked[-1] in " \t") else title
+    stripped = title.rstrip("#")
+    return stripped if stripped != title and (not stripped or stripped[-1] in " \t") else title
 
 
 def _rst_headings(text: str, styles: dict[tuple[str, bool], int]) -> list[Heading]:
-    """Depth is the order in which a style (its character, and whether there is a line above) first appears."""
+    """reStructuredText headings. Depth is the order in which heading styles first appear; see `Outline.styles`."""
     found: list[Heading] = []
     end = 0
     for m in _RST_HEADING.finditer(text):
         title, line = (m[2] or m[4] or "").strip(), m[3] or m[5]
         follows_heading = bool(found) and m.start() == end + 1
-        is_apart = (
+        stands_alone = (
             m[1] is not None
             or follows_heading
-            or not text[max(0, m.start() - 200) : m.start()].rpartition("\n")[0][-1:].strip()
+            or not text[max(0, m.start() - _LOOK_BACK_CHARACTERS) : m.start()].rpartition("\n")[0][-1:].strip()
         )
-        is_long = len(line) >= min(len(title), _RST_SURE_LENGTH)
-        if is_apart and is_long and re.search(r"\w", title) and not _RST_NO_TITLE.match(title):
+        is_long = len(line) >= min(len(title), _RST_MIN_UNDERLINE)
+        if stands_alone and is_long and re.search(r"\w", title) and not _RST_NO_TITLE.match(title):
             depth = styles.setdefault((line[0], m[1] is not None), len(styles) + 1)
             found.append(Heading(m.start(), depth, _title(title)))
             end = m.end()

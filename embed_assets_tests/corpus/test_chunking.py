@@ -1,4 +1,4 @@
-"""The chunker's invariants, on nasty text and real tokenizers, and its examples."""
+"""Invariants of the chunker on hostile and real text with real tokenizers, and examples of where it cuts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from embed_assets.corpus.chunking import ChunkOptions, split_document
 from embed_assets.corpus.chunking import Tokenizer as ChunkTokenizer
 from embed_assets.corpus.sections import MAX_SECTION_CHARACTERS
-from embed_assets.engine.model import resolve_space
-from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer
+from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer_json
 from embed_assets.records import Chunk
-from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
 
 FAMILY = "\u200d".join("👩👩👧👦")
 MARKDOWN, PLAIN, RST = "text/markdown", "text/plain", "text/x-rst"
@@ -24,27 +23,27 @@ MARKDOWN, PLAIN, RST = "text/markdown", "text/plain", "text/x-rst"
 
 @cache
 def tokenizer(name: str) -> ModelTokenizer:
-    """WordPiece of the sample model; byte-level BPE and Unigram trained on the spot; words."""
+    """The sample model's WordPiece, a byte-level BPE or Unigram trained here, or one token per word."""
     if name == "wordpiece":
         return resolve_space(SAMPLE_MODEL).tokenizer
     if name == "words":
-        return word_tokenizer()
+        return ModelTokenizer(word_tokenizer_json())
     corpus = [topic(t) for t in ("types", "try", "with", "specialnames")]
     if name == "bpe":
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        trained = Tokenizer(models.BPE())
+        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trained.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
     else:
-        made = Tokenizer(models.Unigram())
-        made.normalizer = normalizers.NFKC()
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trained = Tokenizer(models.Unigram())
+        trained.normalizer = normalizers.NFKC()
+        trained.pre_tokenizer = pre_tokenizers.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>")
-    made.train_from_iterator(corpus, trainer)
-    ids = {t: made.token_to_id(t) for t in ("<s>", "</s>")}
-    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
-    return ModelTokenizer(made.to_str())
+    trained.train_from_iterator(corpus, trainer)
+    ids = {t: trained.token_to_id(t) for t in ("<s>", "</s>")}
+    trained.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    return ModelTokenizer(trained.to_str())
 
 
 PIECES = [
@@ -53,14 +52,15 @@ PIECES = [
     *("\u200b", "\x00", "\x1c", "\x85", "\u2028", "\r", "ſ ﬁ İ ß", "x" * 300, "word " * 40, "| a | b |\n|---|---|\n"),
     FAMILY,
 ]
-NASTY = st.lists(
+HOSTILE_TEXT = st.lists(
     st.one_of(st.text(max_size=60), st.text(alphabet="ab \n\t.#`-*|=1", max_size=80), st.sampled_from(PIECES)),
     max_size=25,
 ).map("".join)
 
 
-def check(text: str, chunks: list[Chunk], used: ChunkTokenizer, options: ChunkOptions) -> None:
-    counts = used.count([chunk.text for chunk in chunks])
+def check(text: str, chunks: list[Chunk], by: ChunkTokenizer, options: ChunkOptions) -> None:
+    """Assert the invariants that `embed_assets.corpus.chunking` promises."""
+    counts = by.count([chunk.text for chunk in chunks])
     for i, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
         assert text[chunk.char_start : chunk.char_end] == chunk.text
         assert chunk.text.strip() == chunk.text != ""
@@ -79,7 +79,7 @@ def check(text: str, chunks: list[Chunk], used: ChunkTokenizer, options: ChunkOp
 
 @pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "words"])
 @given(
-    text=NASTY,
+    text=HOSTILE_TEXT,
     media_type=st.sampled_from([MARKDOWN, PLAIN, RST]),
     max_tokens=st.integers(16, 80),
     overlap=st.integers(0, 7),
@@ -103,7 +103,7 @@ def test_invariants_hold_on_real_pages(name: str, page: str) -> None:
         check(topic(page), split_document(topic(page), RST, tokenizer(name), options), tokenizer(name), options)
 
 
-def test_long_texts_are_tokenized_in_segments_without_a_trace() -> None:
+def test_tokenizing_in_segments_breaks_no_invariant() -> None:
     text = "\n\n".join(f"Paragraph {i} has a few words. And a second sentence." for i in range(3000)) + "x" * 50_000
     options = ChunkOptions(256)
     check(text, split_document(text, PLAIN, tokenizer("wordpiece"), options), tokenizer("wordpiece"), options)
@@ -117,11 +117,11 @@ def test_a_short_document_is_one_chunk() -> None:
     assert [c.text for c in split("# Title\n\nSome text.\n")] == ["# Title\n\nSome text."]
 
 
-def test_whitespace_is_no_chunk() -> None:
+def test_whitespace_has_no_chunks() -> None:
     assert split("") == split(" \n\t\n ") == []
 
 
-def test_chunks_begin_at_headings_where_they_can() -> None:
+def test_chunks_start_at_headings_where_possible() -> None:
     text = "# One\n\n" + "alpha beta gamma. " * 3 + "\n\n# Two\n\n" + "delta epsilon zeta. " * 3
     assert [c.text[:5] for c in split(text, max_tokens=20)] == ["# One", "# Two"]
 
@@ -139,7 +139,7 @@ def test_code_blocks_over_the_limit_are_cut_at_lines() -> None:
         assert all(line in ("```", *lines) for line in chunk.text.splitlines())
 
 
-def test_overlap_repeats_the_end_of_the_chunk_before() -> None:
+def test_overlap_repeats_the_end_of_the_previous_chunk() -> None:
     chunks = split("one two three four. five six seven eight. nine ten eleven twelve. " * 4, PLAIN, 20, 6)
     assert len(chunks) > 2
     for one, other in pairwise(chunks):
@@ -205,12 +205,12 @@ def test_an_edited_word_changes_its_own_chunk() -> None:
     assert sum(changes) / len(changes) <= 1.1
 
 
-def test_a_paragraph_in_a_headings_clothes_does_not_multiply() -> None:
+def test_a_paragraph_marked_as_heading_does_not_bloat_heading_paths() -> None:
     chunks = split("# " + "word " * 4000, max_tokens=64)
     assert sum(len(c.heading_path) for c in chunks) <= 200 * len(chunks)
 
 
-def test_spaces_that_belong_to_tokens_hide_no_cuts() -> None:
+def test_tokens_that_include_their_spaces_hide_no_cuts() -> None:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -220,15 +220,15 @@ def test_spaces_that_belong_to_tokens_hide_no_cuts() -> None:
         assert text[chunk.char_start - 1].isspace()
 
 
-def test_one_character_of_many_tokens_ends() -> None:
+def test_a_character_with_more_tokens_than_the_limit_stays_whole() -> None:
     text = "\ufdfa" * 3
     chunks = split_document(text, PLAIN, tokenizer("unigram"), ChunkOptions(16))
     assert "".join(c.text for c in chunks) == text
 
 
 @pytest.mark.parametrize("piece", ["\u200b\n\n", "#", "漢字仮名交じり文", "a. ", "\x00 ", "- x\n"])
-def test_large_limits_and_tokenless_pieces_take_linear_time(piece: str) -> None:
-    """Each took from ten seconds to for ever when all cuts within the limit were compared."""
+def test_large_limits_and_pieces_without_tokens_take_linear_time(piece: str) -> None:
+    """Comparing all cuts within the limit took ten seconds or more for each of these."""
     text = piece * (60_000 // len(piece))
     for limit in (256, 32_768):
         check(
@@ -239,8 +239,8 @@ def test_large_limits_and_tokenless_pieces_take_linear_time(piece: str) -> None:
         )
 
 
-def test_work_grows_with_the_text_not_with_its_square() -> None:
-    """Counted in characters given to the tokenizer, not in seconds."""
+def test_each_character_is_tokenized_about_once() -> None:
+    """Counts the characters given to the tokenizer rather than seconds."""
 
     class Recording:
         special_tokens = 2
@@ -268,8 +268,8 @@ LONG = "\n\n".join(
 )
 
 
-def test_sections_of_a_long_document_leave_no_trace_but_at_their_edges() -> None:
-    """Split by words, which is quick: text, order, headings and edits are as in short documents."""
+def test_a_long_document_is_chunked_like_a_short_one() -> None:
+    """Text, order, heading paths and the effect of an edit, with words as tokens because that is fast."""
     options, words = ChunkOptions(64), tokenizer("words")
     assert len(LONG) > MAX_SECTION_CHARACTERS
     chunks = split_document(LONG, MARKDOWN, words, options)
@@ -283,13 +283,13 @@ def test_sections_of_a_long_document_leave_no_trace_but_at_their_edges() -> None
 
 
 @pytest.mark.parametrize("media_type", [MARKDOWN, RST, PLAIN])
-def test_long_documents_without_a_place_to_cut(media_type: str) -> None:
+def test_long_documents_with_nowhere_good_to_cut(media_type: str) -> None:
     for text in ("x" * (MAX_SECTION_CHARACTERS + 5), "```\n" + "code\n" * 300_000, "\n" * 1_500_000 + "end"):
         options = ChunkOptions(64)
         check(text, split_document(text, media_type, tokenizer("words"), options), tokenizer("words"), options)
 
 
-def test_a_word_that_is_one_token_does_not_make_an_endless_chunk() -> None:
+def test_a_long_word_that_is_one_token_is_split() -> None:
     text = "ab" * 100_000
     chunks = split_document(text, PLAIN, tokenizer("wordpiece"), ChunkOptions(64))
     assert max(len(chunk.text) for chunk in chunks) <= 64 * 64

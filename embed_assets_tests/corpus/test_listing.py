@@ -1,4 +1,4 @@
-"""What file systems tell of a file's version: every edit is seen, or the source is read each time."""
+"""Detecting changes by what file systems report: every edit is noticed, or the source is read each time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embed_assets.corpus.listing import find
-from embed_assets.corpus.source import Source, can_tell_changes, is_only_touched
+from embed_assets.corpus.source import Source, detects_changes, has_same_files
 from embed_assets_tests.conftest import Project
 
 MOMENT = datetime(2025, 11, 27, 8, 32, 5, tzinfo=UTC)
 
 
 class Listed:
-    """A file system that lists one file with the given info, and knows no more."""
+    """A file system that lists one file with the given info, and can report nothing else."""
 
     def __init__(self, **info: Any) -> None:
         self._info = {"name": "/base/a/one.md", "type": "file", "size": 3, **info}
@@ -45,7 +45,7 @@ class Listed:
         raise NotImplementedError
 
     def ukey(self, name: str) -> str:
-        return f"made of the name {name}"
+        return f"hash of the name {name}"
 
 
 @pytest.mark.parametrize(
@@ -74,21 +74,23 @@ class Listed:
         ({"last_modified": "2025-11-27T08:32:05.000000Z"}, MOMENT.isoformat(), MOMENT),  # Jupyter
     ],
 )
-def test_the_names_that_file_systems_use(info: dict[str, Any], version: str, modified_at: datetime | None) -> None:
+def test_keys_of_real_file_systems_are_recognized(
+    info: dict[str, Any], version: str, modified_at: datetime | None
+) -> None:
     [file] = find(Listed(**info), "/base", [])
     assert (file.path, file.version) == ("a/one.md", version)
     assert file.modified_at == (modified_at or datetime(1970, 1, 1, tzinfo=UTC))
 
 
-def test_a_file_system_that_tells_nothing() -> None:
+def test_a_file_system_without_checksums_and_times() -> None:
     [file] = find(Listed(accessTime=3, permission="644"), "/base", [])
     assert file.version == ""
 
 
-class Slow(MemoryFileSystem):
-    """Files whose listing has nothing, but each can be asked for."""
+class Unversioned(MemoryFileSystem):
+    """A file system that reports neither checksums nor times."""
 
-    protocol = "slow"
+    protocol = "unversioned"
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
     cachable = False
@@ -108,8 +110,8 @@ class Slow(MemoryFileSystem):
         raise NotImplementedError
 
 
-class Keyed(Slow):
-    """And their keys are of their content."""
+class Keyed(Unversioned):
+    """Adds a `ukey` that depends on the content."""
 
     protocol = "keyed"
     store: dict[str, Any] = {}  # noqa: RUF012
@@ -118,8 +120,8 @@ class Keyed(Slow):
         return str(hash(self.cat_file(path)))
 
 
-class Timed(Slow):
-    """And their times can be had."""
+class Timed(Unversioned):
+    """Adds modification times, on request only."""
 
     protocol = "timed"
     store: dict[str, Any] = {}  # noqa: RUF012
@@ -128,28 +130,28 @@ class Timed(Slow):
         return MOMENT
 
 
-fsspec.register_implementation("slow", Slow, clobber=True)
+fsspec.register_implementation("unversioned", Unversioned, clobber=True)
 fsspec.register_implementation("keyed", Keyed, clobber=True)
 fsspec.register_implementation("timed", Timed, clobber=True)
 
 
-@pytest.mark.parametrize(("protocol", "can_tell"), [("slow", False), ("keyed", True), ("timed", True)])
-def test_what_the_listing_does_not_tell_is_asked_for(protocol: str, can_tell: bool) -> None:
+@pytest.mark.parametrize(("protocol", "is_conclusive"), [("unversioned", False), ("keyed", True), ("timed", True)])
+def test_versions_missing_in_the_listing_are_looked_up(protocol: str, is_conclusive: bool) -> None:
     filesystem = fsspec.filesystem(protocol)
     filesystem.pipe_file("/corpus/a/one.md", b"one")
     source = Source(f"{protocol}://corpus", "folder")
     before = source.partitions()["a"].version
-    assert can_tell_changes(before) is can_tell
+    assert detects_changes(before) is is_conclusive
     filesystem.pipe_file("/corpus/a/one.md", b"two")
     after = source.partitions()["a"].version
     assert (before != after) is (protocol == "keyed")
-    assert is_only_touched(before, after)
+    assert has_same_files(before, after)
 
 
-def test_a_source_that_can_not_tell_is_read_each_time(project: Project) -> None:
-    filesystem = fsspec.filesystem("slow")
+def test_a_source_without_versions_is_read_each_time(project: Project) -> None:
+    filesystem = fsspec.filesystem("unversioned")
     filesystem.pipe_file("/vague/a/one.md", b"one")
-    project.set(SOURCE="slow://vague")
+    project.set(SOURCE="unversioned://vague")
     assert project.sync()["embedded"] == 1
     assert project.sync() | {"seconds": 0} == project.sync() | {"seconds": 0}
     plan = project.json("plan")["partitions"][0]["assets"]
@@ -161,7 +163,7 @@ def test_a_source_that_can_not_tell_is_read_each_time(project: Project) -> None:
 
 
 def same_size_edit(project: Project, folder: Path) -> None:
-    """A file is replaced by one of the same size: the sync after that embeds it, and the next one nothing."""
+    """Replace a file by one of the same size: the next sync embeds it, and the one after that nothing."""
     (folder / "a").mkdir(parents=True)
     file = folder / "a" / "one.md"
     file.write_text("before")
@@ -201,6 +203,7 @@ def test_edits_on_a_real_ftp_server(project: Project, tmp_path: Path) -> None:
 
 @contextmanager
 def served(handler: Any) -> Iterator[str]:
+    """'host:port' of an HTTP server with this handler."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -213,6 +216,8 @@ def served(handler: Any) -> Iterator[str]:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Logs nothing."""
+
     def log_message(self, *_: Any) -> None: ...
 
 
@@ -224,7 +229,7 @@ def test_edits_on_a_real_http_server(project: Project, tmp_path: Path) -> None:
         same_size_edit(project, folder)
 
 
-def test_a_broken_link_of_a_web_page_hides_nothing_else(project: Project, tmp_path: Path) -> None:
+def test_a_broken_link_on_a_web_page_does_not_hide_the_others(project: Project, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     folder.mkdir()
     (folder / "one.md").write_text("one")
@@ -235,14 +240,14 @@ def test_a_broken_link_of_a_web_page_hides_nothing_else(project: Project, tmp_pa
 
 
 class Timeless(Quiet):
-    """A server that gives neither an ETag nor a time."""
+    """Sends neither an ETag nor a time."""
 
     def send_header(self, keyword: str, value: str) -> None:
         if keyword != "Last-Modified":
             super().send_header(keyword, value)
 
 
-def test_edits_on_an_http_server_that_tells_nothing(project: Project, tmp_path: Path) -> None:
+def test_edits_on_an_http_server_without_versions(project: Project, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     (folder / "a").mkdir(parents=True)
     (folder / "a/one.md").write_text("before")
@@ -255,7 +260,7 @@ def test_edits_on_an_http_server_that_tells_nothing(project: Project, tmp_path: 
 
 
 def test_edits_on_webhdfs(project: Project) -> None:
-    """The REST interface of HDFS, as far as listing and reading need it."""
+    """Against the part of the HDFS REST API that listing and reading need."""
     state = {"text": b"before", "time": 1_700_000_000_000}
 
     class Hdfs(Quiet):
@@ -288,12 +293,12 @@ def test_edits_on_webhdfs(project: Project) -> None:
         assert project.sync()["embedded"] == 1
 
 
-def test_hidden_files_are_told_of(project: Project) -> None:
+def test_hidden_files_are_reported(project: Project) -> None:
     for name in ("a/one.md", "a/.draft.md", ".git/config", ".git/HEAD", ".DS_Store", "a/..odd.md"):
         project.write(name, "Text.")
-    told = [".DS_Store", ".git", "a/.draft.md"]
-    assert project.json("discover")["hidden"] == told
-    assert project.sync()["hidden"] == told
+    hidden = [".DS_Store", ".git", "a/.draft.md"]
+    assert project.json("discover")["hidden"] == hidden
+    assert project.sync()["hidden"] == hidden
     for command in ("discover", "sync"):
         assert (
             "left out: 3 files or folders whose names begin with a dot (.DS_Store, .git," in project.run(command).stdout
@@ -302,7 +307,7 @@ def test_hidden_files_are_told_of(project: Project) -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1), min_size=1))
-def test_uris_parse_back(parts: list[str]) -> None:
+def test_parsing_a_uri_gives_the_path_back(parts: list[str]) -> None:
     from embed_assets.corpus.listing import SourceFile
 
     path = "/".join(parts)
@@ -314,7 +319,7 @@ def test_uris_parse_back(parts: list[str]) -> None:
     assert (parsed.netloc, unquote(parsed.path)) == ("bucket", f"/my docs#1/{path}")
 
 
-def test_uris_in_the_tables(project: Project) -> None:
+def test_uris_in_tables_are_percent_encoded(project: Project) -> None:
     project.write("a/50% off #1 what?.md", "Text.")
     project.write("b/naïve.md", "Text.")
     project.sync()
@@ -324,15 +329,15 @@ def test_uris_in_the_tables(project: Project) -> None:
     assert all(uri.scheme == "file" and uri.geturl().isascii() for uri in uris)
 
 
-def test_the_package_can_be_imported_where_there_are_no_resource_limits() -> None:
+def test_the_package_can_be_imported_without_the_resource_module() -> None:
     code = "import sys, psutil; sys.modules['resource'] = None; import embed_assets.cli, embed_assets.definitions"
-    code += ", embed_assets.defs.sync, embed_assets.corpus.apart"
+    code += ", embed_assets.defs.sync, embed_assets.corpus.sandbox"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["a%20b", "x[1]", "a^b", "a|b", "back\\slash"])
-def test_places_that_delta_can_not_keep_tables_in_are_refused(project: Project, name: str) -> None:
+def test_lakes_at_paths_that_delta_cannot_handle_are_refused(project: Project, name: str) -> None:
     project.write("a/one.md", "One.")
     project.set(LAKE=str(project.root / name))
     result = project.run("sync")
@@ -341,13 +346,13 @@ def test_places_that_delta_can_not_keep_tables_in_are_refused(project: Project, 
 
 
 @pytest.mark.parametrize("name", ["sp ace", "ha#sh", "q?m", "ünï", "quo'te", "100%", "a:b"])
-def test_other_places_work(project: Project, name: str) -> None:
+def test_lakes_at_paths_with_other_special_characters_work(project: Project, name: str) -> None:
     project.write("a/one.md", "One.")
     project.set(LAKE=str(project.root / name))
     assert project.sync()["embedded"] == 1
     assert project.sync()["partitions"]["a"]["state"] == "fresh" and project.json("verify")["ok"]
 
 
-def test_urls_that_end_early_are_refused(project: Project) -> None:
+def test_urls_with_a_fragment_are_refused(project: Project) -> None:
     project.set(LAKE="s3://bucket/lake#1")
     assert "with '#' in its name" in project.run("plan").stderr

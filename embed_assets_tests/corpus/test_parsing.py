@@ -1,4 +1,4 @@
-"""Every file is a document or a rejection with a reason; never an exception, never mojibake."""
+"""Every file becomes documents or rejections with a reason, never an exception and never mojibake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.parsing import REASONS, SUPPORTED_ENDINGS, read_documents
+from embed_assets.corpus.parsing import REASONS, SUPPORTED_SUFFIXES, read_documents
 from embed_assets.corpus.source import Source
 from embed_assets.records import Document, Rejection
 
@@ -24,7 +24,7 @@ OPTIONS = ParseOptions(max_file_bytes=200_000)
 
 
 def read(root: Path, options: ParseOptions = OPTIONS, partition_by: str = "folder") -> dict[str, Document | Rejection]:
-    """All documents and rejections of all partitions, by their id."""
+    """All documents and rejections of all partitions, by id."""
     source = Source(str(root), partition_by)
     items = [item for p in source.partitions().values() for item in read_documents(source, p, options)]
     assert len({item.document_id for item in items}) == len(items)
@@ -33,6 +33,7 @@ def read(root: Path, options: ParseOptions = OPTIONS, partition_by: str = "folde
 
 
 def one(root: Path, name: str, data: bytes, options: ParseOptions = OPTIONS) -> Document | Rejection:
+    """The only item of a corpus that is this one file."""
     (root / name).write_bytes(data)
     items = read(root, options)
     assert len(items) == 1
@@ -101,11 +102,11 @@ def test_other_encodings_are_detected_and_named(tmp_path: Path, encoding: str, s
         (b"x" * 200_001, "too_large"),
     ],
 )
-def test_files_that_are_no_text(tmp_path: Path, data: bytes, expected: str) -> None:
+def test_files_that_are_not_text(tmp_path: Path, data: bytes, expected: str) -> None:
     assert reason(one(tmp_path, "a.md", data)) == expected
 
 
-def test_unknown_endings_are_rejected_by_name(tmp_path: Path) -> None:
+def test_unknown_suffixes_are_rejected_by_name(tmp_path: Path) -> None:
     item = one(tmp_path, "photo.png", b"\x89PNG")
     assert reason(item) == "unsupported_format"
     assert isinstance(item, Rejection)
@@ -129,7 +130,7 @@ def test_html_becomes_markdown_with_its_headings_and_code(tmp_path: Path) -> Non
     assert "alert" not in found and "p{}" not in found
 
 
-def test_html_says_its_own_charset(tmp_path: Path) -> None:
+def test_html_may_declare_its_charset(tmp_path: Path) -> None:
     page = "<html><meta charset='iso-8859-2'><p>Zażółć gęślą jaźń"
     assert "Zażółć gęślą jaźń" in text(one(tmp_path, "a.html", page.encode("iso-8859-2")))
 
@@ -161,7 +162,7 @@ def test_html_titles_are_unescaped(tmp_path: Path) -> None:
     assert item.title == 'It\'s "a" & b'
 
 
-def test_deeply_nested_html_ends_in_bounded_time(tmp_path: Path) -> None:
+def test_deeply_nested_html_is_rejected_quickly(tmp_path: Path) -> None:
     options = ParseOptions(max_file_bytes=10 << 20)
     assert reason(one(tmp_path, "a.html", b"<div>" * 100_000 + b"x" + b"</div>" * 100_000, options)) in REASONS
 
@@ -172,14 +173,14 @@ def jsonl(*lines: str) -> bytes:
 
 def test_jsonl_rows_are_documents(tmp_path: Path) -> None:
     data = jsonl('{"id": 7, "text": "One", "title": "T", "lang": "en"}', "", '{"text": "Two"}', '{"text": "Two"}')
-    items = one_file(tmp_path, "a.jsonl", data)
+    items = read_file(tmp_path, "a.jsonl", data)
     assert [text(i) for i in items.values()] == ["One", "Two", "Two"]
     first = items["a.jsonl#7"]
     assert isinstance(first, Document)
     assert (first.title, first.metadata) == ("T", '{"lang": "en"}')
 
 
-def one_file(root: Path, name: str, data: bytes, options: ParseOptions = OPTIONS) -> dict[str, Document | Rejection]:
+def read_file(root: Path, name: str, data: bytes, options: ParseOptions = OPTIONS) -> dict[str, Document | Rejection]:
     (root / name).write_bytes(data)
     return read(root, options)
 
@@ -198,7 +199,7 @@ def test_bad_jsonl_lines_are_rejected_one_by_one(tmp_path: Path) -> None:
         '{"id": 2, "text": "huge", "n": ' + "9" * 5000 + "}",
         "[" * 100_000,
     )
-    items = one_file(tmp_path, "a.jsonl", data + b"\n\xff\xfe{}")
+    items = read_file(tmp_path, "a.jsonl", data + b"\n\xff\xfe{}")
     reasons = sorted(i.reason for i in items.values() if isinstance(i, Rejection))
     assert reasons == sorted(
         ["invalid_json"] * 3 + ["missing_text"] * 2 + ["empty"] * 2 + ["invalid_unicode", "duplicate_id", "undecodable"]
@@ -206,16 +207,16 @@ def test_bad_jsonl_lines_are_rejected_one_by_one(tmp_path: Path) -> None:
     assert sorted(i.text for i in items.values() if isinstance(i, Document)) == ["good", "huge"]
 
 
-def test_over_long_jsonl_lines_are_read_past(tmp_path: Path) -> None:
+def test_overlong_jsonl_lines_are_skipped(tmp_path: Path) -> None:
     data = jsonl('{"text": "before"}', '{"text": "' + "x" * 300_000 + '"}', '{"text": "after"}')
-    items = one_file(tmp_path, "a.jsonl", data)
+    items = read_file(tmp_path, "a.jsonl", data)
     assert sorted(i.text for i in items.values() if isinstance(i, Document)) == ["after", "before"]
     assert [i.reason for i in items.values() if isinstance(i, Rejection)] == ["too_large"]
 
 
 def test_csv_rows_are_documents(tmp_path: Path) -> None:
     data = 'id,text,lang\n1,"Hello, ""world""\nsecond line",en\n2,Grüße,de\n'.encode("utf-8-sig")
-    items = one_file(tmp_path, "a.csv", data)
+    items = read_file(tmp_path, "a.csv", data)
     assert text(items["a.csv#1"]) == 'Hello, "world"\nsecond line'
     assert text(items["a.csv#2"]) == "Grüße"
 
@@ -232,7 +233,7 @@ def test_csv_rows_are_documents(tmp_path: Path) -> None:
     ],
 )
 def test_bad_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None:
-    items = one_file(tmp_path, "a.csv", data)
+    items = read_file(tmp_path, "a.csv", data)
     assert [i.reason for i in items.values() if isinstance(i, Rejection)] == expected
 
 
@@ -241,23 +242,23 @@ def test_csv_encodings(tmp_path: Path, encoding: str) -> None:
     words = "Le café est fermé à Noël, et il neige sur la ville depuis hier. "
     data = "".join(f'{i},"{words}"\r\n' for i in range(20))
     mark = "\ufeff" if encoding == "utf-16-be" else ""
-    items = one_file(tmp_path, "a.csv", (mark + "id,text\r\n" + data).encode(encoding))
+    items = read_file(tmp_path, "a.csv", (mark + "id,text\r\n" + data).encode(encoding))
     assert {text(i) for i in items.values()} == {words}
 
 
-def test_line_ends_in_rows_are_line_ends(tmp_path: Path) -> None:
-    items = one_file(tmp_path, "a.jsonl", jsonl('{"text": "one\\r\\n\\r\\ntwo"}'))
+def test_line_ends_in_rows_are_normalized(tmp_path: Path) -> None:
+    items = read_file(tmp_path, "a.jsonl", jsonl('{"text": "one\\r\\n\\r\\ntwo"}'))
     assert [text(i) for i in items.values()] == ["one\n\ntwo"]
 
 
-def test_many_equal_rows_are_told_apart_in_linear_time(tmp_path: Path) -> None:
-    """Twenty thousand took minutes when each was compared with all before it."""
-    items = one_file(tmp_path, "a.jsonl", b'{"text": "N/A"}\n' * 20_000)
+def test_many_equal_rows_are_numbered_in_linear_time(tmp_path: Path) -> None:
+    """Comparing each row with all earlier ones took minutes for these twenty thousand."""
+    items = read_file(tmp_path, "a.jsonl", b'{"text": "N/A"}\n' * 20_000)
     assert len(items) == 20_000
 
 
 def test_metadata_is_json(tmp_path: Path) -> None:
-    items = one_file(
+    items = read_file(
         tmp_path, "a.jsonl", jsonl('{"id": 1, "text": "a", "x": NaN, "y": [1e999], "z": {"w": -Infinity}}')
     )
     item = items["a.jsonl#1"]
@@ -267,7 +268,7 @@ def test_metadata_is_json(tmp_path: Path) -> None:
 
 def test_jsonl_nested_to_any_depth(tmp_path: Path) -> None:
     lines = [f'{{"text": "t", "x": {"[" * n}{"]" * n}}}' for n in range(900, 1000, 5)]
-    assert len(one_file(tmp_path, "a.jsonl", jsonl(*lines))) == len(lines)
+    assert len(read_file(tmp_path, "a.jsonl", jsonl(*lines))) == len(lines)
 
 
 def parquet(**columns: list[object]) -> bytes:
@@ -277,19 +278,19 @@ def parquet(**columns: list[object]) -> bytes:
 
 
 def test_parquet_rows_are_documents(tmp_path: Path) -> None:
-    items = one_file(tmp_path, "a.parquet", parquet(id=[1, 2], text=["One", None], tags=[["a"], []]))
+    items = read_file(tmp_path, "a.parquet", parquet(id=[1, 2], text=["One", None], tags=[["a"], []]))
     assert text(items["a.parquet#1"]) == "One"
     assert reason(items["a.parquet#row2"]) == "empty"
 
 
-def test_odd_values_beside_the_text_cost_no_text(tmp_path: Path) -> None:
+def test_odd_values_in_other_columns_do_not_lose_the_text(tmp_path: Path) -> None:
     columns = {
         "text": ["one", "two"],
         "ns": pa.array([1, 2**62], pa.timestamp("ns")),
         "zone": pa.array([1, 2], pa.timestamp("us", "Mars/Base")),
         "date": pa.array([2**30, 1], pa.date32()),
     }
-    items = one_file(tmp_path, "a.parquet", parquet(**columns))  # type: ignore[arg-type]
+    items = read_file(tmp_path, "a.parquet", parquet(**columns))  # type: ignore[arg-type]
     assert sorted(text(i) for i in items.values()) == ["one", "two"]
 
 
@@ -304,7 +305,7 @@ def test_odd_values_beside_the_text_cost_no_text(tmp_path: Path) -> None:
     ],
 )
 def test_bad_parquet(tmp_path: Path, data: bytes, expected: str) -> None:
-    items = one_file(tmp_path, "a.parquet", data)
+    items = read_file(tmp_path, "a.parquet", data)
     assert [reason(i) for i in items.values()] == [expected]
 
 
@@ -324,7 +325,7 @@ def docx_bytes() -> bytes:
 
 
 def pdf_bytes(words: str = "Hello PDF world") -> bytes:
-    """A PDF of one page, written by hand."""
+    """A minimal PDF of one page with these words."""
     content = f"BT /F1 12 Tf 72 720 Td ({words}) Tj ET".encode() if words else b""
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
@@ -349,7 +350,7 @@ def test_word_documents_become_markdown(tmp_path: Path) -> None:
     assert (item.title, item.media_type) == ("The Title", "text/markdown")
 
 
-def test_word_documents_with_content_controls_and_changes(tmp_path: Path) -> None:
+def test_word_documents_with_content_controls_and_tracked_changes(tmp_path: Path) -> None:
     space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     body = f"""<w:document {space}><w:body>
         <w:sdt><w:sdtContent><w:p><w:r><w:t>control</w:t></w:r></w:p></w:sdtContent></w:sdt>
@@ -366,7 +367,9 @@ def test_word_documents_with_content_controls_and_changes(tmp_path: Path) -> Non
 
 @given(places=st.lists(st.integers(0, 10**6), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_flipped_bits_in_office_files(tmp_path_factory: pytest.TempPathFactory, places: list[int]) -> None:
+def test_office_files_with_flipped_bits_never_raise(
+    tmp_path_factory: pytest.TempPathFactory, places: list[int]
+) -> None:
     root = tmp_path_factory.mktemp("bits")
     for name, whole in (("a.docx", docx_bytes()), ("a.pdf", pdf_bytes())):
         data = bytearray(whole)
@@ -404,14 +407,14 @@ def zipped(name: str, data: bytes) -> bytes:
 )
 def test_broken_office_files(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
     options = ParseOptions(max_file_bytes=10 << 20)
-    if data == pdf_bytes()[:-120]:  # the parser may also mend what was cut off
+    if data == pdf_bytes()[:-120]:  # the parser may also repair what was cut off
         item = one(tmp_path, name, data, options)
         assert isinstance(item, Document) or item.reason == expected
     else:
         assert reason(one(tmp_path, name, data, options)) == expected
 
 
-def test_links(tmp_path: Path) -> None:
+def test_links_and_special_files(tmp_path: Path) -> None:
     outside = tmp_path / "outside.txt"
     outside.write_text("secret")
     root = tmp_path / "landing"
@@ -441,7 +444,7 @@ def test_links(tmp_path: Path) -> None:
 
 @given(data=st.binary(max_size=300))
 @settings(max_examples=200, deadline=None)
-def test_decoding_is_right_or_refused(data: bytes) -> None:
+def test_data_is_decoded_correctly_or_rejected(data: bytes) -> None:
     try:
         decoded, encoding = decode(data)
     except Undecodable:
@@ -453,12 +456,12 @@ def test_decoding_is_right_or_refused(data: bytes) -> None:
 
 @given(
     data=st.binary(max_size=200),
-    ending=st.sampled_from(SUPPORTED_ENDINGS),
+    suffix=st.sampled_from(SUPPORTED_SUFFIXES),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_bytes_end_in_documents_or_rejections(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, ending: str
+def test_any_bytes_become_documents_or_rejections(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str
 ) -> None:
     root = tmp_path_factory.mktemp("fuzz")
-    (root / f"a{ending}").write_bytes(data)
+    (root / f"a{suffix}").write_bytes(data)
     assert read(root)

@@ -1,4 +1,4 @@
-"""Listing: partitions, versions, names."""
+"""Partitions of a source, their versions and keys, and the ids of their documents."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def ids(source: Source) -> dict[str, list[str]]:
+    """Document ids by partition key."""
     return {key: [p.document_id(f) for f in p.files] for key, p in source.partitions().items()}
 
 
@@ -48,7 +49,7 @@ def test_by_file(tree: Path) -> None:
     }
 
 
-def test_by_hash_is_stable_and_whole(tree: Path) -> None:
+def test_by_hash_is_stable_and_loses_no_file(tree: Path) -> None:
     found = ids(Source(str(tree), "hash:4"))
     assert sorted(name for names in found.values() for name in names) == [
         "a/deep/two.md",
@@ -73,7 +74,7 @@ def test_any_fsspec_url(tmp_path: Path) -> None:
     filesystem.rm("/corpus", recursive=True)
 
 
-def test_versions_follow_content_times_and_names(tree: Path) -> None:
+def test_versions_follow_times_and_names(tree: Path) -> None:
     def versions() -> dict[str, str]:
         return {key: p.version for key, p in Source(str(tree), "folder").partitions().items()}
 
@@ -111,7 +112,7 @@ def test_ordinary_names_are_their_own_keys() -> None:
     assert partition_key("_root") != "_root"
 
 
-def test_keys_of_hashed_names_are_nobody_elses() -> None:
+def test_no_name_collides_with_a_hashed_key() -> None:
     key = partition_key("a...b")
     assert partition_key(key) != key
     for name in ("日" * 80, "a b" * 80, "x" * 250):
@@ -119,7 +120,7 @@ def test_keys_of_hashed_names_are_nobody_elses() -> None:
         assert partition_key(name) != partition_key(name + "2")
 
 
-def test_times_beyond_the_calendar_and_undecodable_names(tmp_path: Path) -> None:
+def test_undecodable_names_and_times_beyond_datetime(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("a")
     with contextlib.suppress(OSError, OverflowError):
         os.utime(tmp_path / "a.md", (2**40, 2**40))
@@ -130,7 +131,7 @@ def test_times_beyond_the_calendar_and_undecodable_names(tmp_path: Path) -> None
     assert all(source.uri(f).isprintable() for f in source.partitions()[ROOT_PARTITION].files)
 
 
-def test_a_remote_file_is_no_source() -> None:
+def test_a_remote_file_is_not_a_source() -> None:
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe_file("/single/a.md", b"a")
     with pytest.raises(SourceError, match="must be an existing folder"):

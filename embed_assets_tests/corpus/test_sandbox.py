@@ -1,4 +1,4 @@
-"""The process that parses what may take for ever."""
+"""The sandbox that parses documents which may take too long or too much memory, and hostile row files."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from embed_assets.corpus.apart import ParserProcess, _send
 from embed_assets.corpus.items import BadRow
 from embed_assets.corpus.options import ParseOptions
+from embed_assets.corpus.sandbox import ParserProcess, _send
 from embed_assets.errors import SourceError
 from embed_assets_tests.corpus.test_parsing import read
 
 PAGE = b"<div><b>words and words</b></div>" * 1_000_000
 
 
-def kill_often(parser: ParserProcess, is_over: threading.Event, times: int) -> None:
-    while times and not is_over.wait(0.1):
+def kill_repeatedly(parser: ParserProcess, is_done: threading.Event, times: int) -> None:
+    """Kill the parser's process up to `times` times, until `is_done` is set."""
+    while times and not is_done.wait(0.1):
         if parser._process is not None and parser._process.poll() is None:
             parser._process.kill()
             times -= 1
 
 
 @pytest.mark.parametrize("times", [1, 1000])
-def test_a_process_that_is_killed_is_started_again_and_gives_up_after_the_second_time(times: int) -> None:
-    parser, is_over = ParserProcess(), threading.Event()
+def test_a_killed_process_is_restarted_once_per_document(times: int) -> None:
+    parser, is_done = ParserProcess(), threading.Event()
     assert parser.parse(".html", b"<title>T</title><p>One.</p>") == ("One.\n", "T")
-    killer = threading.Thread(target=kill_often, args=(parser, is_over, times))
+    killer = threading.Thread(target=kill_repeatedly, args=(parser, is_done, times))
     killer.start()
     if times == 1:
         assert "words and words" in parser.parse(".html", PAGE)[0]
     else:
         with pytest.raises((BadRow.Error, SourceError)):
             parser.parse(".html", PAGE)
-    is_over.set()
+    is_done.set()
     killer.join()
     assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"
     parser.close()
 
 
-def test_an_interrupted_exchange_gives_nobody_the_answer_of_another() -> None:
+def test_an_interrupted_request_leaves_no_answer_for_the_next_one() -> None:
     parser = ParserProcess()
     parser.parse(".html", b"<p>Zero.</p>")
     process = parser._running()
     assert process.stdin is not None
     _send(process.stdin, b".html", b"<p>One.</p>")
     with pytest.raises(KeyboardInterrupt):
-        interrupted(parser)
+        parse_interrupted(parser)
     assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"
     parser.close()
 
 
-def interrupted(parser: ParserProcess) -> None:
-    """As if Ctrl-C came in the middle of what is sent."""
+def parse_interrupted(parser: ParserProcess) -> None:
+    """Simulates Ctrl-C while a document is being sent."""
 
     class Interrupts(bytes):
         def __len__(self) -> int:
@@ -68,8 +69,8 @@ def interrupted(parser: ParserProcess) -> None:
     parser.parse(".html", Interrupts(b"x"))
 
 
-def test_more_memory_than_there_is_for_one_document_is_a_rejection(tmp_path: Path) -> None:
-    """A page of a stream that unfolds to gigabytes; the neighbour is read."""
+def test_a_document_that_exceeds_the_memory_limit_is_rejected(tmp_path: Path) -> None:
+    """A PDF page whose stream expands to gigabytes. The file next to it is still read."""
     objects = [
         b"<</Type/Catalog/Pages 2 0 R>>",
         b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
@@ -91,7 +92,7 @@ def test_more_memory_than_there_is_for_one_document_is_a_rejection(tmp_path: Pat
     found = read(tmp_path, ParseOptions())
     assert getattr(found["a.pdf"], "reason", "") in ("too_costly", "broken_file", "empty")
     assert getattr(found["b.html"], "text", "") == "Neighbour.\n"
-    assert time.process_time() - started < 30, "the work is the other process's"
+    assert time.process_time() - started < 30, "the parsing must happen in the child process"
 
 
 VALUES = st.recursive(
@@ -110,13 +111,15 @@ def test_every_line_is_accounted_for(tmp_path_factory: pytest.TempPathFactory, r
     assert len(found) == max(1, len(rows)) if rows else len(found) == 1
     for item in found.values():
         if metadata := getattr(item, "metadata", None):
-            json.loads(metadata, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+            json.loads(metadata, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=6))
-@example(places=[(750146, 110), (862701, 42), (556334, 6)])  # asking for its columns' metadata ended the process
+@example(places=[(750146, 110), (862701, 42), (556334, 6)])  # reading its column metadata aborted the process
 @settings(max_examples=100, deadline=None)
-def test_flipped_bytes_in_parquet(tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]]) -> None:
+def test_parquet_with_flipped_bytes_never_raises(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]]
+) -> None:
     root = tmp_path_factory.mktemp("parquet")
     table = pa.table(
         {"text": [f"text {i}" for i in range(50)], "id": list(range(50)), "more": [[i] * 3 for i in range(50)]}

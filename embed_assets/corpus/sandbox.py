@@ -1,0 +1,200 @@
+"""Parses HTML, PDF and Word in a sandbox: a child process with limits on its CPU time and memory.
+
+A document of a few kilobytes can expand to gigabytes or take hours, and the libraries that read these formats can't
+always tell in advance. In the sandbox that costs one process, which is started again, and the document is rejected.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from embed_assets.corpus.formats import FORMATS, MissingExtra
+from embed_assets.corpus.items import BadRow
+from embed_assets.errors import SourceError
+
+CPU_SECONDS = 60
+"""CPU time for one document. 20 MB of HTML take five seconds, so this rejects only documents that blow up."""
+MEMORY_BYTES = 2 << 30
+"""Address space of the process, interpreter and libraries included. A higher limit parses heavier documents, but risks
+the host's memory, once per process that parses."""
+_WALL_SECONDS = 900.0
+"""Elapsed time for one document, for a parser that hangs without using CPU. Generous: a busy host slows any parser."""
+_LENGTH = struct.Struct("<Q")
+"""Every message on the pipes is preceded by its length in bytes."""
+
+
+class ParserProcess:
+    """A child process that parses one document at a time; it starts with the first one. Safe to share by threads."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def parse(self, suffix: str, data: bytes) -> tuple[str, str]:
+        """(text, title) of a document, given its file name suffix and content.
+
+        Raises ``BadRow.Error`` when the document can't be parsed or exceeds a limit, ``MissingExtra`` when the parser
+        is not installed, and ``SourceError`` when the process can't start.
+        """
+        with self._lock:
+            for is_last_attempt in (False, True):
+                try:
+                    answer, text = self._exchange(suffix, data)
+                    break
+                except _ProcessDied as died:
+                    # Something else may have killed the process: only a second death in a row blames the document.
+                    if died.hit_limit or is_last_attempt:
+                        raise BadRow.Error("too_costly", str(died)) from None
+        kind, *details = json.loads(answer)
+        if kind == "parsed":
+            return text.decode("utf-8", "surrogatepass"), details[0]
+        if kind == "missing":
+            raise MissingExtra(details[0])
+        raise BadRow.Error(*details)
+
+    def _exchange(self, suffix: str, data: bytes) -> tuple[bytes, bytes]:
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        watchdog = threading.Timer(_WALL_SECONDS, process.kill)
+        watchdog.start()
+        try:
+            _send(process.stdin, suffix.encode(), data)
+            return _receive(process.stdout), _receive(process.stdout)
+        except (BrokenPipeError, EOFError):
+            raise _ProcessDied.diagnose(process) from None
+        except BaseException:
+            self.close()  # a late answer must not be mistaken for the next document's
+            raise
+        finally:
+            watchdog.cancel()
+
+    def close(self) -> None:
+        """Kill the process, if it is running. The next `parse` starts a new one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """The live process, started if necessary. Raises ``SourceError`` when it does not start."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "embed_assets.corpus.sandbox"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                start_new_session=True,  # Ctrl-C must reach only the parent
+            )
+            assert self._process.stdout is not None
+            try:
+                _receive(self._process.stdout)
+            except EOFError:
+                status = self._process.wait()
+                raise SourceError(
+                    f"the process that parses HTML, PDF and Word exited with status {status} before its first "
+                    "document; run 'python -m embed_assets.corpus.sandbox' to see why",
+                    is_retryable=True,
+                ) from None
+        return self._process
+
+
+parser_process = ParserProcess()
+"""The one parser process that all of this Python process shares."""
+atexit.register(parser_process.close)
+
+
+class _ProcessDied(Exception):
+    """The process died while it parsed a document."""
+
+    def __init__(self, message: str, hit_limit: bool) -> None:
+        super().__init__(message)
+        self.hit_limit = hit_limit
+        """Whether one of this module's limits ended it, rather than something outside."""
+
+    @classmethod
+    def diagnose(cls, process: subprocess.Popen[bytes]) -> _ProcessDied:
+        """The exception that explains the exit status of a dead process."""
+        status = process.wait()
+        if sys.platform != "win32" and status == -signal.SIGXCPU:
+            return cls(f"parsing it took more than {CPU_SECONDS} seconds of CPU time; split or simplify it", True)
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        guess = f"perhaps for using more than {MEMORY_BYTES >> 30} GB of memory"
+        has_aborted = status == -signal.SIGABRT  # what native code does when an allocation fails
+        return cls(f"parsing it ended the parser with {how}, {guess}; split it", has_aborted)
+
+
+def _send(stream: IO[bytes], *parts: bytes) -> None:
+    for part in parts:
+        stream.write(_LENGTH.pack(len(part)))
+        stream.write(part)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> bytes:
+    """One message. Raises ``EOFError`` when the stream ends early."""
+    header = stream.read(_LENGTH.size)
+    if len(header) < _LENGTH.size:
+        raise EOFError
+    [length] = _LENGTH.unpack(header)
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
+
+
+def _parse(suffix: str, data: bytes) -> tuple[list[str], bytes]:
+    """The answer to a request: the outcome with its details, and the text as UTF-8."""
+    try:
+        text, title = FORMATS[suffix][1](data)
+    except MissingExtra:
+        return ["missing", suffix], b""
+    except BadRow.Error as error:
+        return ["bad", error.row.reason, error.row.detail], b""
+    except MemoryError:
+        return ["bad", "too_costly", f"parsing it took more than {MEMORY_BYTES >> 30} GB of memory; split it"], b""
+    except Exception as error:
+        return ["bad", "broken_file", f"it could not be parsed: {type(error).__name__}: {error}"], b""
+    return ["parsed", title], text.encode("utf-8", "surrogatepass")
+
+
+def _serve() -> None:
+    """The child's main loop: answer requests until standard input closes."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # keep whatever a library prints out of the answers
+    _send(answers, b"ready")
+    while True:
+        try:
+            suffix, data = _receive(requests).decode(), _receive(requests)
+        except EOFError:
+            return
+        _set_limits()
+        answer, text = _parse(suffix, data)
+        del data
+        _send(answers, json.dumps(answer).encode(), text)
+
+
+def _set_limits() -> None:
+    """Set the limits for the next document, as far as the operating system supports them."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        seconds = int(time.process_time()) + CPU_SECONDS + 1
+        for kind, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, MEMORY_BYTES)):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+
+
+if __name__ == "__main__":
+    _serve()
