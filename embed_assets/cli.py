@@ -146,14 +146,14 @@ def discover(as_json: bool) -> Answer:
     pipeline = _pipeline()
     pipeline.lake.check_owner()
     with open_instance() as instance:
-        listing = pipeline.source.listing()
+        listing = pipeline.corpus.source.listing()
         partitions = with_gone_ones(instance, listing.partitions, Names.of(pipeline))
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
         print_names("new", found.added)
         print_names("changed", found.changed)
         print_names("emptied", found.emptied)
-        stdout.print(f"{len(found.partitions)} partitions in {pipeline.source.root}", markup=False)
+        stdout.print(f"{len(found.partitions)} partitions in {pipeline.corpus.source.root}", markup=False)
         print_hidden(listing.hidden)
     files = {key: len(partition.files) for key, partition in sorted(found.partitions.items())}
     changes = {"added": found.added, "changed": found.changed, "emptied": found.emptied}
@@ -185,7 +185,7 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
     capacity = None if device is None else _capacity(pipeline, made, device, devices, price)
     if not as_json:
         print_plan(rows, count, seconds, capacity)
-    answer: dict[str, object] = {"partitions": rows, "space": pipeline.space.name}
+    answer: dict[str, object] = {"partitions": rows, "space": pipeline.model.space.name}
     if count:
         totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens")
         answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}
@@ -204,17 +204,17 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import run_sync
-    from embed_assets.progress import ConsoleObserver
+    from embed_assets.progress import ConsoleSink
 
     pipeline = _pipeline()
-    if not pipeline.is_calibrated:
+    if not pipeline.model.is_calibrated:
         with stderr.status("quantizing the model to int8 on a sample of the documents, once"):
             pipeline = pipeline.calibrated()
     # Only the answer goes to stdout, whatever libraries print meanwhile.
     aside = contextlib.redirect_stdout(sys.stderr)
-    with open_instance() as instance, ConsoleObserver(stderr) as observer, aside:
+    with open_instance() as instance, ConsoleSink(stderr) as sink, aside:
         build = functools.partial(definitions_over, pipeline)
-        result = run_sync(instance, pipeline, build, observer, partitions, allow_empty)
+        result = run_sync(instance, pipeline, build, sink, partitions, allow_empty)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     if not as_json:
         print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
@@ -222,7 +222,7 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
     if result.failed:
         stderr.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
     rows: dict[str, object] = {key: r.as_json() for key, r in result.partitions.items()}
-    answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.space.name}
+    answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.model.space.name}
     return Answer(answer | {"hidden": list(result.hidden)}, exit_code=int(bool(result.failed)))
 
 
@@ -249,7 +249,7 @@ def adopt(as_json: bool) -> Answer:
     if not as_json:
         told = "now belongs" if was_foreign else "has no tables yet, or already belonged,"
         stdout.print(f"the lake {pipeline.lake.root} {told} to {pipeline.lake.owner}", markup=False)
-    return Answer({"lake": pipeline.lake.root, "source": pipeline.source.root, "adopted": was_foreign})
+    return Answer({"lake": pipeline.lake.root, "source": pipeline.corpus.source.root, "adopted": was_foreign})
 
 
 @command
@@ -258,12 +258,13 @@ def adopt(as_json: bool) -> Answer:
 def search(as_json: bool, query: str, k: int) -> Answer:
     """Find the chunks nearest to QUERY, exactly, by cosine similarity."""
     from embed_assets.lake.search import search as search_table
+    from embed_assets.lake.snapshot import Snapshot
 
     pipeline = _pipeline()
     pipeline.require_embeddings()
     with stderr.status("loading the model"):
-        vector = pipeline.engine.embedder.embed_one(pipeline.space.query_prompt + query)
-    results = search_table(pipeline.lake, pipeline.embeddings_table, vector, k)
+        vector = pipeline.model.engine.embedder.embed_one(pipeline.model.space.query_prompt + query)
+    results = search_table(Snapshot(pipeline.lake), pipeline.embeddings_table, vector, k)
     if not as_json:
         for result in results:
             place = f"{result.partition_key}/{result.document_id}"
@@ -282,13 +283,14 @@ def verify(as_json: bool, repair: bool) -> Answer:
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.names import Names
     from embed_assets.defs.repair import mark_for_repair
+    from embed_assets.lake.snapshot import Snapshot
     from embed_assets.lake.verify import verify as verify_table
 
     pipeline = _pipeline()
     pipeline.lake.check_owner()
     pipeline.lake.check_tables(pipeline.embeddings_table)
     with stderr.status("verifying"):
-        found = dict(verify_table(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt))
+        found = dict(verify_table(Snapshot(pipeline.lake), pipeline.embeddings_table, pipeline.model.space.prompt))
     damaged = {key: gaps for key, gaps in found.items() if gaps.total}
     if repair and damaged:
         with open_instance() as instance:
@@ -326,7 +328,9 @@ def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> Answer:
     pipeline = _pipeline()
     pipeline.lake.check_owner()
     with open_instance() as instance, stderr.status("maintaining") as status:
-        done = maintain_lake(pipeline.lake, pipeline.space.name, retention(instance), dry_run, spaces, status.update)
+        done = maintain_lake(
+            pipeline.lake, pipeline.model.space.name, retention(instance), dry_run, spaces, status.update
+        )
     if not as_json:
         print_maintenance(done, dry_run)
     return Answer({"dry_run": dry_run, **asdict(done)}, exit_code=int(bool(done.failed)))
@@ -347,18 +351,18 @@ def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
         check_writable(png)
     with stderr.status("reading documents") as status:
         with _pipeline_over(folder, precision="auto") as measured:
-            texts = measured.sample_chunks(_TUNING_CHUNKS)
+            texts = measured.corpus.sample(_TUNING_CHUNKS)
         status.update("loading the model")
-        found = pipeline.engine.tune(
+        found = pipeline.model.engine.tune(
             texts, True, lambda library, point: status.update(f"{library}: {point.max_batch_tokens:,} tokens measured")
         )
     if can_plot():
-        plot_tuning(found, f"{pipeline.space.name}, {pipeline.engine.facts.precision}", png)
+        plot_tuning(found, f"{pipeline.model.space.name}, {pipeline.model.engine.info.precision}", png)
     if not as_json:
         print_tuning(found)
         told = f"picture in {png}" if can_plot() else "no picture: pip install 'embed-assets[plots]'"
         stdout.print(f"{len(texts):,} chunks measured; {told}; later runs use this", markup=False)
-    answer = asdict(found) | {"png": str(png) if can_plot() else None, "space": pipeline.space.name}
+    answer = asdict(found) | {"png": str(png) if can_plot() else None, "space": pipeline.model.space.name}
     return Answer(answer)
 
 
@@ -374,9 +378,9 @@ def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> A
     from embed_assets.engine.benchmark import run_benchmark
 
     with stderr.status("reading documents") as status, _pipeline_over(folder, precision="auto") as pipeline:
-        long, short = pipeline.sample_chunks(chunks), pipeline.sample_chunks(chunks * 3, _SHORT_TOKENS)
+        long, short = pipeline.corpus.sample(chunks), pipeline.corpus.sample(chunks * 3, _SHORT_TOKENS)
         sets = {"long": long, "short": short, "mixed": [*long[::2], *short[::2]]}
-        report = run_benchmark(pipeline.model_space, sets, rounds, status.update)
+        report = run_benchmark(pipeline.model.float_space, sets, rounds, status.update)
     if not as_json:
         print_benchmark(report)
     return Answer(asdict(report))
@@ -407,7 +411,7 @@ def _capacity(pipeline: Any, made: Any, device: str, devices: int, price: float 
 
     estimates = [p.estimate for p in made.partitions if p.estimate is not None]
     tokens, texts = sum(e.tokens for e in estimates), sum(e.to_embed for e in estimates)
-    cost, precision = cost_of_space(pipeline.model_space), pipeline.settings.precision
+    cost, precision = cost_of_space(pipeline.model.float_space), pipeline.settings.precision
     return estimate_capacity(cost, tokens, tokens / max(1, texts), device, precision, devices, price)
 
 

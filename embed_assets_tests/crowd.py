@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from embed_assets.lake.reader import scan
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import Lake, TableSpec
 from embed_assets_tests.s3 import BUCKET, environment, running_server
 from embed_assets_tests.torture import new_project
@@ -91,7 +91,7 @@ def _counts(lake: Lake) -> Counter[str]:
     return Counter(
         key
         for space in lake.spaces()
-        for batch in scan(lake, TableSpec("embeddings", space), ["partition_key"])
+        for batch in Snapshot(lake).rows(TableSpec("embeddings", space), ["partition_key"])
         for key in batch.column(0).to_pylist()
     )
 

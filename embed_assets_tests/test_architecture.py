@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,13 @@ ALLOWED = {
     "engine": {"records", "settings", "errors"},
     "lake": {"records", "scratch", "settings", "errors"},
     "stages": {"corpus", "engine", "lake", "records", "scratch", "settings", "errors"},
-    "defs": {"stages", "corpus", "engine", "lake", "records", "settings", "errors"},
+    "pictures": set(),
+    "defs": {"stages", "corpus", "engine", "lake", "pictures", "records", "settings", "errors"},
     "definitions": {"defs", "stages", "settings"},
     "component": {"definitions", "settings", "spelling"},
     "console": {"engine", "lake"},
     "plots": {"engine", "errors"},
-    "progress": {"defs", "stages"},
+    "progress": {"stages"},
     "cli": {
         "definitions",
         "defs",
@@ -73,6 +75,28 @@ def test_arrows_point_one_way(path: Path) -> None:
         return
     others = {n.split(".")[1] for n in imports(path) if n.startswith("embed_assets.")} - {mine}
     assert others <= ALLOWED[mine], f"{mine} must not import {sorted(others - ALLOWED[mine])}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["embed_assets", *path.relative_to(ROOT).with_suffix("").parts])
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The package's modules that a module imports, wherever in it, also those imported as a name of their package."""
+    known = {module_name(p) for p in MODULES}
+    found = imports(path)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & known
+
+
+def test_no_two_files_import_each_other_however_long_the_way() -> None:
+    graph = {module_name(path): imported_modules(path) for path in MODULES}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

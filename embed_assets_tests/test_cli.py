@@ -217,14 +217,14 @@ def test_a_space_of_another_dimension_is_refused(project: Project) -> None:
 
     project.write("a/one.md", "One.")
     pipeline = project.pipeline()
-    pipeline.lake.create(TableSpec("embeddings", pipeline.space.name), dimension=5)
+    pipeline.lake.create(TableSpec("embeddings", pipeline.model.space.name), dimension=5)
     assert "vectors must all have one dimension" in project.sync(exit_code=1)["partitions"]["a"]["error"]
 
 
 def test_a_wrong_weights_hash_is_refused(
     project: Project, sample_space: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from embed_assets.engine.model import resolve_space
+    from embed_assets_tests.conftest import resolve_space
 
     directory = resolve_space(SAMPLE_MODEL).directory
     assert directory is not None
@@ -327,18 +327,15 @@ def test_an_interrupted_sync_stops_and_keeps_what_it_has(project: Project) -> No
 def test_a_run_that_breaks_before_its_partitions_names_the_reason(project: Project) -> None:
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
-    from embed_assets.defs.results import PartitionResult
     from embed_assets.defs.sync import run_sync
+    from embed_assets.stages.outcome import PartitionOutcome
 
     class Silent:
-        def on_start(self, sizes: object) -> None: ...
+        def progress(self, line: str, share: float) -> None: ...
 
-        def on_progress(self, partition_key: str, progress: object) -> None: ...
+        def news(self, line: str) -> None: ...
 
-        def on_window(self, partition_key: str, texts: int, tokens: int) -> None: ...
-        def on_news(self, line: str) -> None: ...
-
-        def on_partition(self, partition_key: str, result: PartitionResult) -> None: ...
+        def finished(self, outcome: PartitionOutcome, share: float) -> None: ...
 
     project.write("a/one.md", "One.")
     pipeline = project.pipeline()

@@ -12,19 +12,22 @@ import pytest
 from deltalake import DeltaTable, Field, write_deltalake
 from deltalake.schema import PrimitiveType
 
-from embed_assets_tests.conftest import Project
+from embed_assets_tests.conftest import Project, Shelf
 
 TABLES = ("raw_documents", "chunks", "embeddings")
 
 
-@pytest.fixture
-def corpus(project: Project) -> Project:
+def fill(project: Project) -> None:
     for key in "ab":
         for i in range(3):
             project.write(f"{key}/{i}.md", f"Text {i} of {key}.")
     project.write("a/no.xyz", "rejected")
     project.sync()
-    return project
+
+
+@pytest.fixture
+def corpus(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return shelf.take("damage", fill, monkeypatch)
 
 
 def table(project: Project, name: str) -> Path:
@@ -102,7 +105,7 @@ def test_a_space_s_table_of_another_space_is_refused(corpus: Project) -> None:
 
 
 def test_a_column_that_somebody_added_is_no_damage(corpus: Project) -> None:
-    folder = corpus.root / "lake/embeddings" / corpus.pipeline().space.name
+    folder = corpus.root / "lake/embeddings" / corpus.pipeline().model.space.name
     DeltaTable(str(folder)).alter.add_columns([Field("label", PrimitiveType("string"))])
     corpus.write("a/new.md", "A text that is new.")
     assert corpus.sync()["embedded"] == 1

@@ -10,12 +10,14 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from embed_assets.engine.engine import TUNE_FROM_TEXTS, Engine, EngineOptions
-from embed_assets.engine.model import resolve_space
-from embed_assets.engine.quantization import QuantizedModel
+from embed_assets.defs.progress import RunObserver
+from embed_assets.engine.backends.quantization import QuantizedModel
+from embed_assets.engine.engine import TUNE_FROM_TEXTS, Engine
+from embed_assets.engine.provider import EngineOptions
 from embed_assets.errors import ModelError
 from embed_assets.lake.models import keep_model, read_model
-from embed_assets_tests.conftest import Project, topic
+from embed_assets.stages.outcome import PartitionOutcome, Progress
+from embed_assets_tests.conftest import Project, resolve_space, topic
 from embed_assets_tests.engine.models import small_model
 
 
@@ -47,8 +49,8 @@ def test_int8_is_a_space_of_its_own_and_made_once(tiny: Project) -> None:
     assert later["space"] == made["space"] and 0 < later["embedded"] < made["embedded"]
     assert tiny.json("verify")["ok"]
     assert tiny.json("search", "exceptions", "-k", "2")["results"]
-    kept = QuantizedModel.from_files(read_model(tiny.pipeline().lake, tiny.pipeline().model_space.name) or {})
-    assert kept.artifact_hash in tiny.pipeline().space.number_format and len(kept.sample) > 8
+    kept = QuantizedModel.from_files(read_model(tiny.pipeline().lake, tiny.pipeline().model.float_space.name) or {})
+    assert kept.artifact_hash in tiny.pipeline().model.space.number_format and len(kept.sample) > 8
     assert "nncf" in kept.made_with
     tiny.set(PRECISION="auto")
     assert tiny.sync()["space"] == plain["space"]
@@ -78,7 +80,9 @@ def test_int8_without_documents_needs_no_model(tiny: Project) -> None:
     tiny.set(DEVICE="cuda")
     assert "int8 runs on CPUs, got EMBED_DEVICE='cuda'" in tiny.json("plan", exit_code=1)["error"]
     tiny.set(MODEL="fake:8", DEVICE="auto")
-    assert "int8 needs a real model" in tiny.json("plan", exit_code=1)["error"]
+    assert (
+        "EMBED_PRECISION=int8 needs a model whose files are on this machine" in tiny.json("plan", exit_code=1)["error"]
+    )
 
 
 def test_int8_with_nothing_to_calibrate_on(tiny: Project) -> None:
@@ -145,18 +149,18 @@ def test_tune_remembers_what_it_found_and_draws_it(tiny: Project) -> None:
     assert found["spot"] in found["points"][found["library"]]
     assert all(memory["bytes_per_token"] >= 0 for memory in found["memory"].values())
     assert (tiny.root / "pictures/sweep.png").read_bytes()[:4] == b"\x89PNG"
-    engine = tiny.pipeline().engine
+    engine = tiny.pipeline().model.engine
     assert engine.embedder.max_batch_tokens == found["spot"]["max_batch_tokens"]
-    assert engine.facts.backend.startswith(found["library"])
+    assert engine.info.backend.startswith(found["library"])
     tiny.set(MAX_BATCH_TOKENS="77")
-    assert tiny.pipeline().engine.embedder.max_batch_tokens == 77
+    assert tiny.pipeline().model.engine.embedder.max_batch_tokens == 77
     table = tiny.run("tune", str(tiny.landing)).stdout
     assert "sweet spot" in table and "per token" in table
     assert "can't be written" in tiny.json("tune", str(tiny.landing), "--png", "/dev/null/x.png", exit_code=1)["error"]
     (tiny.root / "nothing").mkdir()
     assert "needs texts" in tiny.json("tune", "nothing", exit_code=1)["error"]
     tiny.set(MODEL="fake:8")
-    assert "tuning needs a real model" in tiny.json("tune", exit_code=1)["error"]
+    assert "tuning needs a model that runs on this machine" in tiny.json("tune", exit_code=1)["error"]
 
 
 def test_many_texts_are_tuned_for_first_and_few_are_not(
@@ -210,23 +214,38 @@ def test_run_metadata_tells_what_the_engine_did(tiny: Project) -> None:
     assert "gpu_memory_bytes" not in found and "advice" not in metadata_of(tiny, "chunks", "a")
 
 
-def test_progress_estimates_the_time_that_remains() -> None:
-    from embed_assets.defs.results import RemainingTime, describe_progress
-    from embed_assets.stages.embeddings import Progress
+class Heard:
+    """A sink that keeps what it is told."""
 
-    now = [0.0]
-    remaining = RemainingTime(lambda: now[0])
-    remaining.start({"a": 100, "b": 300})
-    assert remaining.seconds is None
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, float]] = []
+
+    def progress(self, line: str, share: float) -> None:
+        self.lines.append((line, share))
+
+    def news(self, line: str) -> None: ...
+
+    def finished(self, outcome: PartitionOutcome, share: float) -> None: ...
+
+
+def test_progress_estimates_the_time_that_remains() -> None:
+    now, heard = [0.0], Heard()
+    observer = RunObserver(heard, lambda: now[0])
+    observer.start({"a": 100, "b": 300})
+    assert observer.remaining_seconds is None
     now[0] = 10.0
-    remaining.progress("a", 0.5)
-    assert remaining.seconds == pytest.approx(70)
-    remaining.progress("b", 0.25)
-    assert remaining.seconds == pytest.approx(22), "partitions that are under way together both count"
-    remaining.progress("a", 1.0)
-    remaining.progress("b", 1.0)
-    assert remaining.seconds == 0.0
-    line = describe_progress("a", Progress(1234, 5000, 99_000, 10.0), 70.0)
-    assert line == "a: 1,234 of at most 5,000 texts embedded, 9,900 tokens/s, about 70 s left"
-    assert describe_progress("a", Progress(0, 0, 0, 0.0), None).endswith("0 tokens/s")
-    assert "h left" in describe_progress("a", Progress(1, 2, 3, 4.0), 20_000.0)
+    observer.progress("a", Progress(2500, 5000, 99_000, 10.0))
+    assert heard.lines == [("a: 2,500 of at most 5,000 texts embedded, 9,900 tokens/s, about 70 s left", 0.125)]
+    observer.progress("b", Progress(1, 4, 0, 0.0))
+    assert heard.lines[-1][0] == "b: 1 of at most 4 texts embedded, 0 tokens/s, about 22 s left", "both count"
+    observer.finished(PartitionOutcome("a"))
+    observer.start({"c": 10**9})
+    observer.finished(PartitionOutcome("b"))
+    assert observer.remaining_seconds == 0.0, "the first start counts"
+
+
+def test_what_a_retry_finds_fresh_keeps_the_first_attempts_outcome() -> None:
+    observer = RunObserver(Heard())
+    for reasons in ({"chunks": ["stale"]}, {}):
+        observer.finished(PartitionOutcome("a", reasons=reasons, embedded=3 if reasons else 0))
+    assert (observer.outcomes["a"].state, observer.outcomes["a"].embedded) == ("materialized", 3)

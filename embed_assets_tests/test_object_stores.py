@@ -30,7 +30,7 @@ def stored(project: Project, server: int, request: pytest.FixtureRequest) -> Pro
 def put(project: Project, path: str, text: str) -> None:
     import s3fs
 
-    source = project.pipeline().source.root
+    source = project.pipeline().corpus.source.root
     s3fs.S3FileSystem(skip_instance_cache=True).pipe(f"{source}/{path}", text.encode())
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from embed_assets.cli import main
-from embed_assets.engine.model import EmbeddingSpace
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.records import EMBEDDINGS
 from embed_assets.settings import Settings
 from embed_assets_tests.conftest import REPOSITORY
@@ -52,7 +52,7 @@ def test_every_command_is_listed_with_options_that_exist() -> None:
 def test_every_setting_is_listed_and_exists() -> None:
     listed = [
         setting
-        for page in (README, (REPOSITORY / "docs" / "ray.md").read_text("utf-8"))
+        for page in (README, *((REPOSITORY / "docs" / name).read_text("utf-8") for name in ("endpoints.md", "ray.md")))
         for setting in re.findall(r"^\| `EMBED_(\w+)` \| (?:`([^`]*)`)?", page, re.MULTILINE)
     ]
     assert [name.lower() for name, _ in listed] == [f for f in README_ORDER if f in Settings.model_fields]
@@ -68,6 +68,8 @@ README_ORDER = [
     *("max_batch_tokens", "compile", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
     *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent", "name_prefix"),
     *("compute", "trust_remote_code", "allow_pickled_weights"),
+    *("endpoint", "endpoint_concurrency", "endpoint_batch_texts", "endpoint_requests_per_minute"),
+    *("endpoint_tokens_per_minute",),
     *("ray_address", "ray_replicas", "ray_gpus_per_replica", "ray_cpus_per_replica", "ray_wait_seconds"),
 ]
 

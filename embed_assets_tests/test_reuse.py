@@ -14,18 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embed_assets_tests.conftest import SAMPLE_MODEL, Project, topic
+from embed_assets_tests.conftest import SAMPLE_MODEL, Project, Shelf, topic
 
 
-@pytest.fixture
-def corpus(project: Project) -> Project:
-    """Two partitions of real documents, embedded once."""
+def fill(project: Project) -> None:
     for name in ("with", "try", "while"):
         project.write(f"a/{name}.rst", topic(name))
     for name in ("lambda", "comparisons"):
         project.write(f"b/{name}.rst", topic(name))
     project.sync()
-    return project
+
+
+@pytest.fixture
+def corpus(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Two partitions of real documents, embedded once."""
+    return shelf.take("reuse", fill, monkeypatch)
 
 
 def chunk_count(project: Project) -> int:
@@ -41,14 +44,14 @@ def test_cold_run_embeds_every_text_once(project: Project) -> None:
 
 
 def test_unchanged_rerun_embeds_nothing_and_commits_nothing(corpus: Project) -> None:
-    from embed_assets.lake.reader import table_version
+    from embed_assets.lake.snapshot import Snapshot
 
     pipeline = corpus.pipeline()
-    before = table_version(pipeline.lake, pipeline.embeddings_table)
+    before = Snapshot(pipeline.lake).version(pipeline.embeddings_table)
     answer = corpus.sync()
     assert answer["embedded"] == 0
     assert {p["state"] for p in answer["partitions"].values()} == {"fresh"}
-    assert table_version(pipeline.lake, pipeline.embeddings_table) == before
+    assert Snapshot(pipeline.lake).version(pipeline.embeddings_table) == before
 
 
 def test_one_edited_chunk_is_one_text(corpus: Project) -> None:

@@ -101,14 +101,16 @@ def observe_arrivals(
         return _skip(state, f"listing takes {state.listing_seconds:.1f} s: it is done less often")
     started = time.monotonic()
     try:
-        partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
+        partitions = list_partitions(instance, pipeline.corpus.source, Names.of(pipeline))
     except SourceError as error:
         return _skip(state, str(error))
     state.listed_at, state.listing_seconds = now, round(time.monotonic() - started, 3)
     is_empty = bool(partitions) and not any(p.files for p in partitions.values())
     state.empty_since = (state.empty_since or now) if is_empty else None
     if state.empty_since is not None and now - state.empty_since < _EMPTY_SECONDS:
-        return _skip(state, f"the source {pipeline.source.root!r} is empty: believed after {_EMPTY_SECONDS:.0f} s")
+        return _skip(
+            state, f"the source {pipeline.corpus.source.root!r} is empty: believed after {_EMPTY_SECONDS:.0f} s"
+        )
     return _observe(instance, pipeline, partitions, state, now, known)
 
 
@@ -166,14 +168,14 @@ def wait_until_settled(
     """All partitions of the source, once those of `keys` are not being written to, or after some seconds."""
     settle_seconds = pipeline.settings.settle_seconds
     for _ in range(_WAITS):
-        partitions = pipeline.source.partitions()
+        partitions = pipeline.corpus.source.partitions()
         now = time.time()
         found = (partitions[key] for key in keys if key in partitions)
         seconds = max((seconds_until_settled(p, settle_seconds, now) for p in found), default=0.0)
         if not seconds:
             return partitions
         sleep(seconds)
-    return pipeline.source.partitions()
+    return pipeline.corpus.source.partitions()
 
 
 def _skip(state: Cursor, reason: str) -> dg.SensorResult:

@@ -12,6 +12,7 @@ from embed_assets.defs.checks import Checker, check_specs
 from embed_assets.defs.corpus_run import CorpusRun, describe
 from embed_assets.defs.dagster_internals import drop_unanswered, latest_answers
 from embed_assets.defs.discovery import refuse_if_emptied
+from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.names import (
     ALLOW_EMPTY_TAG,
     ASSETS,
@@ -23,16 +24,15 @@ from embed_assets.defs.names import (
     Names,
     code_tag,
 )
+from embed_assets.defs.progress import LogSink, RunObserver
 from embed_assets.defs.recording import Recorder
-from embed_assets.defs.report import Reporter
-from embed_assets.defs.results import RunObserver
-from embed_assets.defs.run_log import LogObserver
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
 from embed_assets.errors import UserError, is_retryable
-from embed_assets.lake.reader import partition_states
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.remote import open_compute
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """For what may pass: a store that hiccups, a device that was lost. What was embedded before is not done again.
@@ -66,16 +66,16 @@ def build_corpus_assets(
         """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
         try:
             with _dropping_unanswered(context):
-                run = _begin(context, pipeline, observer or LogObserver(context.log))
+                run = _begin(context, pipeline, observer or RunObserver(LogSink(context.log)))
                 with contextlib.closing(run.recorder):
                     if not run.selected:
                         _only_check(run)
                         return
-                    failures = run.materialize()
+                    run.materialize()
         except UserError as error:
             _retry_if_it_helps(context, retries, [error])
             raise dg.Failure(description=str(error)) from None  # its own cause is in its one line
-        if failures:
+        if failures := run.failures:
             _retry_if_it_helps(context, retries, list(failures.values()))
             run.confirm_unmade(key for key in run.keys if key not in failures)
             raise dg.Failure(
@@ -105,17 +105,18 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     pipeline.lake.check_usable(pipeline.embeddings_table)
     pipeline = pipeline.calibrated() if selected else pipeline.refreshed()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
-    _ = pipeline.version_at_start  # texts may move out of a partition before another one takes them in
+    _ = pipeline.target  # with REUSE=table, texts may move out of a partition before another one takes them in
     wanted = _partition_keys(context, names)
-    raw = partition_states(pipeline.lake, RAW, wanted)  # before the listing: what is written after it is noticed
+    before = Snapshot(pipeline.lake.session())
+    before.version(RAW)  # before the listing: what is written after it is noticed
     listed = wait_until_settled(pipeline, context.partition_keys) if _is_automated(context) else None
-    listed = pipeline.source.partitions() if listed is None else listed
+    listed = pipeline.corpus.source.partitions() if listed is None else listed
     partitions = {key: listed.get(key, SourcePartition(key)) for key in wanted}
     # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
     keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
     history = load_history(context.instance, pipeline, keys)
     if ALLOW_EMPTY_TAG not in context.run.tags:
-        refuse_if_emptied(pipeline.source, not listed, history.records["raw_documents"])
+        refuse_if_emptied(pipeline.corpus.source, not listed, history.records["raw_documents"])
     recorder = Recorder(context.instance, context.log_event, history)
     for key in keys if selected else ():
         if history.version(SOURCE, key) != partitions[key].version:
@@ -124,17 +125,16 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     # Who runs the checks alone wants to see that they were asked.
     known = latest_answers(context.instance, context.run.run_id, checks, keys) if selected else {}
     checker = Checker(pipeline, names, recorder.checked, checks, known)
-    reporter = Reporter(pipeline, history)
     return CorpusRun(
         pipeline=pipeline,
-        compute=pipeline.open_compute(),
+        compute=open_compute(pipeline),
         observer=observer,
         run_id=context.run.run_id,
         recorder=recorder,
-        reporter=reporter,
+        metadata=MetadataWriter(pipeline, history),
         checker=checker,
         partitions=partitions,
-        listed=raw,
+        before=before,
         keys=keys,
         selected=selected,
     )
@@ -155,7 +155,7 @@ def _only_check(run: CorpusRun) -> None:
         statuses = partition_statuses(run.history, key, run.partitions[key].version, run.pipeline.code_versions)
         stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
         for asset in ASSETS:
-            run.checker.outcomes(asset, key, stale)
+            run.checker.outcomes(asset, run.before.partition(key), stale)
     run.recorder.drain()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import dagster as dg
 from dagster import AssetKey, DagsterInstance
 
-from embed_assets.corpus.source import is_only_touched
+from embed_assets.corpus.source import has_same_files
 from embed_assets.defs.dagster_internals import latest_attempts
 from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, DEPENDENCIES, LASTING_TAG, SOURCE, Names, code_tag
 from embed_assets.defs.staleness import READ_EACH_TIME, History, Status, load_history, partition_statuses
@@ -143,7 +143,7 @@ def _has_new_documents(history: History, key: str) -> bool:
     record, version = history.record("raw_documents", key), history.version(SOURCE, key)
     if record is None or version is None:
         return False
-    return not is_only_touched(record.input_versions.get(SOURCE, ""), version)
+    return not has_same_files(record.input_versions.get(SOURCE, ""), version)
 
 
 class WorthAnAttempt(_PartitionCondition):

@@ -11,6 +11,7 @@ from embed_assets.defs.dagster_internals import Answer
 from embed_assets.defs.names import Names
 from embed_assets.defs.staleness import READ_EACH_TIME, Status
 from embed_assets.errors import PartitionError
+from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.stages.checks import CHECKS, Outcome, Subject, check
 from embed_assets.stages.pipeline import Pipeline
 
@@ -45,19 +46,19 @@ class Checker:
     known: Mapping[tuple[dg.AssetCheckKey, str], Answer]
     """The latest answers by check and partition. The same one is not recorded again."""
 
-    def check(self, asset: str, key: str, stale: Mapping[str, Status]) -> None:
+    def check(self, asset: str, partition: PartitionSnapshot, stale: Mapping[str, Status]) -> None:
         """Ask all selected checks of an asset about a partition, of whose assets `stale` are not fresh.
 
         Raises ``PartitionError`` when a blocking one says no.
         """
-        for name, outcome in self.outcomes(asset, key, stale).items():
+        for name, outcome in self.outcomes(asset, partition, stale).items():
             if not outcome.passed and (asset, name) in _BLOCKING:
                 raise PartitionError(f"the check {name!r} of {asset} failed: {outcome.detail}")
 
-    def outcomes(self, asset: str, key: str, stale: Mapping[str, Status]) -> dict[str, Outcome]:
+    def outcomes(self, asset: str, partition: PartitionSnapshot, stale: Mapping[str, Status]) -> dict[str, Outcome]:
         """The answers of the selected checks, by their names; those that changed are recorded."""
-        pipeline = self.pipeline
-        subject = Subject(pipeline.lake, pipeline.embeddings_table, pipeline.space.prompt, pipeline.settings, key)
+        target = self.pipeline.target
+        subject = Subject(partition, target.table, target.prompt, self.pipeline.settings)
         outcomes = {
             question.name: check(question, subject)
             for question in CHECKS
@@ -67,7 +68,7 @@ class Checker:
             outcomes[FRESHNESS] = _freshness(stale)
         for name, outcome in outcomes.items():
             check_key = dg.AssetCheckKey(self.names.key(asset), name)
-            if self.known.get((check_key, key)) == Answer(outcome.passed, outcome.detail):
+            if self.known.get((check_key, partition.key)) == Answer(outcome.passed, outcome.detail):
                 continue
             is_blocking = (asset, name) in _BLOCKING
             self.record(
@@ -79,7 +80,7 @@ class Checker:
                     description=outcome.detail,
                     metadata={**outcome.numbers},
                     blocking=is_blocking,
-                    partition=key,
+                    partition=partition.key,
                 )
             )
         return outcomes

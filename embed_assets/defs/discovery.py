@@ -13,8 +13,8 @@ from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import History, Record
 from embed_assets.errors import SourceError
-from embed_assets.lake.reader import partition_keys
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
+from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.records import slices
 
 KEYS_PER_ADD = 10_000
@@ -45,12 +45,12 @@ def with_gone_ones(
     return listed | {key: SourcePartition(key) for key in gone}
 
 
-def find_strays(lake: Lake, table: TableSpec, known: Collection[str]) -> list[str]:
+def find_orphans(tables: Snapshot, table: TableSpec, known: Collection[str]) -> list[str]:
     """Partitions that the lake has rows of and neither the source nor Dagster knows.
 
     They are left alone: perhaps it is the source, or the lake, that is the wrong one.
     """
-    found = set().union(*(partition_keys(lake, spec) for spec in (RAW, CHUNK_TABLE, table)))
+    found = set().union(*(tables.keys(spec) for spec in (RAW, CHUNK_TABLE, table)))
     return sorted(found - set(known))
 
 

@@ -6,8 +6,9 @@ from dagster import DagsterInstance
 
 from embed_assets.defs.names import Names
 from embed_assets.errors import PartitionError
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
-from embed_assets.lake.writer import Provenance, replace_partition
+from embed_assets.lake.writer import Provenance
 from embed_assets.stages.pipeline import Pipeline
 
 
@@ -19,17 +20,17 @@ def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
     """
     names = Names.of(pipeline)
     pipeline.lake.check_owner()
-    files = pipeline.source.partitions().get(key)
+    files = pipeline.corpus.source.partitions().get(key)
     if files is not None:
         raise PartitionError(
             f"a partition to forget must have no files in the source, {key!r} has {len(files.files)}; "
-            f"remove them from {pipeline.source.root!r} first"
+            f"remove them from {pipeline.corpus.source.root!r} first"
         )
     tables = [RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in pipeline.lake.spaces())]
+    partition = Snapshot(pipeline.lake).partition(key)
     for table in tables:
-        pipeline.lake.open(table)  # if one is damaged, none is touched
-    provenance = Provenance("forget", {})
-    emptied = sum(replace_partition(pipeline.lake, table, key, [], provenance).is_committed for table in tables)
+        partition.state(table)  # if one is damaged, none is touched
+    emptied = sum(partition.replace(table, [], Provenance("forget")).is_committed for table in tables)
     registered = key in instance.get_dynamic_partitions(names.partitions_name)
     if registered:
         instance.delete_dynamic_partition(names.partitions_name, key)

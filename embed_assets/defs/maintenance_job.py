@@ -44,7 +44,7 @@ def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
         """Compact, vacuum and checkpoint the tables, and sweep what killed runs left."""
         try:
             pipeline.lake.check_owner()
-            space = pipeline.refreshed().space.name
+            space = pipeline.refreshed().model.space.name
             age = retention(context.instance)
             done = maintain(pipeline.lake, space, age, config.dry_run, config.remove_spaces)
         except UserError as error:

@@ -2,115 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+from typing import TypeAlias
 
 import dagster as dg
 import numpy as np
+import psutil
 
-from embed_assets.defs.engine_report import engine_metadata, speed_of
-from embed_assets.defs.pictures import draw_map, draw_token_lengths
-from embed_assets.defs.recording import MetadataValue, peak_memory_bytes
-from embed_assets.defs.results import PartitionResult
 from embed_assets.defs.staleness import History
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.engine import EngineInfo
+from embed_assets.engine.metrics import EngineStats, advise
 from embed_assets.engine.ray import PoolReport
-from embed_assets.lake.reader import read_partition
+from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.tables import CHUNK_TABLE
-from embed_assets.lake.writer import Replaced
-from embed_assets.stages.embeddings import Work
+from embed_assets.pictures import draw_map, draw_token_lengths
+from embed_assets.stages.compute import Compute
+from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
+
+MetadataValue: TypeAlias = int | float | str | dg.MetadataValue
+Metadata: TypeAlias = dict[str, MetadataValue]
 
 _MAPPED_VECTORS = 300
 _LEAST_DRAWN = 10
 """Fewer chunks make no histogram and no map."""
 _LEAST_CHANGED = 0.1
 """Share of a partition's rows; with fewer new ones the pictures look the same."""
+_MOST_WORKERS_SHOWN = 32
+"""Rows of the table of workers, the slowest first."""
+_LEAST_BUSY_PERCENT = 70.0
+_STARVED = (
+    "workers were busy {:.0f} % of the time: the run's process reads and chunks no faster, or there is little to do; "
+    "start fewer workers (EMBED_RAY_REPLICAS), or several runs at a time"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One asset's partition that was made."""
-
-    asset: str
-    key: str
-    reasons: Sequence[str]
-    """Why it was missing or stale."""
-    replaced: Replaced
-    result: PartitionResult
-    """The partition's numbers so far."""
-    facts: EngineFacts
-    work: Work = field(default_factory=Work)
-    report: PoolReport | None = None
-    """What workers elsewhere did in this run."""
-
-
-class Reporter:
+class MetadataWriter:
     """Writes the metadata of a run's materializations."""
 
     def __init__(self, pipeline: Pipeline, history: History) -> None:
         self._pipeline, self._history = pipeline, history
         self._rows = {asset: state.rows if state else 0 for asset, state in history.tables.items()}
 
-    def metadata(self, made: Made) -> dict[str, MetadataValue]:
-        """All assets carry the numbers that the contract names; what is not theirs is 0."""
-        result, work, replaced = made.result, made.work, made.replaced
-        chunks = 0 if made.asset == "raw_documents" else result.chunks
-        metadata: dict[str, MetadataValue] = {
-            "summary": dg.MetadataValue.md(_summary(made)),
-            "documents": result.documents,
-            "rejected": result.rejected,
-            "chunks": chunks,
+    def of(self, asset: str, partition: PartitionSnapshot, outcome: PartitionOutcome, compute: Compute) -> Metadata:
+        """Metadata of an asset's partition. All assets carry the numbers that the contract names; what is not theirs
+        is 0."""
+        is_embeddings = asset == "embeddings"
+        work = outcome if is_embeddings else PartitionOutcome(outcome.key)  # what the model did is of the embeddings
+        report = compute.report if is_embeddings else None
+        replaced = outcome.replaced[asset]
+        metadata: Metadata = {
+            "summary": dg.MetadataValue.md(_summary(asset, outcome, report)),
+            "documents": outcome.documents,
+            "rejected": outcome.rejected,
+            "chunks": 0 if asset == "raw_documents" else outcome.chunks,
             "embedded": work.embedded,
             "reused": work.reused,
             "dropped": work.dropped,
-            **engine_metadata(work, made.facts, made.report),
+            **engine_metadata(work, compute.info, report),
             "peak_memory_bytes": peak_memory_bytes(),
             "dagster/partition_row_count": replaced.rows,
-            "dagster/row_count": self._total_rows(made),
+            "dagster/row_count": self._total_rows(asset, outcome),
+            "data_files": replaced.state.files_hash,
         }
-        metadata["data_files"] = replaced.state.files_hash
         if replaced.table_version is not None:
             metadata |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
-        if made.asset == "raw_documents":
-            metadata["source"] = self._pipeline.source.root
-        if made.asset == "embeddings":
+        if asset == "raw_documents":
+            metadata["source"] = self._pipeline.corpus.source.root
+        if is_embeddings:
             metadata |= {
                 "reused_percent": round(100 * work.reused / work.chunks, 2) if work.chunks else 0.0,
                 "truncated": work.truncated,
                 "rejected_chunks": work.rejected_chunks,
-                "space": self._pipeline.space.name,
+                "space": self._pipeline.model.space.name,
             }
-        if made.asset == "embeddings" and self._is_worth_a_picture(made):
-            metadata |= self._pictures(made.key)
+            if self._is_worth_a_picture(outcome):
+                metadata |= self._pictures(partition)
         return metadata
 
-    def _is_worth_a_picture(self, made: Made) -> bool:
+    def _is_worth_a_picture(self, outcome: PartitionOutcome) -> bool:
         """There is something to see that the pictures of before do not show."""
-        if made.replaced.rows < _LEAST_DRAWN:
+        rows = outcome.replaced["embeddings"].rows
+        if rows < _LEAST_DRAWN:
             return False
-        before = self._history.record("embeddings", made.key)
-        is_new = before is None or before.code_version != self._pipeline.space.name or before.rows < _LEAST_DRAWN
-        changed = made.work.embedded + made.work.dropped
-        return is_new or changed >= _LEAST_CHANGED * made.replaced.rows
+        before = self._history.record("embeddings", outcome.key)
+        is_new = before is None or before.code_version != self._pipeline.model.space.name or before.rows < _LEAST_DRAWN
+        return is_new or outcome.embedded + outcome.dropped >= _LEAST_CHANGED * rows
 
-    def _total_rows(self, made: Made) -> int:
+    def _total_rows(self, asset: str, outcome: PartitionOutcome) -> int:
         """Rows of the whole table: as they were when the run began, and what the run changed."""
-        before = self._history.record(made.asset, made.key)
-        self._rows[made.asset] += made.replaced.rows - (before.rows if before else 0)
-        return max(self._rows[made.asset], made.replaced.rows)
+        before, rows = self._history.record(asset, outcome.key), outcome.replaced[asset].rows
+        self._rows[asset] += rows - (before.rows if before else 0)
+        return max(self._rows[asset], rows)
 
-    def _pictures(self, key: str) -> dict[str, MetadataValue]:
+    def _pictures(self, partition: PartitionSnapshot) -> Metadata:
         """The token lengths, and a sample of the vectors on a plane."""
-        pipeline = self._pipeline
         lengths: list[int] = []
-        for batch in read_partition(pipeline.lake, CHUNK_TABLE, key, ["token_count"]):
+        for batch in partition.rows(CHUNK_TABLE, ["token_count"]):
             lengths += batch.column("token_count").to_pylist()
         vectors: list[np.ndarray] = []
         documents: list[str] = []
         stride = max(1, len(lengths) // _MAPPED_VECTORS)
         row = 0
-        for batch in read_partition(pipeline.lake, pipeline.embeddings_table, key, ["document_id", "embedding"]):
+        for batch in partition.rows(self._pipeline.embeddings_table, ["document_id", "embedding"]):
             wanted = range(-row % stride, batch.num_rows, stride)
             documents += [batch.column("document_id")[i].as_py() for i in wanted]
             # Copies: a view of one vector would keep its whole batch in memory.
@@ -118,27 +112,100 @@ class Reporter:
             row += batch.num_rows
         if not lengths or not vectors:
             return {}
+        histogram = draw_token_lengths(lengths, self._pipeline.corpus.chunking.max_tokens)
         return {
-            "token_lengths": draw_token_lengths(lengths, pipeline.chunk_options.max_tokens),
-            "map": draw_map(np.stack(vectors), documents),
+            "token_lengths": dg.MetadataValue.md(histogram),
+            "map": dg.MetadataValue.md(draw_map(np.stack(vectors), documents)),
         }
 
 
-def _summary(made: Made) -> str:
+def engine_metadata(outcome: PartitionOutcome, info: EngineInfo, report: PoolReport | None) -> Metadata:
+    """What the engine did for a partition, how fast, on what; and if it embedded anything, what bounded it."""
+    stats = outcome.engine
+    metadata: Metadata = {
+        "tokens": stats.tokens,
+        "tokens_per_second": _speed(stats, report) if stats.tokens else 0.0,
+        "padding_percent": round(stats.padding_percent, 2),
+        "device": info.device,
+        "precision": info.precision,
+        "max_batch_tokens": info.max_batch_tokens,
+    }
+    if stats.tokens:
+        metadata |= _engine_details(outcome, info)
+        if report is not None and report.workers:
+            metadata |= _workers(report)
+    return metadata
+
+
+def _speed(stats: EngineStats, report: PoolReport | None) -> float:
+    """Tokens per second: of the model in this process, or of all workers together."""
+    # With workers, the partition's own numbers have their seconds added up: an average, not what the cluster does.
+    return round(stats.tokens_per_second if report is None else report.tokens_per_second, 1)
+
+
+def _engine_details(outcome: PartitionOutcome, info: EngineInfo) -> Metadata:
+    stats = outcome.engine
+    details: Metadata = {
+        "backend": info.backend,
+        "startup_seconds": round(outcome.startup_seconds, 2),
+        "engine_seconds": round(stats.seconds, 2),
+        "tokenizer_wait_percent": round(stats.tokenizer_wait_percent, 2),
+        "device_wait_percent": round(stats.input_wait_percent, 2),
+        "gflops": round(stats.gflops, 1),
+        "roofline_percent": round(stats.roofline_percent(info.ceiling_gflops), 1),
+        "advice": advise(stats, info.ceiling_gflops, info.device, info.precision, info.max_batch_tokens),
+    }
+    if stats.gpu_readings:
+        details |= {"gpu_utilization_percent": round(stats.gpu_percent, 1), "gpu_memory_bytes": stats.gpu_memory_bytes}
+    return details
+
+
+def _workers(report: PoolReport) -> Metadata:
+    """The workers that ran since the run began."""
+    rows = [
+        dg.TableRecord(
+            {"worker": w.address, "tokens": w.tokens, "tokens/s": w.tokens_per_second, "busy %": w.busy_percent}
+        )
+        for w in report.workers[:_MOST_WORKERS_SHOWN]
+    ]
+    busy = report.utilization_percent
+    return {
+        "ray_cluster": str(report),
+        "ray_dashboard": dg.MetadataValue.url(report.dashboard) if report.dashboard else "none",
+        "ray_workers": len(report.workers),
+        "ray_nodes": len(report.nodes),
+        "ray_utilization_percent": busy,
+        "ray_windows_begun_again": report.windows_begun_again,
+        "ray_tokens_per_second_per_worker": dg.MetadataValue.table(rows),
+        **({"advice": _STARVED.format(busy)} if busy < _LEAST_BUSY_PERCENT else {}),
+    }
+
+
+def _summary(asset: str, outcome: PartitionOutcome, report: PoolReport | None) -> str:
     """Why it ran and what came of it, in Markdown."""
-    result, work, replaced = made.result, made.work, made.replaced
-    lines = [f"**Why:** {'; '.join(made.reasons) or 'asked for'}.", ""]
-    if made.asset == "raw_documents":
-        lines.append(f"- {result.documents:,} documents read, {result.rejected:,} files or rows rejected")
-    elif made.asset == "chunks":
-        lines.append(f"- {result.documents:,} documents split into {replaced.rows:,} chunks")
+    replaced = outcome.replaced[asset]
+    lines = [f"**Why:** {'; '.join(outcome.reasons[asset]) or 'asked for'}.", ""]
+    if asset == "raw_documents":
+        lines.append(f"- {outcome.documents:,} documents read, {outcome.rejected:,} files or rows rejected")
+    elif asset == "chunks":
+        lines.append(f"- {outcome.documents:,} documents split into {replaced.rows:,} chunks")
     else:
-        rate = speed_of(work, made.report)
-        speed = f", {work.engine.tokens:,} tokens at {rate:,.0f}/s" if work.embedded else ""
-        lines.append(f"- {work.embedded:,} texts embedded{speed}")
-        lines.append(f"- {work.reused:,} vectors reused, {work.dropped:,} rows dropped")
-        if work.rejected_chunks:
-            lines.append(f"- {work.rejected_chunks:,} chunks the model can't embed: see `rejected_documents`")
+        rate = _speed(outcome.engine, report)
+        speed = f", {outcome.tokens:,} tokens at {rate:,.0f}/s" if outcome.embedded else ""
+        lines.append(f"- {outcome.embedded:,} texts embedded{speed}")
+        lines.append(f"- {outcome.reused:,} vectors reused, {outcome.dropped:,} rows dropped")
+        if outcome.rejected_chunks:
+            lines.append(f"- {outcome.rejected_chunks:,} chunks the model can't embed: see `rejected_documents`")
     where = "no table yet" if replaced.table_version is None else f"table version {replaced.table_version}"
     lines.append(f"- {where}, {'one commit' if replaced.is_committed else 'no commit: it held exactly these rows'}")
     return "\n".join(lines)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,14 +5,12 @@ A range run has one data version for all its partitions unless the events are lo
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import dagster as dg
-import psutil
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
@@ -24,10 +22,11 @@ from embed_assets.defs.dagster_internals import (
     USER_PROVIDED_TAG,
     latest_event_ids,
 )
+from embed_assets.defs.metadata import Metadata
 from embed_assets.defs.names import DEPENDENCIES, SOURCE, Names
 from embed_assets.defs.staleness import REPAIR_CODE_VERSION, History
+from embed_assets.stages.outcome import PartitionOutcome
 
-MetadataValue = int | float | str | dg.MetadataValue
 Event = dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
 
 _MAX_PENDING = 64
@@ -78,13 +77,13 @@ class Recorder:
     def materialized(
         self,
         asset: str,
-        key: str,
-        data_version: str,
+        outcome: PartitionOutcome,
         code_version: str,
         input_versions: Mapping[str, str],
-        metadata: Mapping[str, MetadataValue],
+        metadata: Metadata,
     ) -> None:
-        """Record that a partition of an asset now has this content, made from these inputs."""
+        """Record that a partition of an asset was materialized, from these inputs."""
+        key, data_version = outcome.key, outcome.replaced[asset].data_version
         tags = {DATA_VERSION_TAG: data_version, CODE_VERSION_TAG: code_version, USER_PROVIDED_TAG: "true"}
 
         def record() -> None:
@@ -94,7 +93,7 @@ class Recorder:
                 pointer = self._pointer(dependency, key)
                 tags[INPUT_POINTER_TAG + name] = "NULL" if pointer is None else str(pointer)
             asset_key = self.names.key(asset)
-            self.log(dg.AssetMaterialization(asset_key=asset_key, partition=key, tags=tags, metadata=dict(metadata)))
+            self.log(dg.AssetMaterialization(asset_key=asset_key, partition=key, tags=tags, metadata=metadata))
             self._pointers[asset, key] = None
 
         self.recorded.add((asset, key))
@@ -146,7 +145,7 @@ class Recorder:
 
 def observation(names: Names, partition: SourcePartition) -> dg.AssetObservation:
     """The event that says which files a partition has now."""
-    metadata: dict[str, MetadataValue] = {
+    metadata: Metadata = {
         "files": len(partition.files),
         "bytes": partition.byte_size,
     }
@@ -169,13 +168,3 @@ def damage(names: Names, asset: str, key: str) -> dg.AssetMaterialization:
         description="damaged rows were found; the next sync makes them anew",
         tags={DATA_VERSION_TAG: "damaged", USER_PROVIDED_TAG: "true", CODE_VERSION_TAG: REPAIR_CODE_VERSION},
     )
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

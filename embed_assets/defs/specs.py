@@ -86,7 +86,7 @@ def source_spec(pipeline: Pipeline) -> dg.AssetSpec:
         kinds=_KINDS[SOURCE],
         owners=["team:data"],
         partitions_def=names.partitions,
-        metadata={"dagster/uri": pipeline.source.root},
+        metadata={"dagster/uri": pipeline.corpus.source.root},
     )
 
 

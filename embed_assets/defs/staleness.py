@@ -12,7 +12,7 @@ from typing import Literal
 
 from dagster import DagsterInstance
 
-from embed_assets.corpus.source import can_tell_changes
+from embed_assets.corpus.source import detects_changes
 from embed_assets.defs.dagster_internals import (
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
@@ -22,10 +22,12 @@ from embed_assets.defs.dagster_internals import (
     read_events,
 )
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
-from embed_assets.defs.results import PartitionResult
-from embed_assets.lake.reader import ContentReader, PartitionFiles, TableState, table_state
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
+from embed_assets.errors import LakeError
+from embed_assets.lake.reader import PartitionFiles, TableState
+from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
 from embed_assets.settings import same_place
+from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 
 State = Literal["missing", "stale", "fresh"]
@@ -72,6 +74,32 @@ class Status:
     reasons: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ContentReader:
+    """Data versions of partitions as the tables have them; each is read once."""
+
+    tables: Snapshot
+    specs: Mapping[str, TableSpec]
+    """By asset."""
+    known: dict[tuple[str, str, str], str]
+    """Data versions by asset, partition and hash of its files."""
+
+    def version(self, asset: str, key: str) -> str:
+        """The data version of what the asset's table holds of a partition; '' when that can't be read.
+
+        Raises ``LakeError`` when the storage fails.
+        """
+        place = (asset, key, self.tables.partition(key).state(self.specs[asset]).files_hash)
+        if place not in self.known:
+            try:
+                self.known[place] = self.tables.content(self.specs[asset], key)
+            except LakeError as error:
+                if error.is_retryable:
+                    raise
+                self.known[place] = ""
+        return self.known[place]
+
+
 @dataclass(frozen=True)
 class History:
     """What is recorded of the partitions."""
@@ -80,8 +108,8 @@ class History:
     """By asset, then partition."""
     tables: Mapping[str, TableState | None] = field(default_factory=dict)
     """By asset (and "rejected_documents"), what its table holds now."""
-    contents: Mapping[str, ContentReader] = field(default_factory=dict)
-    """By asset that has a table."""
+    contents: ContentReader | None = None
+    """What the tables hold of partitions, for when their files do not tell."""
     names: Names = field(default_factory=Names)
     source: str = ""
     """Where documents are read now."""
@@ -100,13 +128,16 @@ class History:
         record = self.record(asset, key)
         return record is not None and record.code_version == REPAIR_CODE_VERSION
 
-    def known_result(self, key: str) -> PartitionResult:
-        """The result of doing nothing with a partition: the numbers that are recorded."""
+    def outcome(self, key: str, source_version: str | None) -> PartitionOutcome:
+        """What doing nothing with a partition comes to: the versions and numbers that are recorded."""
         raw, chunks = self.record("raw_documents", key), self.record("chunks", key)
         counts = raw.counts if raw else {}
-        rows = chunks.rows if chunks else 0
-        return PartitionResult(
-            "fresh", int(counts.get("documents", 0)), int(counts.get("rejected", 0)), rows, reused=rows
+        return PartitionOutcome(
+            key,
+            versions={SOURCE: source_version, **{asset: self.version(asset, key) for asset in ASSETS}},
+            documents=int(counts.get("documents", 0)),
+            rejected=int(counts.get("rejected", 0)),
+            chunks=chunks.rows if chunks else 0,
         )
 
     def status(self, asset: str, key: str, code_version: str, inputs: Mapping[str, str | None]) -> Status:
@@ -131,7 +162,7 @@ class History:
             reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
-        if not can_tell_changes(inputs.get(SOURCE) or ""):
+        if not detects_changes(inputs.get(SOURCE) or ""):
             reasons.append(READ_EACH_TIME)
         reasons += [
             f"{'source files' if dependency == SOURCE else dependency} changed"
@@ -176,7 +207,7 @@ class History:
             return False
         now = table.partitions.get(key, PartitionFiles())
         is_same = now.files == record.data_files if record.data_files else now.written_at <= record.timestamp
-        return not is_same and self.contents[asset].version(key, now.files) != record.data_version
+        return not is_same and self.contents is not None and self.contents.version(asset, key) != record.data_version
 
 
 _CODE_MEANS = {
@@ -191,22 +222,21 @@ def load_history(
     pipeline: Pipeline,
     keys: Collection[str] | None = None,
     earlier: History | None = None,
+    tables: Snapshot | None = None,
 ) -> History:
-    """Everything recorded of the partitions (all of them by default), in a handful of queries.
+    """Everything recorded of the partitions (all of them by default), in a handful of queries, and what the lake
+    (as it is now, or as `tables` has it) holds of them.
 
     What `earlier` has already is not read again.
     """
     names = Names.of(pipeline)
     known = earlier.records if earlier else {}
     records = {a: load_records(instance, names, a, keys, known.get(a, {})) for a in (SOURCE, *ASSETS)}
-    specs = (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)
-    tables = {spec.kind: table_state(pipeline.lake, spec) for spec in specs}
-    contents: dict[str, ContentReader] = {}
-    for spec in specs:
-        if (table := tables[spec.kind]) is not None:
-            read = earlier.contents.get(spec.kind) if earlier else None
-            contents[spec.kind] = ContentReader(pipeline.lake, spec, table.version, read.known if read else None)
-    return History(records, tables, contents, names, pipeline.source.root)
+    specs = {spec.kind: spec for spec in (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)}
+    tables = tables or Snapshot(pipeline.lake)
+    states = {kind: tables.state(spec) for kind, spec in specs.items()}
+    contents = ContentReader(tables, specs, earlier.contents.known if earlier and earlier.contents else {})
+    return History(records, states, contents, names, pipeline.corpus.source.root)
 
 
 def partition_statuses(

@@ -17,16 +17,17 @@ from embed_assets.defs.dagster_internals import (
     SerializableErrorInfo,
     error_of_run,
 )
-from embed_assets.defs.discovery import discover, find_strays, list_partitions, refuse_if_emptied, with_gone_ones
+from embed_assets.defs.discovery import discover, find_orphans, list_partitions, refuse_if_emptied, with_gone_ones
 from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
-from embed_assets.defs.results import PartitionResult, RunObserver
+from embed_assets.defs.progress import RunObserver, Sink
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.errors import PartitionError, UserError
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.staging import remove_windows, stale_windows
-from embed_assets.stages.embeddings import Progress
-from embed_assets.stages.pipeline import Estimate, Pipeline
+from embed_assets.stages.outcome import PartitionOutcome
+from embed_assets.stages.pipeline import Estimate, Estimator, Pipeline
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Plan:
 class SyncResult:
     """What a sync came to."""
 
-    partitions: dict[str, PartitionResult]
+    partitions: dict[str, PartitionOutcome]
     seconds: float
     hidden: Sequence[str]
     """Files and folders that were left out because their names begin with a dot."""
@@ -75,7 +76,7 @@ class SyncResult:
         return [key for key, result in self.partitions.items() if result.state == "failed"]
 
     def total(self, name: str) -> int:
-        """Sum of a number of `PartitionResult` over all partitions."""
+        """Sum of a number of `PartitionOutcome` over all partitions."""
         return sum(int(getattr(result, name)) for result in self.partitions.values())
 
 
@@ -84,21 +85,17 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
     Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
     """
-    with pipeline.lake.pinned():
-        return _make_plan(instance, pipeline, count)
-
-
-def _make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool) -> Plan:
     pipeline.lake.check_owner()
-    partitions = list_partitions(instance, pipeline.source, Names.of(pipeline))
-    history = load_history(instance, pipeline)
+    partitions = list_partitions(instance, pipeline.corpus.source, Names.of(pipeline))
+    tables = Snapshot(pipeline.lake)
+    history = load_history(instance, pipeline, tables=tables)
     plans = _plans(history, pipeline, partitions.values())
     if not count:
         return Plan(plans)
     # In the order of sync, emptied partitions last: with REUSE=table, a text is embedded where it comes up first.
-    elsewhere: set[str] = set()
+    estimator = Estimator.over(pipeline, tables)
     estimates = {
-        plan.partition.key: _estimate(pipeline, history, plan, elsewhere)
+        plan.partition.key: _estimate(estimator, history, plan)
         for plan in sorted(plans, key=lambda plan: not plan.partition.files)
     }
     counted = [PartitionPlan(p.partition, p.statuses, estimates[p.partition.key]) for p in plans]
@@ -114,7 +111,7 @@ def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> flo
     speeds = [
         (record.storage_id, record.counts["tokens_per_second"])
         for record in records
-        if record.code_version == pipeline.space.name
+        if record.code_version == pipeline.model.space.name
         and record.counts.get("tokens_per_second")
         and ("ray_workers" in record.counts) == (pipeline.settings.compute == "ray")
     ]
@@ -125,12 +122,13 @@ def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> flo
 def _probe_speed(pipeline: Pipeline) -> float:
     """Tokens per second of the model on a few texts of about a chunk's length; 0 when it was not made yet, or runs
     elsewhere."""
-    if not pipeline.is_calibrated or pipeline.settings.compute != "local":
+    if not pipeline.model.is_calibrated or pipeline.settings.compute != "local":
         return 0.0
-    words = pipeline.chunk_options.max_tokens // 2
+    words = pipeline.corpus.chunking.max_tokens // 2
     texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]
-    pipeline.engine.embedder.embed(texts[:2])  # the first pass also sets up the device
-    probe = pipeline.engine.embedder.embed(texts)
+    embedder = pipeline.model.engine.embedder
+    embedder.embed(texts[:2])  # the first pass also sets up the device
+    probe = embedder.embed(texts)
     return probe.stats.tokens_per_second
 
 
@@ -138,7 +136,7 @@ def run_sync(
     instance: DagsterInstance,
     pipeline: Pipeline,
     build: Callable[[RunObserver], dg.Definitions],
-    observer: RunObserver,
+    sink: Sink,
     only: Sequence[str] = (),
     allow_empty: bool = False,
 ) -> SyncResult:
@@ -150,27 +148,28 @@ def run_sync(
     """
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
-    listing = pipeline.source.listing()
+    listing = pipeline.corpus.source.listing()
     partitions = with_gone_ones(instance, listing.partitions, Names.of(pipeline))
     _check_known(only, partitions)
-    if strays := find_strays(pipeline.lake, pipeline.embeddings_table, partitions):
+    tables = Snapshot(pipeline.lake)
+    if orphans := find_orphans(tables, pipeline.embeddings_table, partitions):
         _log.warning(
             "%d partitions of the lake are neither in the source nor in Dagster (%s): left alone; "
             "'embed-assets forget KEY' removes one",
-            len(strays),
-            ", ".join(map(repr, strays[:5])),
+            len(orphans),
+            ", ".join(map(repr, orphans[:5])),
         )
-    history = load_history(instance, pipeline)
+    history = load_history(instance, pipeline, tables=tables)
     if not allow_empty:
-        refuse_if_emptied(pipeline.source, not listing.partitions, history.records["raw_documents"])
+        refuse_if_emptied(pipeline.corpus.source, not listing.partitions, history.records["raw_documents"])
     discover(instance, partitions, history)
     plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))
-    collector = _Collector(observer)
-    fresh = {plan.partition.key: history.known_result(plan.partition.key) for plan in plans if plan.is_fresh}
+    observer = RunObserver(sink)
+    fresh = {p.partition.key: history.outcome(p.partition.key, p.partition.version) for p in plans if p.is_fresh}
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
-    observer.on_start({key: partitions[key].byte_size for key in due})
+    observer.start({key: partitions[key].byte_size for key in due})
     registered = instance.get_dynamic_partitions(Names.of(pipeline).partitions_name)
-    job = build(collector).resolve_implicit_global_asset_job_def()
+    job = build(observer).resolve_implicit_global_asset_job_def()
     tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if allow_empty else {})
     with heartbeat(instance, this_process()):
         for message in wait_for_pool(instance) if due else ():
@@ -182,37 +181,11 @@ def run_sync(
                 run_config=_SILENT_CONSOLE,
                 tags={RANGE_START_TAG: first, RANGE_END_TAG: last, **tags},
             )
-            _check_complete(collector, keys, run)
+            _check_complete(observer, keys, run)
     remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))
-    results = fresh | collector.results
+    results = fresh | observer.outcomes
     seconds = round(time.perf_counter() - started, 3)
     return SyncResult({key: results[key] for key in sorted(results)}, seconds, listing.hidden)
-
-
-class _Collector:
-    """Keeps the results and passes everything on."""
-
-    def __init__(self, observer: RunObserver) -> None:
-        self._observer = observer
-        self.results: dict[str, PartitionResult] = {}
-
-    def on_start(self, sizes: Mapping[str, int]) -> None:
-        """The sync itself told the observer of all its runs."""
-
-    def on_progress(self, partition_key: str, progress: Progress) -> None:
-        self._observer.on_progress(partition_key, progress)
-
-    def on_window(self, partition_key: str, texts: int, tokens: int) -> None:
-        self._observer.on_window(partition_key, texts, tokens)
-
-    def on_news(self, line: str) -> None:
-        self._observer.on_news(line)
-
-    def on_partition(self, partition_key: str, result: PartitionResult) -> None:
-        # After a retry of the step, what the first attempt made is fresh.
-        if result.state != "fresh" or partition_key not in self.results:
-            self.results[partition_key] = result
-        self._observer.on_partition(partition_key, result)
 
 
 def _plans(
@@ -224,10 +197,10 @@ def _plans(
     ]
 
 
-def _estimate(pipeline: Pipeline, history: History, plan: PartitionPlan, elsewhere: set[str]) -> Estimate:
+def _estimate(estimator: Estimator, history: History, plan: PartitionPlan) -> Estimate:
     stale = frozenset(asset for asset, status in plan.statuses.items() if status.state != "fresh")
     is_damaged = history.is_marked_for_repair("embeddings", plan.partition.key)
-    return pipeline.estimate(plan.partition, stale, elsewhere, is_damaged)
+    return estimator.estimate(plan.partition, stale, is_damaged)
 
 
 def _check_known(only: Sequence[str], partitions: Mapping[str, SourcePartition]) -> None:
@@ -252,13 +225,13 @@ def _ranges(registered: Sequence[str], keys: Collection[str]) -> Iterator[tuple[
             neighbours = []
 
 
-def _check_complete(collector: _Collector, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:
+def _check_complete(observer: RunObserver, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:
     """Raise what stopped a run before all partitions were done: an interrupt, or an error that is none of theirs."""
     failures = [event.step_failure_data for event in run.all_events if event.is_step_failure]
     errors = [failure.error for failure in failures if failure.error is not None]
     if any(error.cls_name == "DagsterExecutionInterruptedError" for error in errors):
         raise KeyboardInterrupt
-    if all(key in collector.results for key in keys):
+    if all(key in observer.outcomes for key in keys):
         return
     for failure in failures:
         if failure.user_failure_data is not None and failure.user_failure_data.description:

@@ -30,6 +30,8 @@ class Layout:
     """Texts one after the other, no padding; else a rectangle as wide as the longest."""
     width_multiple: int = 1
     """Rectangles whose width is a multiple of this are faster per token."""
+    max_rows: int = 1 << 31
+    """Texts of a batch at most, whatever their tokens."""
 
     def width_of(self, longest: int) -> int:
         """Width of a rectangle whose longest text has `longest` tokens."""
@@ -41,13 +43,13 @@ def plan_batches(lengths: np.ndarray, max_batch_tokens: int, layout: Layout) -> 
     """Batches of one window: sorted by length, longest first, packed greedily under the token budget.
 
     A rectangular batch costs ``rows x width`` tokens, a packed one the plain sum. Every row is in exactly one batch;
-    only a batch of one row may exceed the budget. Equal inputs give equal plans.
+    only a batch of one row may exceed the budget, and none exceeds the layout's rows. Equal inputs give equal plans.
 
     `lengths` is an integer array of shape (texts,), in tokens.
     """
     order = np.argsort(-lengths, kind="stable")
     return (
-        _packed(order, lengths, max_batch_tokens)
+        _packed(order, lengths, max_batch_tokens, layout.max_rows)
         if layout.is_packed
         else _padded(order, lengths, max_batch_tokens, layout)
     )
@@ -67,19 +69,20 @@ def _padded(order: np.ndarray, lengths: np.ndarray, budget: int, layout: Layout)
         width = layout.width_of(longest)
         if width > budget:
             width = longest
-        rows = order[start : start + max(1, budget // width)]
+        rows = order[start : start + min(layout.max_rows, max(1, budget // width))]
         batches.append(Batch(rows, width, len(rows) * width))
         start += len(rows)
     return batches
 
 
-def _packed(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[Batch]:
+def _packed(order: np.ndarray, lengths: np.ndarray, budget: int, max_rows: int) -> list[Batch]:
     batches: list[Batch] = []
     ends = np.cumsum(lengths[order])
     start = 0
     while start < len(order):
         before = int(ends[start - 1]) if start else 0
         end = max(start + 1, int(np.searchsorted(ends, before + budget, side="right")))
+        end = min(end, start + max_rows)
         batches.append(Batch(order[start:end], 0, int(ends[end - 1]) - before))
         start = end
     return batches

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from embed_assets.engine.backend import Backend
+from embed_assets.engine.backends.openvino_backend import load_int8_backend, load_openvino_backend
+from embed_assets.engine.backends.openvino_library import has_openvino
+from embed_assets.engine.backends.quantization import CALIBRATION_TEXTS, quantize
+from embed_assets.engine.backends.torch_backend import load_torch_backend
+from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.engine import DEFAULT_BATCH_TOKENS
 from embed_assets.engine.hardware import measure_gemm_gflops, resolve_device
-from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
-from embed_assets.engine.openvino_backend import load_int8_backend, load_openvino_backend
-from embed_assets.engine.openvino_library import has_openvino
-from embed_assets.engine.quantization import CALIBRATION_TEXTS, quantize
-from embed_assets.engine.runner import Backend, Embedder
-from embed_assets.engine.torch_backend import load_torch_backend
+from embed_assets.engine.model import LocalSpace, load_sentence_transformer, require_local
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tuning import measure_budget, sweet_spot
 from embed_assets.errors import ModelError, SettingsError
 
@@ -79,20 +81,20 @@ def run_benchmark(
 ) -> Report:
     """Measure every way on every set, on the CPU. The int8 model is calibrated on the first set, and forgotten after.
 
-    Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` for a fake one or a set without texts.
+    Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` for a set without texts, or for a model
+    whose files are not on this machine.
     """
-    if space.directory is None:
-        raise SettingsError(f"a benchmark needs a real model, got EMBED_MODEL={space.model!r}; set another")
+    local = require_local(space, "a benchmark")
     if not all(sets.values()):
         raise SettingsError("a benchmark needs texts, got a folder without any; name one with documents")
     device = resolve_device("cpu")
     left_out = ["GPU: the engine is measured on the CPU here; 'embed-assets tune' measures a GPU where there is one"]
     on_step("loading the model in each library")
-    embedders = _embedders(space, next(iter(sets.values())), left_out, on_step)
-    model = load_sentence_transformer(space, "cpu")
+    embedders = _embedders(local, next(iter(sets.values())), left_out, on_step)
+    model = load_sentence_transformer(local, "cpu")
     report = Report(space.model, device.description, rounds, 0.0, {}, left_out)
     for name, texts in sets.items():
-        report.sets[name] = _measure_set(space, name, texts, embedders, model, rounds, report, on_step)
+        report.sets[name] = _measure_set(local, name, texts, embedders, model, rounds, report, on_step)
     for found in report.sets.values():
         found.rows = [
             replace(row, roofline_percent=round(100 * row.gflops / report.ceiling_gflops, 1)) for row in found.rows
@@ -101,11 +103,11 @@ def run_benchmark(
 
 
 def _embedders(
-    space: EmbeddingSpace,
+    space: LocalSpace,
     texts: Sequence[str],
     left_out: list[str],
     on_step: Callable[[str], None],
-) -> dict[str, Embedder]:
+) -> dict[str, LocalEmbedder]:
     loaders: dict[str, Callable[[], Backend]] = {
         "torch float32": lambda: load_torch_backend(space, "cpu", "float32", False)
     }
@@ -123,20 +125,20 @@ def _embedders(
         }
     else:
         left_out.append("OpenVINO: not installed; pip install 'embed-assets[cpu]'")
-    found: dict[str, Embedder] = {}
+    found: dict[str, LocalEmbedder] = {}
     for name, load in loaders.items():
         try:
-            found[name] = Embedder(load(), space.tokenizer, space.max_seq_length, DEFAULT_BATCH_TOKENS["cpu"])
+            found[name] = LocalEmbedder(load(), space.tokenizer, space.max_seq_length, DEFAULT_BATCH_TOKENS["cpu"])
         except ModelError as error:
             left_out.append(f"{name}: {error}")
     return found
 
 
 def _measure_set(
-    space: EmbeddingSpace,
+    space: LocalSpace,
     name: str,
     texts: Sequence[str],
-    embedders: Mapping[str, Embedder],
+    embedders: Mapping[str, LocalEmbedder],
     model: SentenceTransformer,
     rounds: int,
     report: Report,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from embed_assets.engine.metrics import ModelCost
-from embed_assets.engine.model import EmbeddingSpace
+from embed_assets.engine.model import LocalSpace
 from embed_assets.engine.model_files import tokenizer_file
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.errors import ModelError, SettingsError
 
 _GPU_SHARE = 0.8
@@ -90,7 +91,7 @@ def estimate_capacity(
         known = ", ".join(spec.name for spec in DEVICES.values())
         raise SettingsError(f"--device must be one of {known}, got {device!r}; name the nearest one")
     if not cost.linear_weights:
-        raise SettingsError("a device's speed is that of a real model, and EMBED_MODEL is a fake one; set another")
+        raise SettingsError("a device's speed is that of a model whose files are here; set another EMBED_MODEL")
     operations = 2.0 * cost.linear_weights + 4.0 * cost.attention_width * mean_tokens
     if spec.gigabytes_per_second:
         speed, number_format = _gpu_speed(spec, cost, operations, precision)
@@ -128,12 +129,12 @@ def _gpu_speed(spec: DeviceSpec, cost: ModelCost, operations: float, precision: 
 
 def cost_of_space(space: EmbeddingSpace) -> ModelCost:
     """The arithmetic of the space's model, from its configuration: no weights are loaded. Raises ``ModelError``."""
-    if space.directory is None:
+    if not isinstance(space, LocalSpace):
         return ModelCost()
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from embed_assets.engine.torch_backend import cost_of
+    from embed_assets.engine.backends.torch_backend import cost_of
 
     directory = tokenizer_file(space.directory).parent
     options: dict[str, Any] = {"trust_remote_code": space.trust_remote_code}

@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from embed_assets.engine.fake_backend import FakeBackend
+from embed_assets.engine.backend import Backend
+from embed_assets.engine.backends.openvino_library import has_openvino
+from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.hardware import Device, resolve_device
-from embed_assets.engine.model import EmbeddingSpace, parse_fake
-from embed_assets.engine.model_files import read_json, tokenizer_file
-from embed_assets.engine.openvino_backend import load_int8_backend, load_openvino_backend
-from embed_assets.engine.openvino_library import has_openvino
-from embed_assets.engine.precision import choose_precision
-from embed_assets.engine.quantization import QuantizedModel
-from embed_assets.engine.runner import Backend, Embedder
-from embed_assets.engine.torch_backend import load_torch_backend
+from embed_assets.engine.provider import EngineOptions
+from embed_assets.engine.providers.catalog import provider_of
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tuning import (
     Memory,
     Point,
@@ -31,32 +28,20 @@ from embed_assets.engine.tuning import (
     sweet_spot,
     tuning_key,
 )
-from embed_assets.errors import ModelError, SettingsError
+from embed_assets.errors import SettingsError
 
 TUNE_FROM_TEXTS = 2000
 """Fewer texts are embedded sooner than the sweet spot is found."""
 _SAMPLE_TEXTS = 48
 """Enough batches to tell budgets apart, few enough to take seconds."""
-DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384, "mps": 4096, "endpoint": 16_384}
 """Until tuned. On CPUs a small budget is fastest: activations stay in the caches."""
 _FIRST_BUDGET = {"cpu": 512, "cuda": 4096, "mps": 1024}
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How to run the model. Nothing here changes a vector beyond its precision."""
-
-    device: str = "auto"
-    precision: str = "auto"
-    max_batch_tokens: int | None = None
-    """None: what tuning finds."""
-    compiles: bool = False
-    """Whether torch.compile optimises the model first: half a minute that long jobs on a GPU win back."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
+class EngineInfo:
     """Where and how the model runs; as configured, while it is not loaded."""
 
     device: str
@@ -73,21 +58,21 @@ class EngineFacts:
 class Engine:
     """One model on one device in one process."""
 
-    def __init__(self, space: EmbeddingSpace, options: EngineOptions, quantized: QuantizedModel | None = None) -> None:
-        self._space, self._options, self._quantized = space, options, quantized
-        self._fake = parse_fake(space.model)
+    def __init__(self, space: EmbeddingSpace, options: EngineOptions) -> None:
+        self._space, self._options = space, options
+        self._provider = provider_of(space.model, options)
         self._lock = threading.Lock()
-        self._embedder: Embedder | None = None
+        self._embedder: LocalEmbedder | None = None
         self._tuned: Tuned | None = None
         self._ceiling_gflops = 0.0
 
     @property
-    def facts(self) -> EngineFacts:
+    def info(self) -> EngineInfo:
         """Where and how the model runs."""
         if self._embedder is None:
             return configured(self._options)
         backend = self._embedder.backend
-        return EngineFacts(
+        return EngineInfo(
             backend.device,
             backend.precision,
             self._embedder.max_batch_tokens,
@@ -97,17 +82,17 @@ class Engine:
         )
 
     @property
-    def embedder(self) -> Embedder:
+    def embedder(self) -> LocalEmbedder:
         """The model, loaded when first asked for. Raises ``ModelError`` or ``SettingsError`` when it can't be."""
         with self._lock:
             if self._embedder is None:
                 self._embedder = self._load()
             return self._embedder
 
-    def embedder_for(self, texts: Sequence[str], expected: int) -> Embedder:
+    def embedder_for(self, texts: Sequence[str], expected: int) -> LocalEmbedder:
         """The model for about `expected` texts like `texts`: tuned first, once per machine, when they are many."""
         embedder = self.embedder
-        if self._fake is None and self._tuned is None and expected >= TUNE_FROM_TEXTS:
+        if self._provider.libraries and self._tuned is None and expected >= TUNE_FROM_TEXTS:
             _log.info("finding the fastest library and budget for %s on this machine, once", self._space.name)
             self.tune(texts[:: max(1, len(texts) // _SAMPLE_TEXTS)])
         return self._embedder or embedder
@@ -120,12 +105,15 @@ class Engine:
     ) -> Tuning:
         """Find the fastest library and budget for texts like `texts`, use them from now on, and remember them.
 
-        A budget that is set is kept, and nothing remembered. Raises ``SettingsError`` for a fake model or no texts.
+        A budget that is set is kept, and nothing remembered. Raises ``SettingsError`` without texts, or for a
+        model that no device of this machine runs.
         """
         if not texts:
             raise SettingsError("tuning needs texts to measure with, got none; name a folder with documents")
-        if self._fake is not None:
-            raise SettingsError(f"tuning needs a real model, got EMBED_MODEL={self._space.model!r}; set another")
+        if not self._provider.libraries:
+            raise SettingsError(
+                f"tuning needs a model that runs on this machine, got EMBED_MODEL={self._space.model!r}; set another"
+            )
         current = self.embedder
         candidates = {_library(current): current} | dict(self._others(_library(current)))
         memory = {name: measure_memory(embedder, texts, self._device) for name, embedder in candidates.items()}
@@ -146,7 +134,7 @@ class Engine:
     def _sweep(
         self,
         name: str,
-        embedder: Embedder,
+        embedder: LocalEmbedder,
         texts: Sequence[str],
         memory: Memory,
         is_full: bool,
@@ -164,75 +152,50 @@ class Engine:
 
     @cached_property
     def _device(self) -> Device:
-        return resolve_device("cpu" if self._quantized is not None else self._options.device)
-
-    @cached_property
-    def _precision(self) -> str:
-        if self._quantized is not None:
-            return "int8"
-        assert self._space.directory is not None
-        model_type = str(read_json(tokenizer_file(self._space.directory).parent / "config.json").get("model_type"))
-        return choose_precision(self._options.precision, self._device.kind, self._device.capability, model_type)
+        return resolve_device(self._options.device)
 
     @cached_property
     def _key(self) -> str:
-        return tuning_key(self._space, self._device, self._precision, self._options.compiles)
+        return tuning_key(self._space, self._device, self._options.precision, self._options.compiles)
 
-    def _load(self) -> Embedder:
-        if self._fake is not None:
-            return self._embedder_over(FakeBackend(self._fake, self._space.truncate_dim))
-        device, precision = self._device, self._precision
+    def _load(self) -> LocalEmbedder:
+        if not self._provider.libraries:
+            return self._embedder_over(self._provider.load(self._space, self._options))
         self._tuned = recall(self._key)
-        if self._quantized is not None:
-            backend: Backend = load_int8_backend(self._space, self._quantized.xml, self._quantized.weights)
-        else:
-            backend = self._load_openvino() or load_torch_backend(
-                self._space, device.name, precision, self._options.compiles
-            )
-        self._ceiling_gflops = device.ceiling_gflops(precision)
+        library = "" if self._tuned is None else self._tuned.library
+        backend = self._provider.load(self._space, replace(self._options, library=library))
+        self._ceiling_gflops = self._device.ceiling_gflops(backend.precision)
         embedder = self._embedder_over(backend)
         if self._tuned is not None and self._options.max_batch_tokens is None:
             embedder.max_batch_tokens = self._tuned.max_batch_tokens
         return embedder
 
-    def _load_openvino(self) -> Backend | None:
-        """The model in OpenVINO, if that was found to be faster."""
-        if self._tuned is None or self._tuned.library != "openvino" or not has_openvino():
-            return None
-        try:
-            return load_openvino_backend(self._space, self._precision)
-        except ModelError as error:
-            _log.warning("torch is used instead of OpenVINO: %s", error)
-            return None
-
-    def _others(self, present: str) -> Iterator[tuple[str, Embedder]]:
-        """The same model in the other library, where it could be faster."""
-        if self._device.kind != "cpu" or self._quantized is not None or self._options.compiles or not has_openvino():
+    def _others(self, present: str) -> Iterator[tuple[str, LocalEmbedder]]:
+        """The same model in the provider's other libraries, where they can run it and could be faster."""
+        if self._device.kind != "cpu" or self._options.compiles or not has_openvino():
             return
-        other = "torch" if present == "openvino" else "openvino"
-        try:
-            if other == "openvino":
-                backend: Backend = load_openvino_backend(self._space, self._precision)
-            else:
-                backend = load_torch_backend(self._space, "cpu", self._precision, False)
-            yield other, self._embedder_over(backend)
-        except ModelError as error:
-            _log.warning("%s is left out: %s", other, error)
+        for library in self._provider.libraries:
+            if library != present:
+                embedder = self._embedder_over(
+                    self._provider.load(self._space, replace(self._options, library=library))
+                )
+                if _library(embedder) == library:  # else that library can't run it
+                    yield library, embedder
 
-    def _embedder_over(self, backend: Backend) -> Embedder:
+    def _embedder_over(self, backend: Backend) -> LocalEmbedder:
         budget = self._options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, backend.device.partition(":")[0])
-        return Embedder(backend, self._space.tokenizer, self._space.max_seq_length, budget)
+        return LocalEmbedder(backend, self._space.tokenizer, self._space.max_seq_length, budget)
 
 
-def configured(options: EngineOptions) -> EngineFacts:
+def configured(options: EngineOptions) -> EngineInfo:
     """What is known before the model is loaded."""
     budget = options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, options.device.partition(":")[0])
-    return EngineFacts(options.device, options.precision, budget)
+    return EngineInfo(options.device, options.precision, budget)
 
 
 def _for_kind(values: Mapping[str, int], kind: str) -> int:
     return values.get(kind, values["cpu"])
 
 
-def _library(embedder: Embedder) -> str:
+def _library(embedder: LocalEmbedder) -> str:
     return embedder.backend.name.partition("-")[0]

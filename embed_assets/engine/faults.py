@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from embed_assets.errors import UserError
+
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -13,8 +15,17 @@ _OUT_OF_MEMORY = (
     "cublas_status_not_initialized",
     "cudnn_status_alloc_failed",
 )
-_CERTAIN = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError, ArithmeticError)
-"""Errors of the program or its input: the same call fails again."""
+_CERTAIN = (
+    UserError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    AssertionError,
+    ArithmeticError,
+)
+"""Errors of the program or its input: the same call fails again. A backend that raises ours has tried enough."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

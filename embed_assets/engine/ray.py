@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray_cluster import (
@@ -89,7 +89,7 @@ class PoolReport:
     windows_begun_again: int
     """Windows that were begun by another worker as well, for the first was lost or late: at most so many were embedded
     twice."""
-    facts: EngineFacts | None
+    info: EngineInfo | None
     """Where and how the model runs on a worker that has loaded it."""
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class PoolReport:
     def describe_workers(self) -> str:
         """One line: how many ran, how fast they are together, and how fast and how busy the slowest are each."""
         if not self.workers:
-            waiting = "no worker has a place yet" if self.facts is None else "workers are at their first windows"
+            waiting = "no worker has a place yet" if self.info is None else "workers are at their first windows"
             return f"{self.starting} workers load the model" if self.starting else waiting
         shown = self.workers[:_SHOWN_WORKERS]
         each = "; ".join(map(str, shown))
@@ -185,7 +185,7 @@ class RayPool:
             round(tokens / status.active_seconds, 1) if status.active_seconds else 0.0,
             status.begun_again,
             # Of those that did something: tuned, if that paid.
-            next((w.facts for w in sorted(status.workers, key=lambda w: -w.tokens) if w.facts is not None), None),
+            next((w.info for w in sorted(status.workers, key=lambda w: -w.tokens) if w.info is not None), None),
         )
 
     def start(self) -> None:

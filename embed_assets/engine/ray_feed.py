@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.engine import EngineInfo
 
 _MOST_MESSAGES = 100
 WORK = pa.schema([pa.field("number", pa.int64(), False), pa.field("content", pa.large_binary(), False)])
@@ -42,7 +42,7 @@ class WorkerState:
     busy_seconds: float = 0.0
     ready_since: float = 0.0
     """Seconds of the feed's clock."""
-    facts: EngineFacts | None = None
+    info: EngineInfo | None = None
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ class Feed:
     _begun_again: int = 0
     _messages: list[str] = field(default_factory=list)
     _failure: str | None = None
-    _may_pass: bool = False
+    _is_retryable: bool = False
 
     async def put(self, number: int, reference: list[Any]) -> None:
         """Add a piece of work under a number of its own."""
@@ -150,15 +150,15 @@ class Feed:
         for work in self._work.values():
             work.count_death(worker)
 
-    async def ready(self, worker: str, facts: EngineFacts) -> None:
+    async def ready(self, worker: str, info: EngineInfo) -> None:
         """A worker has loaded the model."""
         state = self._workers[worker]
-        state.facts, state.is_ready, state.starts_in_vain = facts, True, 0
+        state.info, state.is_ready, state.starts_in_vain = info, True, 0
         state.ready_since = state.ready_since or self.clock()
 
     async def fail(self, message: str, is_retryable: bool) -> None:
         """A worker can't load the model. Where another one could, this may pass."""
-        self._failure, self._may_pass = message, is_retryable or any(w.facts for w in self._workers.values())
+        self._failure, self._is_retryable = message, is_retryable or any(w.info for w in self._workers.values())
 
     async def tell(self, message: str) -> None:
         """A worker has something to say to whoever watches."""
@@ -182,13 +182,13 @@ class Feed:
         if number in self._work:
             self._work[number].last_error = error
 
-    async def finish(self, worker: str, number: int, tokens: int, seconds: float, facts: EngineFacts) -> None:
+    async def finish(self, worker: str, number: int, tokens: int, seconds: float, info: EngineInfo) -> None:
         """A worker is through with a piece of work of so many tokens; its result or an error is on the way."""
         self._count_time()
         state = self._workers[worker]
         state.tokens += tokens
         state.busy_seconds += seconds
-        state.facts = facts
+        state.info = info
         self._slowest = max(self._slowest, seconds)
         if number in self._work:
             self._work[number].worker, self._work[number].since = "", self.clock()
@@ -200,7 +200,7 @@ class Feed:
         messages, self._messages = self._messages, []
         workers = list(self._workers.values())
         return FeedStatus(
-            self.clock(), workers, self._active_seconds, self._begun_again, messages, self._failure, self._may_pass
+            self.clock(), workers, self._active_seconds, self._begun_again, messages, self._failure, self._is_retryable
         )
 
     async def put_late_again(self, living: Collection[str], patience: float) -> list[int]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any
 
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.ray import PATIENCE_SECONDS, Finished, News, Over, PoolReport, RayPool
 from embed_assets.engine.ray_cluster import RayOptions
@@ -91,9 +91,9 @@ class RayProcess:
         return 1 if self._report is None else self._report.replicas.most
 
     @property
-    def facts(self) -> EngineFacts | None:
+    def info(self) -> EngineInfo | None:
         """Where and how the model runs on a worker, when last asked; None before the first has loaded it."""
-        return None if self._report is None else self._report.facts
+        return None if self._report is None else self._report.info
 
     def start(self) -> None:
         """Connect, and wait until a worker has loaded the model.

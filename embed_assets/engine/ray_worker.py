@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.hardware import limit_resources
 from embed_assets.engine.metrics import EngineStats
@@ -37,7 +37,7 @@ class RemoteWorker(Protocol):
     """The model on a worker."""
 
     @property
-    def facts(self) -> EngineFacts:
+    def info(self) -> EngineInfo:
         """Where and how it runs."""
         ...
 
@@ -111,7 +111,7 @@ class RayWorker:
             message = str(error) if isinstance(error, UserError) else hide_secrets(reason_of(error))
             ray.get(feed.fail.remote(f"{message} (on {address})", is_retryable(error)))
             raise
-        ray.get(feed.ready.remote(self._id, self._worker.facts))
+        ray.get(feed.ready.remote(self._id, self._worker.info))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         import ray
@@ -124,7 +124,7 @@ class RayWorker:
         row, tokens = self._answer(number, content, turn)
         seconds = time.perf_counter() - started
         # Also when it was given up or refused: should this process die before the answer has left, it was not of that.
-        ray.get(self._feed.finish.remote(self._id, number, tokens, seconds, self._worker.facts))
+        ray.get(self._feed.finish.remote(self._id, number, tokens, seconds, self._worker.info))
         return row
 
     def _answer(self, number: int, content: bytes, turn: Turn) -> tuple[pa.Table, int]:

@@ -1,5 +1,5 @@
-"""A batch that fails costs as little as can be: memory is asked for in smaller pieces, hiccups are waited out,
-and a text that the model can't take is found and left out."""
+"""Recovering from a batch that failed, at the least cost: out of memory, it runs in smaller pieces; transient errors
+are retried; a text that the model can't take is found by bisection and left out."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import logging
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from embed_assets.engine.backend import Backend
 from embed_assets.engine.batching import Batch, plan_part
 from embed_assets.engine.faults import is_out_of_memory, is_transient, reason_of
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import EmbeddingError
-
-if TYPE_CHECKING:
-    from embed_assets.engine.runner import Backend
 
 _ATTEMPTS = 4
 _LONGEST_WAIT_SECONDS = 8.0
@@ -37,8 +35,8 @@ class Outcome:
     """Rows without a vector, and why."""
 
 
-class Survivor:
-    """Runs batches on a backend."""
+class Recovery:
+    """Runs batches again that failed on a backend."""
 
     def __init__(self, backend: Backend, probe: TokenizedTexts, backoff_seconds: float) -> None:
         """`probe` is a short text that any healthy model embeds."""
@@ -57,9 +55,15 @@ class Survivor:
         )
 
     def run(
-        self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any, max_batch_tokens: int
+        self,
+        texts: Sequence[str],
+        tokens: TokenizedTexts,
+        batch: Batch,
+        buffer: Any,
+        max_batch_tokens: int,
+        failure: Exception,
     ) -> Outcome:
-        """Put the batch's vectors into `buffer`, whatever it takes.
+        """Put the vectors of a batch, whose first attempt ended in `failure`, into `buffer`.
 
         Out of memory halves the budget and runs this batch again in pieces. Other errors are tried again with
         exponential backoff and jitter, then the batch is bisected until the texts at fault are alone.
@@ -69,9 +73,11 @@ class Survivor:
         outcome = Outcome(max_batch_tokens)
         waiting = [batch]
         is_last_try = False
+        known: Exception | None = failure
         while waiting:
             part = waiting.pop()
-            error = self._attempt(texts, tokens, part, buffer, is_patient=part is batch or len(part.rows) == 1)
+            is_patient = part is batch or len(part.rows) == 1
+            error, known = self._attempt(texts, tokens, part, buffer, is_patient, known), None
             if error is None:
                 outcome.padded_tokens += part.tokens
             elif is_out_of_memory(error):
@@ -114,13 +120,28 @@ class Survivor:
             raise error
 
     def _attempt(
-        self, texts: Sequence[str], tokens: TokenizedTexts, part: Batch, buffer: Any, is_patient: bool
+        self,
+        texts: Sequence[str],
+        tokens: TokenizedTexts,
+        part: Batch,
+        buffer: Any,
+        is_patient: bool,
+        known: Exception | None,
     ) -> Exception | None:
+        """The error of running a part, None when it succeeds. `known` is how its first attempt ended already."""
+
+        def forward() -> None:
+            nonlocal known
+            if known is not None:
+                failure, known = known, None
+                raise failure
+            self._backend.forward(texts, tokens, part, buffer)
+
         try:
             if is_patient:
-                self._retrying.copy()(self._backend.forward, texts, tokens, part, buffer)
+                self._retrying.copy()(forward)
             else:
-                self._backend.forward(texts, tokens, part, buffer)
+                forward()
         except Exception as error:
             # The frames of the failed pass would hold its activations while a smaller one is tried.
             traceback.clear_frames(error.__traceback__)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,12 +65,14 @@ class ModelTokenizer:
         self.special_tokens = int(self._whole.num_special_tokens_to_add(is_pair=False))
 
     @classmethod
-    def from_file(cls, path: Path) -> ModelTokenizer:
-        """Raises ``ModelError`` when the file is no tokenizer."""
+    def from_description(cls, description: str, model: str) -> ModelTokenizer:
+        """The tokenizer of `model`. Raises ``ModelError`` when the text describes none."""
         try:
-            return cls(path.read_text("utf-8"))
+            return cls(description)
         except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"no tokenizer could be read from {path.name!r}: {error}; save the model again") from error
+            raise ModelError(
+                f"the tokenizer.json of {model!r} describes no tokenizer: {error}; save the model again"
+            ) from error
 
     def copy(self) -> ModelTokenizer:
         """Another one for another thread: the library's tokenizers must not be shared while they are in use."""
@@ -158,11 +159,12 @@ def _without_leading_space(text: str, spans: np.ndarray) -> np.ndarray:
     return np.stack([starts, spans[:, 1]], axis=1).astype(np.int32)
 
 
-def word_tokenizer() -> ModelTokenizer:
-    """A tokenizer for models that have none: one token per word or punctuation mark, two special tokens per text."""
+def word_tokenizer_json() -> str:
+    """Description of a tokenizer for models that have none here: one token per word or punctuation mark, two special
+    tokens per text."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    return ModelTokenizer(tokenizer.to_str())
+    return str(tokenizer.to_str())

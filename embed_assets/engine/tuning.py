@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from embed_assets.engine import remembered
+from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.hardware import Device
-from embed_assets.engine.model import EmbeddingSpace
-from embed_assets.engine.runner import Embedder
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.records import hash_parts
 
 LEAST_GAIN = 0.03
@@ -112,7 +112,7 @@ class Tuning:
     """Batches at the same time."""
 
 
-def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int) -> Point:
+def measure_budget(embedder: LocalEmbedder, texts: Sequence[str], budget: int) -> Point:
     """Throughput of `texts` with a budget: the median of a few passes."""
     before, embedder.max_batch_tokens = embedder.max_batch_tokens, budget
     speeds: list[float] = []
@@ -128,7 +128,7 @@ def measure_budget(embedder: Embedder, texts: Sequence[str], budget: int) -> Poi
     return Point(budget, statistics.median(speeds), padding)
 
 
-def measure_memory(embedder: Embedder, texts: Sequence[str], device: Device) -> Memory:
+def measure_memory(embedder: LocalEmbedder, texts: Sequence[str], device: Device) -> Memory:
     """What batches need, from the peaks of two budgets over the longest texts."""
     wanted = _MEMORY_TEXTS * embedder.backend.workers
     longest = sorted(texts, key=len, reverse=True)[:wanted]

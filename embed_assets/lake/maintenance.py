@@ -166,7 +166,7 @@ def _small_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> dict[str, l
     """The small files of each partition that has more than one."""
     found = {
         key: [file for file in files if file.byte_size < TARGET_FILE_BYTES // 2]
-        for key, files in files_by_partition(lake, table, delta).items()
+        for key, files in files_by_partition(lake.root, table, delta).items()
     }
     return {key: files for key, files in found.items() if len(files) > 1}
 

@@ -1,4 +1,4 @@
-"""Rows of the tables as streams of Arrow batches."""
+"""Reading an open Delta table: its rows as streams of Arrow batches, and what its log tells without them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from embed_assets.errors import LakeError
-from embed_assets.lake.tables import Lake, TableSpec, columns_of, is_one_of, lake_errors, partition_predicate
+from embed_assets.lake.tables import TableSpec, columns_of, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion, hash_parts
 
 
@@ -20,30 +19,19 @@ def files_hash(names: Iterable[str]) -> str:
     return hash_parts(sorted(names))
 
 
-def read_partition(lake: Lake, table: TableSpec, key: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The columns of one partition's rows, in no particular order; nothing when the table does not exist."""
-    yield from scan(lake, table, columns, partition_predicate(key))
-
-
-def scan(
-    lake: Lake, table: TableSpec, columns: Sequence[str], predicate: str | None = None, version: int | None = None
+def read_table(
+    root: str, table: TableSpec, delta: DeltaTable, columns: Sequence[str], where: str | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The columns of all rows that fulfil the predicate, of one version of the table (the newest), batch by batch."""
-    delta = lake.open(table, version)
-    if delta is not None:
-        yield from scan_open(lake, table, delta, columns, predicate)
+    """The columns of an open table's rows for which the SQL `where` is true, batch by batch, in no particular order.
 
-
-def scan_open(
-    lake: Lake, table: TableSpec, delta: DeltaTable, columns: Sequence[str], predicate: str | None = None
-) -> Iterator[pa.RecordBatch]:
-    """The same of a table that is open, as it was opened: reading it twice reads one version."""
+    `root` is the lake's, for messages. Raises ``LakeError`` when a file can't be read.
+    """
     schema = pa.schema([table.schema.field(name) for name in columns])
     # A table that was made before a column was there has null in it.
     absent = {f.name for f in table.extra}.difference(columns_of(delta).names) if table.extra else set()
     present = [name for name in columns if name not in absent]
-    with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", lake.root):
-        for batch in pa.RecordBatchReader.from_stream(delta.scan(present, predicate)):
+    with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", root):
+        for batch in pa.RecordBatchReader.from_stream(delta.scan(present, where)):
             if batch.num_rows:
                 # Delta's engine answers with string views and nullable fields.
                 arrays = [
@@ -53,40 +41,14 @@ def scan_open(
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def read_rows(
-    lake: Lake, table: TableSpec, column: str, values: Sequence[str], columns: Sequence[str], version: int | None = None
-) -> pa.Table:
-    """The rows whose string column has one of the values, of one version of the table (the newest)."""
-    schema = pa.schema([table.schema.field(name) for name in columns])
-    if not values:
-        return schema.empty_table()
-    return pa.Table.from_batches(scan(lake, table, columns, is_one_of(column, values), version), schema=schema)
-
-
-def row_count(lake: Lake, table: TableSpec, key: str) -> int:
-    """Rows of a partition."""
-    return sum(batch.num_rows for batch in read_partition(lake, table, key, [table.schema.names[0]]))
-
-
-def content_version(lake: Lake, table: TableSpec, key: str, version: int | None = None) -> str:
-    """Hash of what the table holds of a partition, at that version (now): its data version."""
-    delta = lake.open(table, version)
-    return ContentVersion(()).hexdigest() if delta is None else content_of(lake, table, delta, key)
-
-
-def content_of(lake: Lake, table: TableSpec, delta: DeltaTable, key: str) -> str:
-    """The same of a table that is open, as it was opened."""
+def content_of(root: str, table: TableSpec, delta: DeltaTable | None, key: str) -> str:
+    """Hash of what an open table (None: there is no table) holds of a partition: its data version."""
     columns = CONTENT_COLUMNS[table.kind]
     content = ContentVersion(columns)
-    for batch in scan_open(lake, table, delta, columns, partition_predicate(key)):
-        content.add(batch)
+    if delta is not None:
+        for batch in read_table(root, table, delta, columns, partition_predicate(key)):
+            content.add(batch)
     return content.hexdigest()
-
-
-def partition_keys(lake: Lake, table: TableSpec) -> set[str]:
-    """Keys of the partitions that have rows, from the table's log alone."""
-    state = table_state(lake, table)
-    return set() if state is None else set(state.partitions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +78,15 @@ class TableState:
         return sum(partition.rows for partition in self.partitions.values())
 
 
-def table_state(lake: Lake, table: TableSpec) -> TableState | None:
-    """The table as its log shows it, or None when it does not exist."""
-    delta = lake.open(table)
-    if delta is None:
-        return None
+def table_state(root: str, table: TableSpec, delta: DeltaTable) -> TableState:
+    """What the log of an open table tells of its partitions."""
     partitions = {
         key: PartitionFiles(
             sum(file.rows for file in files),
             files_hash(_file_name(file.path) for file in files),
             max(file.written_at_ms for file in files) / 1000,
         )
-        for key, files in files_by_partition(lake, table, delta).items()
+        for key, files in files_by_partition(root, table, delta).items()
     }
     return TableState(str(delta.metadata().id), int(delta.version()), partitions)
 
@@ -143,28 +102,16 @@ class DataFile(NamedTuple):
     """By its writer's clock, milliseconds since 1970."""
 
 
-def data_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> list[DataFile]:
-    """All of an open table, from its log alone."""
-    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
-        files = pa.table(delta.get_add_actions(flatten=True))
-    if not files.num_rows:
-        return []
-    names = ("partition.partition_key", "path", "size_bytes", "num_records", "modification_time")
-    return [DataFile(*row) for row in zip(*(files[name].to_pylist() for name in names), strict=True)]
-
-
-def files_by_partition(lake: Lake, table: TableSpec, delta: DeltaTable) -> Mapping[str, list[DataFile]]:
-    """The same by partition; none for one that has no rows."""
+def files_by_partition(root: str, table: TableSpec, delta: DeltaTable) -> Mapping[str, list[DataFile]]:
+    """The files of an open table by partition, from its log alone. A partition without rows has no entry."""
+    with lake_errors(f"the table {table.path!r} can't be read", root):
+        actions = pa.table(delta.get_add_actions(flatten=True))
     found: defaultdict[str, list[DataFile]] = defaultdict(list)
-    for file in data_files(lake, table, delta):
-        found[file.partition_key].append(file)
+    if actions.num_rows:
+        names = ("partition.partition_key", "path", "size_bytes", "num_records", "modification_time")
+        for row in zip(*(actions[name].to_pylist() for name in names), strict=True):
+            found[row[0]].append(DataFile(*row))
     return dict(found)
-
-
-def table_version(lake: Lake, table: TableSpec) -> int | None:
-    """The newest Delta commit number, or None when the table does not exist."""
-    delta = lake.open(table)
-    return None if delta is None else int(delta.version())
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,59 +129,12 @@ class PartitionState:
         return files_hash(self.files)
 
 
-def partition_state(lake: Lake, table: TableSpec, key: str) -> PartitionState:
-    """The partition as the table has it now."""
-    delta = lake.open(table)
-    if delta is None:
-        return PartitionState(table, None)
-    with lake_errors(f"the table {table.path!r} can't be read", lake.root):
-        return state_of(delta, table, key)
-
-
 def state_of(delta: DeltaTable, table: TableSpec, key: str) -> PartitionState:
-    """The same for a table that is open, as it was opened."""
+    """The files that hold a partition's rows in an open table."""
     files = frozenset(map(_file_name, delta.file_uris(file_pruning_predicate=partition_predicate(key))))
     return PartitionState(table, int(delta.version()), files)
-
-
-def partition_states(lake: Lake, table: TableSpec, keys: Iterable[str]) -> dict[str, PartitionState]:
-    """The partitions as the table has them now, those too that have no rows."""
-    delta = lake.open(table)
-    if delta is None:
-        return {key: PartitionState(table, None) for key in keys}
-    found, version = files_by_partition(lake, table, delta), int(delta.version())
-    return {
-        key: PartitionState(table, version, frozenset(_file_name(file.path) for file in found.get(key, ())))
-        for key in keys
-    }
 
 
 def _file_name(path: str) -> str:
     """Unique by itself; how the folders before it are escaped differs."""
     return path.rpartition("/")[2]
-
-
-class ContentReader:
-    """Data versions of partitions as a table's state has them, for when its files do not tell; each is read once."""
-
-    def __init__(self, lake: Lake, table: TableSpec, version: int, known: dict[str, str] | None = None) -> None:
-        """`known` has versions that were read before, by key and files, and gets those that are read."""
-        self._lake, self._table, self._version = lake, table, version
-        self.known: dict[str, str] = {} if known is None else known
-        self._delta: DeltaTable | None = None
-
-    def version(self, key: str, files: str) -> str:
-        """The data version of a partition that has these files; '' when they can't be read.
-
-        Raises ``LakeError`` when the storage fails.
-        """
-        place = f"{files}/{key}"
-        if place not in self.known:
-            self._delta = self._delta or self._lake.open(self._table, self._version)
-            try:
-                self.known[place] = content_of(self._lake, self._table, self._delta, key) if self._delta else ""
-            except LakeError as error:
-                if error.is_retryable:
-                    raise
-                self.known[place] = ""
-        return self.known[place]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embed_assets.lake.reader import scan_open
-from embed_assets.lake.tables import Lake, TableSpec, is_one_of
+from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.tables import TableSpec, is_one_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,14 @@ class SearchResult:
     text: str
 
 
-def search(lake: Lake, table: TableSpec, query: np.ndarray, k: int) -> list[SearchResult]:
+def search(tables: Snapshot, table: TableSpec, query: np.ndarray, k: int) -> list[SearchResult]:
     """The `k` chunks whose unit-norm vectors are nearest to the query's, shape (dimension,), best first.
 
-    One pass over (chunk_id, embedding); the texts are fetched for the winners only. Equal scores are ordered by id.
-    None when the space has no table.
+    One pass over (chunk_id, embedding); the texts are fetched for the winners only, from the same version of the
+    table. Equal scores are ordered by id. Without a table for the space there are none.
     """
-    delta = lake.open(table)  # both reads are of this one version, whatever is written meanwhile
-    if delta is None:
-        return []
     best: list[tuple[float, str, str]] = []
-    for batch in scan_open(lake, table, delta, ["chunk_id", "partition_key", "embedding"]):
+    for batch in tables.rows(table, ["chunk_id", "partition_key", "embedding"]):
         vectors = batch.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
         scores = vectors @ query
         top = np.argpartition(-scores, k - 1)[:k] if len(scores) > k else np.arange(len(scores))
@@ -47,7 +44,7 @@ def search(lake: Lake, table: TableSpec, query: np.ndarray, k: int) -> list[Sear
     keys_of_best, ids_of_best = {key for _, _, key in best}, {chunk_id for _, chunk_id, _ in best}
     wanted = f"{is_one_of('partition_key', sorted(keys_of_best))} AND {is_one_of('chunk_id', sorted(ids_of_best))}"
     columns = ["chunk_id", "partition_key", "document_id", "uri", "heading_path", "text"]
-    found = (row for batch in scan_open(lake, table, delta, columns, wanted) for row in batch.to_pylist())
+    found = (row for batch in tables.rows(table, columns, wanted) for row in batch.to_pylist())
     rows = {(row["chunk_id"], row["partition_key"]): row for row in found}
     return [_result(score, rows[chunk_id, key]) for score, chunk_id, key in best]
 

@@ -58,6 +58,10 @@ class VectorStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the temporary files."""
         self._rows.close()
         self._file.close()
 
@@ -102,11 +106,6 @@ class VectorStore:
         for i in np.flatnonzero(lengths == self.dimension):
             matrix[i] = values[starts[i] : starts[i + 1]]
         return matrix
-
-    def add_table(self, table: pa.Table) -> None:
-        """The same for all batches of a table."""
-        for batch in table.to_batches():
-            self.add(batch)
 
     def get(self, input_hashes: Sequence[str]) -> StoredVectors:
         """The vectors of the hashes. Raises KeyError for one that is not here."""

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.reader import partition_keys, read_partition
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
+from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec, dimension_of
 from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
 from embed_assets.scratch import DiskMap
@@ -68,53 +68,54 @@ class Gaps:
         return ("embeddings",) if self.total else ()
 
 
-def verify(lake: Lake, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
-    """Each partition of raw_documents, chunks or the space's table, with its gaps, as the tables were at its start.
+def verify(tables: Snapshot, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
+    """Each partition of raw_documents, chunks or the space's table, with its gaps.
 
     24 bytes per chunk of one partition, one document, and one batch of vectors are in memory at a time.
     """
-    with lake.pinned():
-        delta = lake.open(table)
-        dimension = None if delta is None else dimension_of(delta)
-        tables = (table, CHUNK_TABLE, RAW)
-        for key in sorted(set().union(*(partition_keys(lake, spec) for spec in tables))):
-            yield key, verify_partition(lake, table, key, prompt, dimension)
+    for key in sorted(set().union(*(tables.keys(spec) for spec in (table, CHUNK_TABLE, RAW)))):
+        yield key, verify_partition(tables.partition(key), table, prompt)
 
 
-def verify_partition(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
-    """What is wrong with one partition, whose vectors should have this dimension (that of the first one, if None)."""
+def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
+    """What is wrong with one partition of the space whose table it is."""
     gaps = Gaps()
     try:
-        found = measure_coverage(lake, key)
+        found = measure_coverage(partition)
         gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
         gaps.altered_documents = found.altered_documents
-        gaps.altered_chunks = _altered_chunks(lake, key)
+        gaps.altered_chunks = _altered_chunks(partition)
     except LakeError:  # of either table: which one it is shows when each is read alone
-        gaps.unreadable_documents = int(not _is_readable(lake, RAW, key))
-        gaps.unreadable_chunks = int(not _is_readable(lake, CHUNK_TABLE, key))
-    gaps.unreadable_rejections = int(not _is_readable(lake, REJECTED, key))
-    return gaps if gaps.total else verify_vectors(lake, table, key, prompt, dimension)
+        gaps.unreadable_documents = int(not _is_readable(partition, RAW))
+        gaps.unreadable_chunks = int(not _is_readable(partition, CHUNK_TABLE))
+    gaps.unreadable_rejections = int(not _is_readable(partition, REJECTED))
+    return gaps if gaps.total else verify_vectors(partition, table, prompt)
 
 
-def verify_vectors(lake: Lake, table: TableSpec, key: str, prompt: str, dimension: int | None) -> Gaps:
-    """What is wrong with one partition's vectors, given its chunks."""
-    excused = _rejected_chunks(lake, table.space, key)
+def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
+    """What is wrong with one partition's vectors, given its chunks.
+
+    They should have the table's dimension, or (in a table that states none) that of the first one.
+    """
+    delta = partition.tables.table(table)
+    dimension = None if delta is None else dimension_of(delta)
+    excused = _rejected_chunks(partition, table.space)
     expected = _Sum()
     try:
-        for chunk_id, input_hash in _expected_rows(lake, key, prompt):
+        for chunk_id, input_hash in _expected_rows(partition, prompt):
             if chunk_id not in excused:
                 expected.add(chunk_id, input_hash)
     except LakeError:
         return Gaps(unreadable_chunks=1)
     gaps, found = Gaps(), _Sum()
     try:
-        for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text", "embedding"]):
+        for batch in partition.rows(table, ["chunk_id", "input_hash", "text", "embedding"]):
             _verify_vectors(batch.column("embedding"), dimension, gaps)
             for chunk_id, input_hash, text in _rows(batch):
                 # A row whose text is not what was embedded counts as one that no chunk has.
                 found.add(chunk_id, input_hash if input_hash == hash_text(prompt + text) else "")
         if found != expected:
-            _compare_rows(lake, table, key, prompt, excused, gaps)
+            _compare_rows(partition, table, prompt, excused, gaps)
     except LakeError:
         return Gaps(unreadable_vectors=1)
     return gaps
@@ -133,9 +134,9 @@ class _Sum:
         self.rows += 1
 
 
-def _expected_rows(lake: Lake, key: str, prompt: str) -> Iterator[tuple[str, str]]:
+def _expected_rows(partition: PartitionSnapshot, prompt: str) -> Iterator[tuple[str, str]]:
     """Each chunk's id and the hash of what the model should have got."""
-    for batch in read_partition(lake, CHUNK_TABLE, key, ["chunk_id", "text"]):
+    for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
         for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield chunk_id, hash_text(prompt + text)
 
@@ -144,12 +145,12 @@ def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
     return zip(*(batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text")), strict=True)
 
 
-def _compare_rows(lake: Lake, table: TableSpec, key: str, prompt: str, excused: set[str], gaps: Gaps) -> None:
+def _compare_rows(partition: PartitionSnapshot, table: TableSpec, prompt: str, excused: set[str], gaps: Gaps) -> None:
     """Count what is different, now that something is; `excused` chunks may be without a vector."""
     with DiskMap("input_hash") as expected, DiskMap() as seen:
-        expected.add(_expected_rows(lake, key, prompt))
+        expected.add(_expected_rows(partition, prompt))
         met = 0
-        for batch in read_partition(lake, table, key, ["chunk_id", "input_hash", "text"]):
+        for batch in partition.rows(table, ["chunk_id", "input_hash", "text"]):
             for chunk_id, input_hash, text in _rows(batch):
                 [known] = expected.get([chunk_id])
                 if chunk_id in seen:
@@ -177,11 +178,11 @@ class Coverage:
     """Their text does not have the hash that was kept of it."""
 
 
-def measure_coverage(lake: Lake, key: str) -> Coverage:
+def measure_coverage(partition: PartitionSnapshot) -> Coverage:
     """Compare the chunks' spans with the documents' texts; 24 bytes per chunk are in memory, twice while sorted."""
-    spans = _Spans(lake, key)
+    spans = _Spans(partition)
     found = Coverage()
-    for batch in read_partition(lake, RAW, key, ["document_id", "text", "content_hash"]):
+    for batch in partition.rows(RAW, ["document_id", "text", "content_hash"]):
         for i in range(batch.num_rows):
             document_id, text, content_hash = (batch.column(column)[i].as_py() for column in range(3))
             found.altered_documents += hash_text(text) != content_hash
@@ -196,9 +197,9 @@ def measure_coverage(lake: Lake, key: str) -> Coverage:
 class _Spans:
     """Where the chunks of a partition's documents start and end."""
 
-    def __init__(self, lake: Lake, key: str) -> None:
+    def __init__(self, partition: PartitionSnapshot) -> None:
         columns = (array("Q"), array("q"), array("q"))
-        for batch in read_partition(lake, CHUNK_TABLE, key, ["document_id", "char_start", "char_end"]):
+        for batch in partition.rows(CHUNK_TABLE, ["document_id", "char_start", "char_end"]):
             columns[0].extend(_short_hash(document_id) for document_id in batch.column(0).to_pylist())
             for values, name in zip(columns[1:], ("char_start", "char_end"), strict=True):
                 values.frombytes(batch.column(name).to_numpy().tobytes())
@@ -226,10 +227,10 @@ def _short_hash(document_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _altered_chunks(lake: Lake, key: str) -> int:
+def _altered_chunks(partition: PartitionSnapshot) -> int:
     """Chunks whose text does not have the hash that was kept of it."""
     altered = 0
-    for batch in read_partition(lake, CHUNK_TABLE, key, ["text", "text_hash"]):
+    for batch in partition.rows(CHUNK_TABLE, ["text", "text_hash"]):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
         altered += sum(hash_text(text) != text_hash for text, text_hash in rows)
     return altered
@@ -245,21 +246,21 @@ def _characters_outside(text: str, spans: list[tuple[int, int]]) -> int:
     return missing
 
 
-def _is_readable(lake: Lake, table: TableSpec, key: str) -> bool:
+def _is_readable(partition: PartitionSnapshot, table: TableSpec) -> bool:
     try:
-        for _ in read_partition(lake, table, key, table.schema.names):
+        for _ in partition.rows(table, table.schema.names):
             pass
     except LakeError:
         return False
     return True
 
 
-def _rejected_chunks(lake: Lake, space: str, key: str) -> set[str]:
+def _rejected_chunks(partition: PartitionSnapshot, space: str) -> set[str]:
     """Ids of the chunks that the space's model can't embed."""
     try:
         return {
             chunk_of(detail)
-            for batch in read_partition(lake, REJECTED, key, ["reason", "detail"])
+            for batch in partition.rows(REJECTED, ["reason", "detail"])
             for reason, detail in zip(*(column.to_pylist() for column in batch.columns), strict=True)
             if reason == NOT_EMBEDDABLE and is_chunk_of(space, detail)
         }

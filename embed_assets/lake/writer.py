@@ -1,20 +1,20 @@
-"""Writing a partition: stage the rows, compare them with the table's, and replace them in one commit or none."""
+"""Committing a partition: its rows wait in a spool file, and replace the table's in one commit."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
-from embed_assets.errors import LakeError
-from embed_assets.lake.reader import PartitionState, content_of, state_of
-from embed_assets.lake.tables import Lake, TableSpec, columns_of, lake_errors, partition_predicate
+from embed_assets.lake.reader import PartitionState
+from embed_assets.lake.tables import TableSpec, columns_of, lake_errors, partition_predicate
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 from embed_assets.scratch import SpooledBatches
 
@@ -61,63 +61,36 @@ class Provenance:
     run_id: str
     input_versions: dict[str, str] = field(default_factory=dict)
     """Data version of each table or source the rows were made from."""
+    rewrite: bool = False
+    """Commit the rows even if the table seems to hold them already: it was found damaged."""
+
+    def rewriting(self) -> Provenance:
+        """This provenance, of rows that are committed in any case."""
+        return replace(self, rewrite=True)
 
 
-def replace_partition(
-    lake: Lake,
-    table: TableSpec,
-    key: str,
-    batches: Iterable[pa.RecordBatch],
-    provenance: Provenance,
-    dimension: int | None = None,
-    rewrite: bool = False,
-    check: Callable[[], None] = lambda: None,
-) -> Replaced:
-    """Make `batches` the rows of the partition, atomically, and leave every other partition alone.
+@dataclass(frozen=True, slots=True)
+class SpooledRows:
+    """Rows of one partition that wait in a temporary file to be committed."""
 
-    The rows are first written to a local file, so that the commit is short and a failure while they are
-    made changes nothing. No commit is made when the table holds the same content already, unless `rewrite`.
-    `check` raises when the rows must not be written any more; it is asked right before every attempt to commit, once
-    the table was brought up to date: what is committed to the partition after that makes the attempt fail.
-    Raises ``LakeError`` when the table can't be written.
-    """
-    with SpooledBatches(table.schema) as staged:
-        content = ContentVersion(CONTENT_COLUMNS[table.kind])
+    table: TableSpec
+    key: str
+    batches: SpooledBatches
+    byte_size: int
+    count: int
+    data_version: str
+    """Hash of their content."""
+
+
+@contextlib.contextmanager
+def spool_rows(table: TableSpec, key: str, batches: Iterable[pa.RecordBatch]) -> Iterator[SpooledRows]:
+    """The rows of `batches` in a temporary file, and the hash of their content."""
+    content = ContentVersion(CONTENT_COLUMNS[table.kind])
+    with SpooledBatches(table.schema) as spool:
         for batch in batches:
             content.add(batch)
-            staged.add(batch)
-        byte_size = staged.complete()
-        data_version, rows = content.hexdigest(), content.row_count
-        delta = lake.open(table)
-        if delta is None and not rows:
-            return Replaced(data_version, 0, False, PartitionState(table, None))
-        if delta is not None and not rewrite and _holds(lake, table, delta, key, data_version):
-            return Replaced(data_version, rows, False, state_of(delta, table, key), str(delta.metadata().id))
-        if delta is None:
-            delta = lake.create(table, dimension)
-        properties = CommitProperties(
-            custom_metadata={
-                "embed_assets": {
-                    "partition_key": key,
-                    "run_id": provenance.run_id,
-                    "rows": rows,
-                    "data_version": data_version,
-                    "input_versions": provenance.input_versions,
-                }
-            },
-            max_commit_retries=100,
-        )
-        row_bytes = max(1, byte_size // max(1, rows))
-        _commit(lake, table, delta, key, staged, properties, writer_properties(table, row_bytes), check)
-        return Replaced(data_version, rows, True, state_of(delta, table, key), str(delta.metadata().id))
-
-
-def _holds(lake: Lake, table: TableSpec, delta: DeltaTable, key: str, data_version: str) -> bool:
-    """The table, as it was opened, has this content. Files that can't be read hold nothing, and are replaced."""
-    try:
-        return content_of(lake, table, delta, key) == data_version
-    except LakeError:
-        return False
+            spool.add(batch)
+        yield SpooledRows(table, key, spool, spool.complete(), content.row_count, content.hexdigest())
 
 
 def _paced(staged: SpooledBatches, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -138,32 +111,29 @@ def _columns_to_write(table: TableSpec, delta: DeltaTable) -> pa.Schema:
     return pa.schema([*ours, *(column for column in columns_of(delta) if column.name not in ours.names)])
 
 
-def _commit(
-    lake: Lake,
-    table: TableSpec,
-    delta: DeltaTable,
-    key: str,
-    staged: SpooledBatches,
-    properties: CommitProperties,
-    written_as: WriterProperties,
-    check: Callable[[], None],
+def commit_rows(
+    root: str, delta: DeltaTable, rows: SpooledRows, provenance: Provenance, check: Callable[[], None]
 ) -> None:
-    """Replace the rows, again on top of what others committed meanwhile; `delta` then is at the commit's version."""
+    """Replace the partition's rows in one commit, again on top of what others committed meanwhile.
+
+    `check` is called before every attempt, and stops it by raising. Afterwards `delta` is at the commit's version.
+    """
+    table, key = rows.table, rows.key
     for name, value in _FLAT_MEMORY.items():
         os.environ.setdefault(name, value)
     for attempt in range(_COMMIT_ATTEMPTS):
         check()
         columns = _columns_to_write(table, delta)
-        with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", lake.root):
+        with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", root):
             try:
                 write_deltalake(
                     delta,
-                    pa.RecordBatchReader.from_batches(columns, _paced(staged, columns)),
+                    pa.RecordBatchReader.from_batches(columns, _paced(rows.batches, columns)),
                     mode="overwrite",
                     predicate=partition_predicate(key),
                     target_file_size=TARGET_FILE_BYTES,
-                    writer_properties=written_as,
-                    commit_properties=properties,
+                    writer_properties=writer_properties(table, max(1, rows.byte_size // max(1, rows.count))),
+                    commit_properties=_commit_properties(rows, provenance),
                 )
                 return
             except CommitFailedError:  # another process replaced the same partition, or compacted it, meanwhile
@@ -171,6 +141,21 @@ def _commit(
                     raise
                 time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
                 delta.update_incremental()
+
+
+def _commit_properties(rows: SpooledRows, provenance: Provenance) -> CommitProperties:
+    return CommitProperties(
+        custom_metadata={
+            "embed_assets": {
+                "partition_key": rows.key,
+                "run_id": provenance.run_id,
+                "rows": rows.count,
+                "data_version": rows.data_version,
+                "input_versions": provenance.input_versions,
+            }
+        },
+        max_commit_retries=100,
+    )
 
 
 def writer_properties(table: TableSpec, row_bytes: int) -> WriterProperties:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.reader import read_partition, row_count
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, dimension_of
+from embed_assets.lake.snapshot import PartitionSnapshot
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
 from embed_assets.lake.verify import measure_coverage, verify_vectors
 from embed_assets.records import NOT_EMBEDDABLE
 from embed_assets.settings import Settings
@@ -30,16 +30,15 @@ class Outcome:
 class Subject:
     """What is asked about."""
 
-    lake: Lake
+    partition: PartitionSnapshot
     table: TableSpec
     """The space's."""
     prompt: str
     settings: Settings
-    key: str
 
     def column(self, table: TableSpec, name: str) -> Iterator[Any]:
         """The values of a column in the partition."""
-        for batch in read_partition(self.lake, table, self.key, [name]):
+        for batch in self.partition.rows(table, [name]):
             yield from batch.column(name).to_pylist()
 
 
@@ -65,13 +64,13 @@ def check(question: Check, subject: Subject) -> Outcome:
 
 def _rejected_share(subject: Subject) -> Outcome:
     rejected = sum(reason != NOT_EMBEDDABLE for reason in subject.column(REJECTED, "reason"))
-    documents = row_count(subject.lake, RAW, subject.key)
+    documents = subject.partition.count(RAW)
     limit = subject.settings.max_rejected_percent
     return _share("documents rejected", rejected, documents + rejected, limit, "MAX_REJECTED_PERCENT")
 
 
 def _coverage(subject: Subject) -> Outcome:
-    found = measure_coverage(subject.lake, subject.key)
+    found = measure_coverage(subject.partition)
     if not found.uncovered_documents and not found.gone_documents:
         return Outcome(True, f"the chunks of {found.documents} documents have all their text", asdict(found))
     detail = (
@@ -93,9 +92,7 @@ def _duplicate_share(subject: Subject) -> Outcome:
 
 
 def _vectors(subject: Subject) -> Outcome:
-    delta = subject.lake.open(subject.table)
-    dimension = None if delta is None else dimension_of(delta)
-    gaps = verify_vectors(subject.lake, subject.table, subject.key, subject.prompt, dimension)
+    gaps = verify_vectors(subject.partition, subject.table, subject.prompt)
     counts = {kind: count for kind, count in asdict(gaps).items() if count}
     found = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
     good = "every chunk has one finite unit-norm vector, for its current text"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-from embed_assets.stages.windows import Compute
+from embed_assets.stages.compute import Compute
 
 
 class ThisThread(Executor):

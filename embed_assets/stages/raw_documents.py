@@ -3,69 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pyarrow as pa
 
-from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.parsing import read_documents
-from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.corpus.source import SourcePartition
 from embed_assets.errors import SupersededError
-from embed_assets.lake.inputs import Inputs
-from embed_assets.lake.reader import PartitionState
-from embed_assets.lake.tables import RAW, Lake
-from embed_assets.lake.writer import Provenance, Replaced, replace_partition
+from embed_assets.lake.snapshot import PartitionSnapshot
+from embed_assets.lake.tables import RAW
+from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import RAW_DOCUMENTS, Document, Rejection, batched_bytes, hash_text
+from embed_assets.stages.corpus import Corpus
+from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.rejections import Rejections, replace_rejections
 
 
-@dataclass(frozen=True, slots=True)
-class RawDocuments:
-    """What reading a partition gave."""
-
-    replaced: Replaced
-    documents: int
-    rejected: int
-
-
 def materialize_raw_documents(
-    lake: Lake,
-    source: Source,
-    partition: SourcePartition,
-    options: ParseOptions,
+    partition: PartitionSnapshot,
+    corpus: Corpus,
+    files: SourcePartition,
     provenance: Provenance,
-    known: PartitionState | None = None,
-    rewrite: bool = False,
-) -> RawDocuments:
+    outcome: PartitionOutcome,
+) -> Replaced:
     """Read and parse the partition's files; documents go to one table, rejections with their reasons to another.
 
-    `known` is what the table had when the source was listed. Raises ``SupersededError`` when another run replaced
-    that since, and the source is no longer as it was listed. `rewrite` commits the rows even if the table seems to
-    hold them already.
+    Raises ``SupersededError`` when another run replaced what the partition had when the source was listed, and the
+    source is no longer as it was listed.
     """
-    rows = Inputs(lake, partition.key, [RAW], [known] if known is not None else [])
 
     def check() -> None:
         try:
-            rows.check()
+            partition.require_current(RAW)
         except SupersededError:
-            if source.partitions().get(partition.key, SourcePartition(partition.key)).version != partition.version:
+            listed = corpus.source.partitions().get(partition.key, SourcePartition(partition.key))
+            if listed.version != files.version:
                 raise
 
     with Rejections(partition.key) as rejections:
 
         def documents() -> Iterator[Document]:
-            for item in read_documents(source, partition, options):
+            for item in corpus.documents(files):
                 if isinstance(item, Rejection):
                     rejections.add(item)
                 else:
                     yield item
 
-        batches = document_batches(documents(), partition.key)
-        replaced = replace_partition(lake, RAW, partition.key, batches, provenance, rewrite=rewrite, check=check)
-        own = Inputs(lake, partition.key, [RAW], [replaced.state])
-        replace_rejections(lake, partition.key, rejections, provenance, check=own.check)
-        return RawDocuments(replaced, replaced.rows, rejections.count)
+        replaced = partition.replace(RAW, document_batches(documents(), partition.key), provenance, check)
+        replace_rejections(partition, rejections, provenance, lambda: partition.require_current(RAW))
+        outcome.documents, outcome.rejected = replaced.rows, rejections.count
+        return replaced
 
 
 def document_batches(documents: Iterator[Document], key: str) -> Iterator[pa.RecordBatch]:

@@ -8,10 +8,9 @@ from itertools import chain
 import pyarrow as pa
 
 from embed_assets.errors import LakeError, SupersededError
-from embed_assets.lake.inputs import Inputs
-from embed_assets.lake.reader import read_partition
-from embed_assets.lake.tables import REJECTED, Lake
-from embed_assets.lake.writer import Provenance, replace_partition
+from embed_assets.lake.snapshot import PartitionSnapshot
+from embed_assets.lake.tables import REJECTED
+from embed_assets.lake.writer import Provenance
 from embed_assets.records import (
     NOT_EMBEDDABLE,
     REJECTED_DOCUMENTS,
@@ -70,12 +69,11 @@ class Rejections:
 
 
 def replace_rejections(
-    lake: Lake,
-    key: str,
+    partition: PartitionSnapshot,
     rejections: Rejections,
     provenance: Provenance,
+    check: Callable[[], None],
     space: str | None = None,
-    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Make `rejections` the partition's rejected documents, or (with `space`) the chunks that this space's model
     can't embed. All other rows stay, those too that another run writes at the same time.
@@ -84,22 +82,22 @@ def replace_rejections(
     """
     for attempt in range(_ATTEMPTS):
         check()
-        rows = Inputs(lake, key, [REJECTED])
-        if space is not None and not rejections.count and not _has_own(lake, key, space):
+        partition.observe(REJECTED)
+        if space is not None and not rejections.count and not _has_own(partition, space):
             return
-        batches = chain(rejections.batches(), _others(lake, key, space))
+        batches = chain(rejections.batches(), _others(partition, space))
         try:
-            replace_partition(lake, REJECTED, key, batches, provenance, check=rows.check)
+            partition.replace(REJECTED, batches, provenance, lambda: partition.require_current(REJECTED))
             return
         except SupersededError:
             if attempt == _ATTEMPTS - 1:
                 raise
 
 
-def _others(lake: Lake, key: str, space: str | None) -> Iterator[pa.RecordBatch]:
+def _others(partition: PartitionSnapshot, space: str | None) -> Iterator[pa.RecordBatch]:
     """The rows that stay. Damaged files hold none: what is written now mends them."""
     try:
-        for batch in read_partition(lake, REJECTED, key, REJECTED_DOCUMENTS.names):
+        for batch in partition.rows(REJECTED, REJECTED_DOCUMENTS.names):
             kept = batch.filter(pa.array([not is_own for is_own in _is_own(batch, space)]))
             if kept.num_rows:
                 yield kept
@@ -108,9 +106,9 @@ def _others(lake: Lake, key: str, space: str | None) -> Iterator[pa.RecordBatch]
             raise
 
 
-def _has_own(lake: Lake, key: str, space: str) -> bool:
+def _has_own(partition: PartitionSnapshot, space: str) -> bool:
     try:
-        return any(any(_is_own(batch, space)) for batch in read_partition(lake, REJECTED, key, ["reason", "detail"]))
+        return any(any(_is_own(batch, space)) for batch in partition.rows(REJECTED, ["reason", "detail"]))
     except LakeError:
         return True
 

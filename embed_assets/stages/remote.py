@@ -20,17 +20,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from embed_assets.engine.engine import Engine, EngineFacts
+from embed_assets.engine.backend import EmbeddedWindow, Embedder, OnTick, Window
+from embed_assets.engine.engine import Engine, EngineInfo, configured
 from embed_assets.engine.metrics import EngineStats
+from embed_assets.engine.providers.catalog import provider_of
 from embed_assets.engine.ray import TASKS_PER_WORKER, PoolReport
+from embed_assets.engine.ray_cluster import RayOptions
 from embed_assets.engine.ray_process import RayProcess
 from embed_assets.engine.ray_worker import Done
-from embed_assets.engine.runner import EmbeddedTexts
 from embed_assets.errors import LakeError, ModelError
 from embed_assets.lake.staging import Staging, bytes_of
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
-from embed_assets.lake.vectors import VECTOR_ROWS
-from embed_assets.stages.windows import EmbeddedWindow, OnTick, Window, WindowEmbedder, WindowSize, window_rows
+from embed_assets.settings import load_settings
+from embed_assets.stages.compute import Compute, LocalCompute, WindowSize
+from embed_assets.stages.embeddings import window_rows
+from embed_assets.stages.pipeline import Pipeline
 
 _WINDOW_SECONDS = 5.0
 """Shorter than in one process: a partition is spread over more workers, and what a lost one costs is less."""
@@ -81,11 +85,8 @@ class WorkerRecipe:
                 f"workers must run the same embed_assets as the process that started them: they have the code "
                 f"{code_version()}, it has {self.code}; install the same version on the cluster"
             )
-        from embed_assets.settings import load_settings
-        from embed_assets.stages.pipeline import Pipeline
-
         pipeline = Pipeline.from_settings(load_settings(**self.settings))
-        found = pipeline.space.fingerprint
+        found = pipeline.model.space.fingerprint
         if found != self.fingerprint:
             raise ModelError(
                 "workers must have the model of the process that started them: "
@@ -97,9 +98,41 @@ class WorkerRecipe:
                 f"workers must reach the lake of the process that started them: {pipeline.lake.root!r} is another one "
                 "there, or none; set EMBED_LAKE to a bucket or to a folder that all machines share"
             )
-        engine = pipeline.engine
+        engine = pipeline.model.engine
         _ = engine.embedder  # loads the model
         return LakeWorker(engine, pipeline.lake, self.table)
+
+
+def worker_recipe(pipeline: Pipeline) -> WorkerRecipe:
+    """What a worker elsewhere needs to do this pipeline's work: its settings, with places that mean the same in any
+    folder."""
+    settings = pipeline.settings
+    folder = Path(settings.model)
+    model = str(folder.absolute()) if folder.is_dir() else settings.model
+    # All fields: the environment of a worker's machine has no say.
+    fields = settings.model_dump() | {"lake": pipeline.lake.root, "model": model, "compute": "local"}
+    space = pipeline.model.space
+    return WorkerRecipe(fields, space.fingerprint, pipeline.embeddings_table, lake_id(pipeline.lake), code_version())
+
+
+def open_compute(pipeline: Pipeline) -> Compute:
+    """Where a run's texts are embedded, by EMBED_COMPUTE. To be closed at the run's end.
+
+    Raises ``SettingsError`` when Ray is asked for and not installed.
+    """
+    settings, model = pipeline.settings, pipeline.model
+    if settings.compute == "local":
+        return LocalCompute(lambda: model.engine, lambda: model.info)
+    runs_on_gpu = bool(provider_of(settings.model, model.options).libraries) and settings.precision != "int8"
+    options = RayOptions(
+        address=settings.ray_address,
+        replicas=settings.replica_range,
+        gpus_per_replica=settings.ray_gpus_per_replica,
+        cpus_per_replica=settings.ray_cpus_per_replica,
+        wait_seconds=settings.ray_wait_seconds,
+        device=settings.device if runs_on_gpu else "cpu",
+    )
+    return RayCompute(RayProcess(lambda: worker_recipe(pipeline), options), configured(model.options))
 
 
 class LakeWorker:
@@ -109,36 +142,36 @@ class LakeWorker:
         self._engine, self._lake, self._table = engine, lake, table
 
     @property
-    def facts(self) -> EngineFacts:
+    def info(self) -> EngineInfo:
         """Where and how the model runs."""
-        return self._engine.facts
+        return self._engine.info
 
     def run(self, content: bytes, is_retry: bool) -> Done:
         """Embed a window and stage it; answers how many rows that are, and why texts have none."""
         with pa.ipc.open_stream(content) as stream:
             header = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
             sent = stream.read_next_batch()
-        hashes, texts = sent.column("input_hash").to_pylist(), sent.column("text").to_pylist()
+        window = Window(sent.column("text").to_pylist(), sent.column("input_hash").to_pylist())
         staging = Staging(self._lake, self._table, header["key"])
-        if is_retry and _is_staged(staging, header["name"], len(hashes)):
-            return Done(_answer(len(hashes), {}), EngineStats())
-        embedded = self._embed(texts, int(header["expected"]))
-        batch, rejected = window_rows(hashes, embedded)
+        if is_retry and _is_staged(staging, header["name"], len(window.texts)):
+            return Done(_answer(len(window.texts), {}), EngineStats())
+        embedded = self._embed(window, int(header["expected"]))
+        batch = window_rows(embedded)
         if batch.num_rows:
             staging.write(batch, header["name"])
-        return Done(_answer(batch.num_rows, rejected), embedded.stats)
+        return Done(_answer(batch.num_rows, embedded.rejected), embedded.stats)
 
-    def _embed(self, texts: Sequence[str], expected: int) -> EmbeddedTexts:
-        embedder = self._engine.embedder_for(texts, expected)
-        starts = range(0, len(texts), _PART_TEXTS)
-        parts = list(embedder.embed_windows(texts[start : start + _PART_TEXTS] for start in starts))
+    def _embed(self, window: Window, expected: int) -> EmbeddedWindow:
+        embedder = self._engine.embedder_for(window.texts, expected)
+        starts = range(0, len(window.texts), _PART_TEXTS)
+        parts = list(embedder.embed_windows(Window(window.texts[start : start + _PART_TEXTS]) for start in starts))
         stats = EngineStats()
         rejected: dict[int, str] = {}
         for start, part in zip(starts, parts, strict=True):
             stats.add(part.stats)
             rejected |= {start + row: reason for row, reason in part.rejected.items()}
         vectors = np.concatenate([part.vectors for part in parts])
-        return EmbeddedTexts(vectors, np.concatenate([part.is_truncated for part in parts]), rejected, stats)
+        return EmbeddedWindow(window, vectors, np.concatenate([part.is_truncated for part in parts]), rejected, stats)
 
 
 def _is_staged(staging: Staging, name: str, rows: int) -> bool:
@@ -149,8 +182,8 @@ def _is_staged(staging: Staging, name: str, rows: int) -> bool:
         return False
 
 
-def _answer(rows: int, rejected: Mapping[str, str]) -> str:
-    """What a worker says of a window: rows it staged, and why texts have none."""
+def _answer(rows: int, rejected: Mapping[int, str]) -> str:
+    """What a worker says of a window: rows it staged, and why texts have none, by their place in the window."""
     return json.dumps({"rows": rows, "rejected": rejected})
 
 
@@ -159,7 +192,7 @@ class RayCompute:
 
     most_partitions = 16
 
-    def __init__(self, pool: RayProcess, configured: EngineFacts, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, pool: RayProcess, configured: EngineInfo, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool, self._configured, self._clock = pool, configured, clock
         self._size = WindowSize(_WINDOW_SECONDS)
         self._room: threading.Semaphore | None = None
@@ -184,14 +217,14 @@ class RayCompute:
         self._is_introduced, self._next_news = True, now + _SECONDS_BETWEEN_NEWS
         return [*lines, report.describe_workers()]
 
-    def check(self) -> None:
+    def require_alive(self) -> None:
         """Raise what ended the workers, if it is over."""
         self._pool.check()
 
     @property
-    def facts(self) -> EngineFacts:
+    def info(self) -> EngineInfo:
         """Where and how the model runs on the workers; as configured, before one has loaded it."""
-        return self._pool.facts or self._configured
+        return self._pool.info or self._configured
 
     @property
     def report(self) -> PoolReport | None:
@@ -204,14 +237,19 @@ class RayCompute:
         pays = tokens >= (self._size.tokens or 0) * _LEAST_SECONDS / _WINDOW_SECONDS
         return (texts >= share and pays) or self._size.is_full(texts, tokens)
 
-    def start(self, texts: Sequence[str], expected: int) -> WindowEmbedder:
+    def adapt(self, stats: EngineStats) -> None:
+        """As `WindowSize` does."""
+        with self._lock:  # several partitions are embedded at once
+            self._size.adapt(stats)
+
+    def start(self, key: str, texts: Sequence[str], expected: int) -> Embedder:
         """The workers, once the first has loaded the model."""
         self._pool.start()
         with self._lock:
             if self._room is None:
                 # What waits in this process, in the feed and with the workers is bounded, whatever the corpus.
                 self._room = threading.Semaphore((TASKS_PER_WORKER + 1) * self._pool.most_replicas + 1)
-        return _RayEmbedder(self._pool, self._size, self._room, self.facts.dimension, expected)
+        return _RayEmbedder(self._pool, self._room, key, self.info.dimension, expected)
 
     def close(self) -> None:
         """End the workers, and a local Ray."""
@@ -219,21 +257,21 @@ class RayCompute:
 
 
 class _RayEmbedder:
-    def __init__(
-        self, pool: RayProcess, size: WindowSize, room: threading.Semaphore, dimension: int, expected: int
-    ) -> None:
-        self._pool, self._size, self._room, self._expected = pool, size, room, expected
+    """The workers, for the windows of one partition."""
+
+    def __init__(self, pool: RayProcess, room: threading.Semaphore, key: str, dimension: int, expected: int) -> None:
+        self._pool, self._room, self._key, self._expected = pool, room, key, expected
         self.dimension = dimension
         self._texts = self._tokens = 0
 
-    def embed(self, windows: Iterable[Window], staging: Staging, on_tick: OnTick) -> Iterator[EmbeddedWindow]:
+    def embed_windows(self, windows: Iterable[Window], on_tick: OnTick) -> Iterator[EmbeddedWindow]:
         under_way: dict[Future[Done], tuple[Window, str]] = {}
         upcoming = iter(windows)
         following = next(upcoming, None)
         try:
             while following is not None or under_way:
                 if following is not None and self._room.acquire(timeout=0 if under_way else _TICK_SECONDS):
-                    self._send(following, staging, under_way)
+                    self._send(following, under_way)
                     following = next(upcoming, None)
                     continue
                 self._pool.check()
@@ -241,16 +279,16 @@ class _RayEmbedder:
                 for future in finished:
                     window, name = under_way.pop(future)
                     self._room.release()
-                    yield self._received(window, future.result(), staging, name)
+                    yield self._received(window, future.result(), name)
                 on_tick(self._texts, self._tokens)
         finally:
             for future in under_way:
                 future.add_done_callback(lambda _: self._room.release())
 
-    def _send(self, window: Window, staging: Staging, under_way: dict[Future[Done], tuple[Window, str]]) -> None:
+    def _send(self, window: Window, under_way: dict[Future[Done], tuple[Window, str]]) -> None:
         name = uuid.uuid4().hex
-        header = {"key": staging.key, "name": name, "expected": str(self._expected)}
-        arrays = [pa.array(list(window.texts), pa.string()), pa.array(list(window.texts.values()), pa.string())]
+        header = {"key": self._key, "name": name, "expected": str(self._expected)}
+        arrays = [pa.array(window.hashes, pa.string()), pa.array(window.texts, pa.string())]
         batch = pa.RecordBatch.from_arrays(arrays, schema=_SENT.with_metadata(header))
         try:
             under_way[self._pool.submit(bytes_of(batch))] = (window, name)
@@ -258,10 +296,11 @@ class _RayEmbedder:
             self._room.release()
             raise
 
-    def _received(self, window: Window, done: Done, staging: Staging, name: str) -> EmbeddedWindow:
+    def _received(self, window: Window, done: Done, name: str) -> EmbeddedWindow:
         answer = json.loads(done.answer)
-        batch = staging.read_window(name) if answer["rows"] else pa.RecordBatch.from_pylist([], schema=VECTOR_ROWS)
-        self._size.adapt(done.stats)
         self._texts += done.stats.texts
         self._tokens += done.stats.tokens
-        return EmbeddedWindow(window, batch, answer["rejected"], done.stats)
+        rejected = {int(row): str(reason) for row, reason in answer["rejected"].items()}
+        none = np.empty((0, self.dimension), np.float32)
+        staged_as = name if answer["rows"] else None
+        return EmbeddedWindow(window, none, np.empty(0, bool), rejected, done.stats, staged_as)

@@ -19,10 +19,9 @@ import numpy as np
 
 from embed_assets.corpus.chunking import ChunkOptions, _Splitter, _Tokens, split_document, split_documents
 from embed_assets.corpus.structure import find_structure
-from embed_assets.engine.model import resolve_space
 from embed_assets.engine.tokenization import ModelTokenizer
 from embed_assets_tests.benchmarks import documents
-from embed_assets_tests.conftest import SAMPLE_MODEL
+from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space
 
 OPTIONS = ChunkOptions(256)
 SENTENCES = (

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from embed_assets.corpus.chunking import ChunkOptions, split_documents
-from embed_assets.engine.model import resolve_space
-from embed_assets.engine.openvino_backend import load_int8_backend
-from embed_assets.engine.quantization import CALIBRATION_TEXTS, quantize
-from embed_assets.engine.runner import Embedder
-from embed_assets.engine.torch_backend import load_torch_backend
+from embed_assets.engine.backends.openvino_backend import load_int8_backend
+from embed_assets.engine.backends.quantization import CALIBRATION_TEXTS, quantize
+from embed_assets.engine.backends.torch_backend import load_torch_backend
+from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.records import hash_text
 from embed_assets_tests.benchmarks import documents
-from embed_assets_tests.conftest import SAMPLE_MODEL
+from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space
 
 _QUERY_CHARACTERS = 200
 
@@ -39,7 +38,7 @@ def run(folder: Path | None, count: int = 500, chunks_per_document: int = 5) -> 
     }
     print(f"\n== retrieval: {len(queries)} queries over {len(chunks)} chunks, {len(sample)} of them calibrated on ==")
     for name, backend in backends.items():
-        embedder = Embedder(backend, space.tokenizer, space.max_seq_length)
+        embedder = LocalEmbedder(backend, space.tokenizer, space.max_seq_length)
         scores = embedder.embed([text for _, text in queries]).vectors @ embedder.embed(chunks).vectors.T
         ranked = np.array(owners)[np.argsort(-scores, axis=1)[:, :10]]
         hits = ranked == np.array([number for number, _ in queries])[:, None]

@@ -23,7 +23,9 @@ from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE
 from embed_assets.sample import write_sample
 from embed_assets.settings import load_settings
+from embed_assets.stages.embeddings import staged
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.remote import open_compute
 from embed_assets_tests.ray.clusters import STORE_BYTES, windows_of
 
 BATCH = 64
@@ -86,22 +88,23 @@ class Subject:
         self.name = name
         self._pipeline = Pipeline.from_settings(load_settings(lake=lake, **settings))
         self._pipeline.lake.create(CHUNK_TABLE)
-        self._tokens = self._pipeline.space.tokenizer.count(list(texts))
+        self._tokens = self._pipeline.model.space.tokenizer.count(list(texts))
         self.stats = EngineStats()
         started = time.perf_counter()
-        self.compute = self._pipeline.open_compute()
-        self.compute.start(list(texts), len(texts))
+        self.compute = open_compute(self._pipeline)
+        self.compute.start("p", list(texts), len(texts))
         self.seconds(texts[:512])  # tunes where it runs, and warms up
         self.startup_seconds = time.perf_counter() - started
 
     def seconds(self, texts: Sequence[str]) -> float:
         """Time the texts take, staging included."""
         staging = Staging(self._pipeline.lake, self._pipeline.embeddings_table, "p")
-        embedder = self.compute.start(list(texts), len(self._tokens))
+        embedder = self.compute.start("p", list(texts), len(self._tokens))
+        windows = windows_of(self.compute, zip(texts, self._tokens, strict=False), len(texts))
         started = time.perf_counter()
-        for done in embedder.embed(
-            windows_of(self.compute, zip(texts, self._tokens, strict=False), len(texts)), staging, lambda *_: None
-        ):
+        for done in embedder.embed_windows(windows, lambda *_: None):
+            staged(staging, done)
+            self.compute.adapt(done.stats)
             self.stats.add(done.stats)
         seconds = time.perf_counter() - started
         staging.clear()
@@ -114,7 +117,7 @@ def run(folder: Path | None, rounds: int = _ROUNDS) -> None:
         if folder is None:
             write_sample(Path(sample))
         source = load_settings(source=str(folder or sample), chunk_tokens=_CHUNK_TOKENS)
-        compare(Pipeline.from_settings(source).sample_chunks(_TEXTS), rounds)
+        compare(Pipeline.from_settings(source).corpus.sample(_TEXTS), rounds)
 
 
 def compare(texts: Sequence[str], rounds: int) -> None:
@@ -122,7 +125,7 @@ def compare(texts: Sequence[str], rounds: int) -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
-    space = Pipeline.from_settings(load_settings()).model_space
+    space = Pipeline.from_settings(load_settings()).model.float_space
     tokens, cores = sum(space.tokenizer.count(list(texts))), available_cores()
     with tempfile.TemporaryDirectory() as folder:
         # Twice the cores: the engine's worker keeps its own while it waits for the plain script's turn to end.

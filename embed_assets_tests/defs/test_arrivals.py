@@ -141,7 +141,7 @@ def test_a_source_that_takes_long_to_list_is_listed_less_often(tick: Ticker) -> 
 
 def test_times_in_the_future_say_nothing(project: Project) -> None:
     os.utime(project.write("a/one.md", "One."), (4e9, 4e9))
-    (partition,) = project.pipeline().source.partitions().values()
+    (partition,) = project.pipeline().corpus.source.partitions().values()
     assert seconds_until_settled(partition, 5, time.time()) == 0
     assert seconds_until_settled(partition, 5, 4e9 + 2) == 3
 
@@ -221,7 +221,7 @@ def test_partitions_without_files_are_listed_too(project: Project) -> None:
     project.write("a/one.md", "One.")
     with open_instance() as instance:
         instance.add_dynamic_partitions("corpus", ["gone"])
-        found = list_partitions(instance, project.pipeline().source, Names())
+        found = list_partitions(instance, project.pipeline().corpus.source, Names())
     assert {key: len(partition.files) for key, partition in found.items()} == {"a": 1, "gone": 0}
 
 
@@ -249,11 +249,11 @@ def test_changes_of_the_hour_move_no_document(project: Project, zone: str) -> No
     for i, at in enumerate(changes):
         os.utime(project.write(f"a/{i}.md", f"Text {i}."), (at, at))
     project.sync()
-    version = project.pipeline().source.partitions()["a"].version
+    version = project.pipeline().corpus.source.partitions()["a"].version
     project.monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        assert project.pipeline().source.partitions()["a"].version == version
+        assert project.pipeline().corpus.source.partitions()["a"].version == version
         assert project.sync()["partitions"]["a"]["state"] == "fresh"
         times = {row["modified_at"].timestamp() for row in project.rows("modified_at", table="raw_documents")}
         assert times == set(map(float, changes))

@@ -12,22 +12,31 @@ import pytest
 
 from embed_assets.defs.checks import FRESHNESS
 from embed_assets.defs.instance import open_instance
-from embed_assets.lake.reader import scan
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, partition_predicate
 from embed_assets.stages.checks import CHECKS
-from embed_assets_tests.conftest import Project, topic
+from embed_assets_tests.conftest import Project, Shelf, topic
 from embed_assets_tests.defs.dagster_runs import definitions, run, run_range
 
 ALL = {(check.asset, check.name) for check in CHECKS} | {("embeddings", FRESHNESS)}
 Rows = list[dict[str, Any]]
 
 
-@pytest.fixture
-def instance(project: Project) -> Iterator[dg.DagsterInstance]:
+def fill(project: Project) -> None:
     for key in "ab":
         project.write(f"{key}/try.rst", topic("try"))
         project.write(f"{key}/with.rst", topic("with"))
     project.sync()
+
+
+@pytest.fixture
+def project(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Two partitions of two documents, embedded once."""
+    return shelf.take("checks", fill, monkeypatch)
+
+
+@pytest.fixture
+def instance(project: Project) -> Iterator[dg.DagsterInstance]:
     with open_instance() as opened:
         yield opened
 
@@ -61,7 +70,7 @@ def rewrite(project: Project, table: TableSpec, key: str, change: Callable[[Rows
     from deltalake import write_deltalake
 
     lake = project.pipeline().lake
-    rows = [r for b in scan(lake, table, table.schema.names, partition_predicate(key)) for r in b.to_pylist()]
+    rows = [r for b in Snapshot(lake).partition(key).rows(table, table.schema.names) for r in b.to_pylist()]
     changed = pa.Table.from_pylist(change(rows), schema=table.schema)
     write_deltalake(lake.uri(table), changed, mode="overwrite", predicate=partition_predicate(key))
 

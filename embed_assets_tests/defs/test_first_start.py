@@ -25,6 +25,12 @@ CLI = [sys.executable, "-m", "embed_assets.cli"]
 DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
 
 
+@pytest.fixture
+def project(bare_project: Project) -> Project:
+    """A fresh clone."""
+    return bare_project
+
+
 def run_at_once(*commands: Iterable[str | Path]) -> None:
     pipe = subprocess.PIPE
     processes = [subprocess.Popen([*command], stdout=pipe, stderr=pipe, text=True) for command in commands]

@@ -222,13 +222,13 @@ def test_compaction_is_no_replacement(project: Project, instance: dg.DagsterInst
     if is_old:
         forget_files(instance)
     # The same rows in several files, as large partitions have them, and then in one.
-    for table in ("raw_documents", "chunks", f"embeddings/{project.pipeline().space.name}"):
+    for table in ("raw_documents", "chunks", f"embeddings/{project.pipeline().model.space.name}"):
         delta = DeltaTable(project.root / "lake" / table)
         rows = delta.to_pyarrow_table([("partition_key", "=", "a")])
         write_deltalake(delta, rows, mode="overwrite", predicate="partition_key = 'a'", target_file_size=1)
     assert {state for state, _ in states(project).values()} == {"fresh"}
     pipeline = project.pipeline()
-    maintain(pipeline.lake, pipeline.space.name, timedelta(), dry_run=False)
+    maintain(pipeline.lake, pipeline.model.space.name, timedelta(), dry_run=False)
     assert {state for state, _ in states(project).values()} == {"fresh"}
     assert project.sync()["partitions"]["a"]["state"] == "fresh"
 

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -27,11 +28,10 @@ from embed_assets.defs.names import POOL
 from embed_assets.defs.processes import PROCESS_TAG, end_dead_runs, this_process, wait_for_pool
 from embed_assets.defs.sync import run_sync
 from embed_assets.errors import LakeError, PartitionError, UserError, is_retryable
-from embed_assets.lake.writer import Provenance
-from embed_assets.progress import ConsoleObserver
-from embed_assets.settings import load_settings
-from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.raw_documents import RawDocuments
+from embed_assets.lake.tables import Lake
+from embed_assets.progress import ConsoleSink
+from embed_assets.records import Document, Rejection
+from embed_assets.stages.corpus import Corpus
 from embed_assets_tests.conftest import Project
 from embed_assets_tests.defs.dagster_runs import DAGSTER, RANGE, definitions, events, run
 
@@ -261,30 +261,20 @@ def test_a_sync_with_nothing_to_do_does_not_wait(project: Project, instance: dg.
 def test_delays_grow_and_only_what_may_pass_is_worth_them() -> None:
     delays = [RETRIES.calculate_delay(attempt) for attempt in (1, 2)]
     assert 0 < delays[0] < 11 and delays[1] < 22
-    assert (
-        is_retryable(LakeError("503", is_retryable=True))
-        and is_retryable(ConnectionResetError())
-        and is_retryable(MemoryError())
-    )
-    assert (
-        not is_retryable(LakeError("damaged"))
-        and not is_retryable(PartitionError("no"))
-        and not is_retryable(KeyError("x"))
-    )
+    assert all(map(is_retryable, [LakeError("503", is_retryable=True), ConnectionResetError(), MemoryError()]))
+    assert not any(map(is_retryable, [LakeError("damaged"), PartitionError("no"), KeyError("x")]))
 
 
-class Flaky(Pipeline):
-    """A pipeline whose reading of documents fails at first, as a store does that hiccups."""
+class Flaky(Corpus):
+    """A corpus whose reading fails at first, as a store does that hiccups."""
 
     failures = 0
 
-    def materialize_raw_documents(
-        self, partition: SourcePartition, provenance: Provenance, *options: Any
-    ) -> RawDocuments:
+    def documents(self, partition: SourcePartition) -> Iterator[Document | Rejection]:
         if partition.key == "b" and Flaky.failures < 2:
             Flaky.failures += 1
             raise ConnectionResetError("the store hung up")
-        return super().materialize_raw_documents(partition, provenance, *options)
+        return super().documents(partition)
 
 
 def test_a_store_that_hangs_up_is_tried_again_and_the_rest_is_not_done_twice(
@@ -294,7 +284,9 @@ def test_a_store_that_hangs_up_is_tried_again_and_the_rest_is_not_done_twice(
         project.write(f"{key}/one.md", f"One of {key}.")
     project.json("discover")
     retries = dg.RetryPolicy(RETRIES.max_retries, delay=0)
-    flaky = definitions_over(Flaky.from_settings(load_settings()), retries=retries)
+    pipeline = project.pipeline()
+    corpus = Flaky.from_settings(pipeline.settings, pipeline.model.space)
+    flaky = definitions_over(replace(pipeline, corpus=corpus), retries=retries)
     job = flaky.resolve_implicit_global_asset_job_def()
     tags = dict(zip(RANGE, "ab", strict=True))
     result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
@@ -315,10 +307,10 @@ def test_a_damaged_partition_is_not_tried_again(project: Project, instance: dg.D
     assert not [event for event in result.all_events if event.is_step_up_for_retry]
 
 
-class Broken(Pipeline):
-    """A pipeline with a fault in the program, beside all partitions."""
+class Broken(Lake):
+    """A lake with a fault in the program, beside all partitions."""
 
-    def open_compute(self) -> Any:
+    def session(self) -> Lake:
         try:
             raise ZeroDivisionError("a cause below")
         except ZeroDivisionError as error:
@@ -327,10 +319,11 @@ class Broken(Pipeline):
 
 def test_an_unexpected_error_of_the_step_is_told_with_its_cause(project: Project, instance: dg.DagsterInstance) -> None:
     project.write("a/one.md", "One.")
-    broken = Broken.from_settings(load_settings())
+    pipeline = project.pipeline()
+    broken = replace(pipeline, lake=Broken(pipeline.lake.root))
     no_retries = dg.RetryPolicy(max_retries=0)
     with pytest.raises(UserError) as caught:
-        run_sync(instance, broken, lambda o: definitions_over(broken, o, retries=no_retries), ConsoleObserver(stderr))
+        run_sync(instance, broken, lambda o: definitions_over(broken, o, retries=no_retries), ConsoleSink(stderr))
     assert "ZeroDivisionError: a cause below" in str(caught.value)
     assert "RuntimeError: a fault in the program" in str(caught.value)
     assert "\n" not in str(caught.value) and "CheckError" not in str(caught.value)

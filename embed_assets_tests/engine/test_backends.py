@@ -9,24 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embed_assets.engine.backend import Window
+from embed_assets.engine.backends.openvino_backend import load_int8_backend, load_openvino_backend
+from embed_assets.engine.backends.openvino_library import import_openvino
+from embed_assets.engine.backends.parity import CHECK_TEXTS, LEAST_COSINE, least_cosine, reference_vectors
+from embed_assets.engine.backends.quantization import QuantizedModel, quantize
+from embed_assets.engine.backends.torch_backend import TorchBackend, load_torch_backend
 from embed_assets.engine.batching import Batch, Layout
-from embed_assets.engine.engine import Engine, EngineOptions
-from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
-from embed_assets.engine.openvino_backend import load_int8_backend, load_openvino_backend
-from embed_assets.engine.openvino_library import import_openvino
-from embed_assets.engine.parity import CHECK_TEXTS, LEAST_COSINE, least_cosine, reference_vectors
-from embed_assets.engine.quantization import QuantizedModel, quantize
-from embed_assets.engine.runner import Embedder
+from embed_assets.engine.embedder import LocalEmbedder
+from embed_assets.engine.engine import Engine
+from embed_assets.engine.model import load_sentence_transformer
+from embed_assets.engine.provider import EngineOptions
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.engine.torch_backend import TorchBackend, load_torch_backend
 from embed_assets.errors import ModelError
-from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
 from embed_assets_tests.engine.models import small_model
 from embed_assets_tests.engine.test_engine import HARD_TEXTS, cosines
 
 
-def over(backend: Any, space: EmbeddingSpace, budget: int = 1024) -> Embedder:
-    return Embedder(backend, space.tokenizer, space.max_seq_length, budget)
+def over(backend: Any, space: EmbeddingSpace, budget: int = 1024) -> LocalEmbedder:
+    return LocalEmbedder(backend, space.tokenizer, space.max_seq_length, budget)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_batches_windows_budgets_and_order_change_no_vector(
     expected = over(backends[name], sample_space, 100_000).embed(texts).vectors
     alone = over(backends[name], sample_space, 1).embed(texts).vectors
     small = over(backends[name], sample_space, 300)
-    windows = [embedded.vectors for embedded in small.embed_windows(texts[i : i + 7] for i in range(0, 60, 7))]
+    windows = [embedded.vectors for embedded in small.embed_windows(Window(texts[i : i + 7]) for i in range(0, 60, 7))]
     order = np.random.default_rng(3).permutation(len(texts))
     shuffled = small.embed([texts[i] for i in order]).vectors
     assert cosines(expected, alone).min() > least

@@ -102,6 +102,6 @@ def test_mistakes_are_named(project: Project) -> None:
     project.write("a/try.md", topic("try"))
     assert "add --count" in project.json("plan", "--device", "A10", exit_code=1)["error"]
     assert "name it with --device" in project.json("plan", "--count", "--price", "1", exit_code=1)["error"]
-    assert "a fake one" in project.json("plan", "--count", "--device", "A10", exit_code=1)["error"]
+    assert "a model whose files are here" in project.json("plan", "--count", "--device", "A10", exit_code=1)["error"]
     with pytest.raises(SettingsError, match="T4, L4, A10"):
         estimate_capacity(MINILM, 1, 1, "TPU")

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embed_assets.engine.backend import Window
 from embed_assets.engine.batching import Batch, Layout
-from embed_assets.engine.fake_backend import FakeBackend
+from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.faults import is_out_of_memory, is_transient
-from embed_assets.engine.model import FAKE_MAX_LENGTH, FakeModel
-from embed_assets.engine.runner import Embedder
-from embed_assets.engine.tokenization import TokenizedTexts, word_tokenizer
+from embed_assets.engine.providers.fake import MAX_LENGTH, FakeBackend, FakeModel
+from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts, word_tokenizer_json
 from embed_assets.errors import EmbeddingError
 
 
@@ -49,8 +49,10 @@ class Scripted(FakeBackend):
         self.released += 1
 
 
-def embedder_over(backend: Scripted, budget: int = 64, **options: Any) -> Embedder:
-    return Embedder(backend, word_tokenizer(), FAKE_MAX_LENGTH, budget, backoff_seconds=0.001, **options)
+def embedder_over(backend: Scripted, budget: int = 64, **options: Any) -> LocalEmbedder:
+    return LocalEmbedder(
+        backend, ModelTokenizer(word_tokenizer_json()), MAX_LENGTH, budget, backoff_seconds=0.001, **options
+    )
 
 
 def expected(texts: Sequence[str]) -> np.ndarray:
@@ -73,7 +75,7 @@ def test_windows_budgets_layouts_and_workers_change_no_vector(
 ) -> None:
     embedder = embedder_over(Scripted(workers=workers, layout=layout), budget)
     windows = [texts[start : start + size] for start in range(0, len(texts), size)]
-    found = [embedded.vectors for embedded in embedder.embed_windows(windows)]
+    found = [embedded.vectors for embedded in embedder.embed_windows(map(Window, windows))]
     assert [len(vectors) for vectors in found] == [len(window) for window in windows]
     alone = [embedder_over(Scripted()).embed([text]).vectors[0] for text in texts]
     assert np.array_equal(np.concatenate([*found, np.empty((0, 8))]), np.array(alone).reshape(-1, 8))
@@ -88,13 +90,13 @@ def test_the_next_window_is_read_while_one_is_on_the_device() -> None:
         on_device.set()
         assert two_are_read.wait(20), "the reader did not go on while the device computed"
 
-    def windows() -> Iterator[list[str]]:
+    def windows() -> Iterator[Window]:
         for number in range(4):
             read.append(number)
             if number == 1:
                 assert on_device.wait(20)
                 two_are_read.set()
-            yield [f"text {number}"]
+            yield Window([f"text {number}"])
 
     stream = embedder_over(Scripted(wait_for_the_reader)).embed_windows(windows())
     next(stream)
@@ -208,8 +210,8 @@ def test_a_model_that_is_never_finite_is_no_texts_fault() -> None:
 
 
 def test_an_error_in_the_tokenizer_or_the_reader_comes_back_as_it_was() -> None:
-    def windows() -> Iterator[list[str]]:
-        yield ["one"]
+    def windows() -> Iterator[Window]:
+        yield Window(["one"])
         raise OSError("the source is gone")
 
     with pytest.raises(OSError, match="the source is gone"):
@@ -222,7 +224,7 @@ def test_an_error_in_the_tokenizer_or_the_reader_comes_back_as_it_was() -> None:
 def test_leaving_early_stops_after_the_present_batch(workers: int) -> None:
     backend = Scripted(lambda texts, batch: time.sleep(0.02), workers)
     embedder = embedder_over(backend, 1)
-    stream = embedder.embed_windows([TEXTS[:4], TEXTS, TEXTS])
+    stream = embedder.embed_windows(map(Window, [TEXTS[:4], TEXTS, TEXTS]))
     next(stream)
     stream.close()
     done = len(backend.batches)
@@ -233,10 +235,12 @@ def test_leaving_early_stops_after_the_present_batch(workers: int) -> None:
 
 
 def test_ticks_come_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embed_assets.engine.runner.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("embed_assets.engine.embedder.TICK_SECONDS", 0.02)
     heard: list[tuple[int, int, int]] = []
     embedder = embedder_over(Scripted(lambda texts, batch: time.sleep(0.05)), 30)
-    stream = embedder.embed_windows([TEXTS], lambda texts, tokens: heard.append((threading.get_ident(), texts, tokens)))
+    stream = embedder.embed_windows(
+        [Window(TEXTS)], lambda texts, tokens: heard.append((threading.get_ident(), texts, tokens))
+    )
     total = sum(embedded.stats.tokens for embedded in stream)
     assert {thread for thread, _, _ in heard} == {threading.get_ident()}
     assert [texts for _, texts, _ in heard] == sorted(texts for _, texts, _ in heard)

@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embed_assets.engine.batching import Layout, plan_batches
-from embed_assets.engine.engine import Engine, EngineOptions
-from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, resolve_space
-from embed_assets.engine.runner import Embedder
+from embed_assets.engine.embedder import LocalEmbedder
+from embed_assets.engine.engine import Engine
+from embed_assets.engine.model import load_sentence_transformer
+from embed_assets.engine.provider import EngineOptions
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.errors import ModelError, SettingsError, UserError
-from embed_assets_tests.conftest import SAMPLE_MODEL, topic
+from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
 from embed_assets_tests.engine.models import small_model
 
 HARD_TEXTS = [
@@ -39,7 +41,7 @@ HARD_TEXTS = [
 ]
 
 
-def load(space: EmbeddingSpace, max_batch_tokens: int | None = None, **options: Any) -> Embedder:
+def load(space: EmbeddingSpace, max_batch_tokens: int | None = None, **options: Any) -> LocalEmbedder:
     return Engine(space, EngineOptions("cpu", max_batch_tokens=max_batch_tokens, **options)).embedder
 
 
@@ -48,11 +50,11 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def embedder(sample_space: EmbeddingSpace) -> Embedder:
+def embedder(sample_space: EmbeddingSpace) -> LocalEmbedder:
     return load(sample_space)
 
 
-def test_vectors_equal_sentence_transformers(embedder: Embedder, sample_space: EmbeddingSpace) -> None:
+def test_vectors_equal_sentence_transformers(embedder: LocalEmbedder, sample_space: EmbeddingSpace) -> None:
     expected = load_sentence_transformer(sample_space, "cpu").encode(
         HARD_TEXTS, batch_size=1, normalize_embeddings=True
     )
@@ -66,14 +68,14 @@ def test_vectors_equal_sentence_transformers(embedder: Embedder, sample_space: E
 
 
 def test_a_vector_does_not_depend_on_its_neighbours_or_the_budget(
-    embedder: Embedder, sample_space: EmbeddingSpace
+    embedder: LocalEmbedder, sample_space: EmbeddingSpace
 ) -> None:
     alone = np.concatenate([embedder.embed([text]).vectors for text in HARD_TEXTS])
     together = load(sample_space, 700).embed(HARD_TEXTS).vectors
     assert cosines(alone, together).min() > 0.99999
 
 
-def test_nothing_gives_nothing(embedder: Embedder) -> None:
+def test_nothing_gives_nothing(embedder: LocalEmbedder) -> None:
     assert embedder.embed([]).vectors.shape == (0, 384)
 
 

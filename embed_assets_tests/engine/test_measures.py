@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from embed_assets.engine.gpu import GpuMonitor
 from embed_assets.engine.hardware import Device
 from embed_assets.engine.metrics import EngineStats, ModelCost, advise
-from embed_assets.engine.model import resolve_space
 from embed_assets.engine.precision import choose_precision
 from embed_assets.engine.tuning import (
     LARGEST_BUDGET,
@@ -29,6 +28,7 @@ from embed_assets.engine.tuning import (
     tuning_key,
 )
 from embed_assets.errors import SettingsError
+from embed_assets_tests.conftest import resolve_space
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from embed_assets.engine.model import EmbeddingSpace
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import ModelTokenizer
 from embed_assets_tests.conftest import topic
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed_assets.errors import LakeError, SupersededError
-from embed_assets.lake.inputs import Inputs
-from embed_assets.lake.reader import content_version, partition_keys, read_partition, scan, table_version
 from embed_assets.lake.search import search
+from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.staging import Staging, remove_windows, stale_windows
 from embed_assets.lake.tables import (
     CHUNK_TABLE,
@@ -35,7 +36,7 @@ from embed_assets.lake.tables import (
 )
 from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_batch
 from embed_assets.lake.verify import verify
-from embed_assets.lake.writer import Provenance, replace_partition
+from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS, chunk_ids, hash_text, utc_now
 
 SPACE = TableSpec("embeddings", "space", {"embed_assets.model": "test"})
@@ -45,6 +46,13 @@ RUN = Provenance("run-1", {"upstream": "v1"})
 @pytest.fixture
 def lake(tmp_path: Path) -> Lake:
     return Lake(str(tmp_path / "lake"))
+
+
+def replace_partition(
+    lake: Lake, table: TableSpec, key: str, batches: Iterable[pa.RecordBatch], provenance: Provenance, **options: Any
+) -> Replaced:
+    """Replace a partition's rows, by a run of its own."""
+    return Snapshot(lake).partition(key).replace(table, batches, provenance, **options)
 
 
 def rejections(key: str, *names: str) -> list[pa.RecordBatch]:
@@ -57,7 +65,7 @@ def rejections(key: str, *names: str) -> list[pa.RecordBatch]:
 
 def names(lake: Lake, key: str | None = None) -> list[str]:
     predicate = None if key is None else partition_predicate(key)
-    return sorted(n for b in scan(lake, REJECTED, ["document_id"], predicate) for n in b.column(0).to_pylist())
+    return sorted(n for b in Snapshot(lake).rows(REJECTED, ["document_id"], predicate) for n in b.column(0).to_pylist())
 
 
 def test_replacing_one_partition_leaves_the_others(lake: Lake) -> None:
@@ -67,15 +75,15 @@ def test_replacing_one_partition_leaves_the_others(lake: Lake) -> None:
     assert (replaced.rows, replaced.is_committed) == (1, True)
     assert names(lake, "a") == ["new"]
     assert names(lake, "o'x; DROP=1 é %2F") == ["o'x; DROP=1 é %2F-1", "o'x; DROP=1 é %2F-2"]
-    assert partition_keys(lake, REJECTED) == {"a", "o'x; DROP=1 é %2F", "b c/d=e"}
+    assert Snapshot(lake).keys(REJECTED) == {"a", "o'x; DROP=1 é %2F", "b c/d=e"}
 
 
 def test_equal_content_in_another_order_and_at_another_time_is_no_commit(lake: Lake) -> None:
     first = replace_partition(lake, REJECTED, "a", rejections("a", "x", "y"), RUN)
     again = replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN)
     assert (again.is_committed, again.data_version) == (False, first.data_version)
-    assert table_version(lake, REJECTED) == first.table_version
-    assert replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN, rewrite=True).is_committed
+    assert Snapshot(lake).version(REJECTED) == first.table_version
+    assert replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN.rewriting()).is_committed
 
 
 def test_no_rows_empty_the_partition_and_need_no_table(lake: Lake) -> None:
@@ -162,7 +170,7 @@ def test_the_dimension_is_a_constraint_and_the_space_is_described(lake: Lake) ->
         replace_partition(lake, SPACE, "b", [embeddings("b", unit(2, 5))], RUN, dimension=5)
     with pytest.raises(DeltaError):
         write_deltalake(lake.uri(SPACE), pa.Table.from_batches([embeddings("b", unit(2, 3))]), mode="append")
-    assert partition_keys(lake, SPACE) == {"a"}
+    assert Snapshot(lake).keys(SPACE) == {"a"}
 
 
 def test_vectors_come_back_as_lists_of_float32_for_other_readers(lake: Lake) -> None:
@@ -178,8 +186,9 @@ def test_vectors_come_back_as_lists_of_float32_for_other_readers(lake: Lake) -> 
 def test_tables_can_be_read_with_no_abort_at_exit(lake: Lake) -> None:
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(50))], RUN, dimension=4)
     code = (
-        "import sys; from embed_assets.lake.tables import *; from embed_assets.lake.reader import scan; "
-        "print(sum(b.num_rows for b in scan(Lake(sys.argv[1]), TableSpec('embeddings', 'space'), ['embedding'])))"
+        "import sys; from embed_assets.lake.tables import *; from embed_assets.lake.snapshot import Snapshot; "
+        "rows = Snapshot(Lake(sys.argv[1])).rows(TableSpec('embeddings', 'space'), ['embedding']); "
+        "print(sum(b.num_rows for b in rows))"
     )
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code, lake.root], capture_output=True, text=True, check=True)
@@ -238,7 +247,7 @@ def test_staged_windows_survive_and_are_cleared(lake: Lake) -> None:
     assert all(tuple(b.schema.names) == VECTOR_COLUMNS for b in again.read())
     assert list(Staging(lake, SPACE, "other").read()) == []
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(2))], RUN, dimension=4)
-    assert sum(b.num_rows for b in scan(lake, SPACE, ["chunk_id"])) == 2
+    assert sum(b.num_rows for b in Snapshot(lake).rows(SPACE, ["chunk_id"])) == 2
     again.clear()
     assert list(again.read()) == []
 
@@ -272,46 +281,54 @@ def test_looking_for_windows_makes_no_lake(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def reading(lake: Lake, key: str, *tables: TableSpec) -> PartitionSnapshot:
+    """A run that has begun to read a partition."""
+    work = Snapshot(lake).partition(key)
+    for table in tables:
+        work.state(table)
+    return work
+
+
 def test_older_rows_do_not_replace_newer_ones(lake: Lake) -> None:
     """Two runs chunk one partition; the one that read older documents commits last."""
     write_chunks(lake, "a")
-    older = Inputs(lake, "a", [CHUNK_TABLE])
+    older = reading(lake, "a", CHUNK_TABLE)
     replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", ["newer"])], RUN)
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(1), ["newer"])], RUN, dimension=4)
     with pytest.raises(SupersededError, match="another run replaced its chunks"):
-        replace_partition(lake, SPACE, "a", [embeddings("a", unit(2))], RUN, check=older.check)
-    assert [r["text"] for b in scan(lake, SPACE, ["text"]) for r in b.to_pylist()] == ["newer"]
+        older.replace(SPACE, [embeddings("a", unit(2))], RUN, lambda: older.require_current(CHUNK_TABLE))
+    assert [r["text"] for b in Snapshot(lake).rows(SPACE, ["text"]) for r in b.to_pylist()] == ["newer"]
 
 
 def test_a_commit_between_the_check_and_ours_is_noticed(lake: Lake) -> None:
     """The check sees nothing, then another run replaces inputs and rows; our commit comes last, and gives way."""
     write_chunks(lake, "a")
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(1), ["old"])], RUN, dimension=4)
-    mine = Inputs(lake, "a", [CHUNK_TABLE])
+    mine = reading(lake, "a", CHUNK_TABLE)
     has_raced = False
 
     def check_then_race() -> None:
         nonlocal has_raced
-        mine.check()
+        mine.require_current(CHUNK_TABLE)
         if not has_raced:
             has_raced = True
             replace_partition(lake, CHUNK_TABLE, "a", [chunks("a", ["newer"])], RUN)
             replace_partition(lake, SPACE, "a", [embeddings("a", unit(1), ["newer"])], RUN)
 
     with pytest.raises(SupersededError):
-        replace_partition(lake, SPACE, "a", [embeddings("a", unit(2))], RUN, check=check_then_race)
-    assert [r["text"] for b in scan(lake, SPACE, ["text"]) for r in b.to_pylist()] == ["newer"]
+        mine.replace(SPACE, [embeddings("a", unit(2))], RUN, check_then_race)
+    assert [r["text"] for b in Snapshot(lake).rows(SPACE, ["text"]) for r in b.to_pylist()] == ["newer"]
 
 
 def test_inputs_stay_the_same_when_others_change_or_theirs_are_compacted(lake: Lake) -> None:
     write_chunks(lake, "a")
-    read = Inputs(lake, "a", [CHUNK_TABLE, RAW])
+    read = reading(lake, "a", CHUNK_TABLE, RAW)
     write_chunks(lake, "b")
-    read.check()
+    read.require_current(CHUNK_TABLE, RAW)
     delta = DeltaTable(lake.uri(CHUNK_TABLE))
     rewritten = pa.RecordBatchReader.from_stream(delta.scan(predicate=partition_predicate("a"))).read_all()
     write_deltalake(delta, rewritten, mode="overwrite", predicate=partition_predicate("a"))
-    read.check()
+    read.require_current(CHUNK_TABLE, RAW)
 
 
 def test_search_is_exact(lake: Lake) -> None:
@@ -320,11 +337,11 @@ def test_search_is_exact(lake: Lake) -> None:
         replace_partition(lake, SPACE, key, [embeddings(key, made)], RUN, dimension=8)
     query = unit(1, 8, 99)[0]
     expected = sorted(np.concatenate([m @ query for m in vectors.values()]), reverse=True)[:7]
-    results = search(lake, SPACE, query, 7)
+    results = search(Snapshot(lake), SPACE, query, 7)
     assert np.allclose([r.score for r in results], expected, atol=1e-6)
     assert len({(r.partition_key, r.chunk_id) for r in results}) == 7
-    assert search(lake, TableSpec("embeddings", "none"), query, 3) == []
-    assert len(search(lake, SPACE, query, 10_000)) == 600
+    assert search(Snapshot(lake), TableSpec("embeddings", "none"), query, 3) == []
+    assert len(search(Snapshot(lake), SPACE, query, 10_000)) == 600
 
 
 def test_a_search_reads_one_version_beside_a_writer(tmp_path: Path) -> None:
@@ -342,9 +359,9 @@ def test_a_search_reads_one_version_beside_a_writer(tmp_path: Path) -> None:
     counter = iter(range(100_000))
     lake = Lake(str(tmp_path / "lake"))
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(30, 8, 1))], RUN, dimension=8)
-    found = search(Busy(lake.root), SPACE, unit(1, 8, 2)[0], 5)
+    found = search(Snapshot(Busy(lake.root)), SPACE, unit(1, 8, 2)[0], 5)
     assert len(found) == 5 and all(result.text.startswith("text ") for result in found)
-    assert len(search(Busy(lake.root), SPACE, unit(1, 8, 2)[0], 5)) == 5
+    assert len(search(Snapshot(Busy(lake.root)), SPACE, unit(1, 8, 2)[0], 5)) == 5
 
 
 def test_the_texts_of_results_are_looked_for_in_their_partitions_alone(lake: Lake) -> None:
@@ -357,23 +374,63 @@ def test_the_texts_of_results_are_looked_for_in_their_partitions_alone(lake: Lak
     assert sorted(uri.split("partition_key=")[1][:2] for uri in pruned) == ["p1", "p3"]
 
 
-def test_a_look_inside_a_session_does_not_end_it(lake: Lake) -> None:
+def test_a_snapshot_stays_as_it_was_first_read(lake: Lake) -> None:
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
-    with lake.session():
-        opened = lake.open(REJECTED)
-        with lake.pinned():
-            assert lake.open(REJECTED) is not opened
-        assert lake.open(REJECTED) is opened
+    tables = Snapshot(lake)
 
+    def found() -> list[str]:
+        return [n for b in tables.rows(REJECTED, ["document_id"]) for n in b.column(0).to_pylist()]
 
-def test_a_pinned_lake_stays_as_it_was_first_read(lake: Lake) -> None:
-    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
-    other = Lake(lake.root)
-    with lake.pinned():
-        assert names(lake) == ["x"]
-        replace_partition(other, REJECTED, "a", rejections("a", "y"), RUN)
-        assert names(lake) == ["x"] and table_version(lake, REJECTED) == 1
+    assert found() == ["x"]
+    replace_partition(lake, REJECTED, "a", rejections("a", "y"), RUN)
+    assert found() == ["x"] and tables.version(REJECTED) == 1
     assert names(lake) == ["y"]
+
+
+class Counting(Lake):
+    """A lake that notes which tables are opened."""
+
+    opened: ClassVar[list[str]] = []
+
+    def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
+        Counting.opened.append(path)
+        return super().open_path(path, version)
+
+
+def test_a_session_opens_a_table_once_and_brings_it_up_to_date(lake: Lake) -> None:
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    session = Counting(lake.root).session()
+    Counting.opened.clear()
+    for expected in ("x", "y"):
+        with Snapshot(session) as tables:
+            found = [n for b in tables.rows(REJECTED, ["document_id"]) for n in b.column(0).to_pylist()]
+            assert found == [expected]
+        replace_partition(lake, REJECTED, "a", rejections("a", "y"), RUN)
+    assert Counting.opened == ["rejected_documents"]
+
+
+def test_snapshots_of_a_session_share_no_open_table(lake: Lake) -> None:
+    replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
+    session = lake.session()
+    first, second = Snapshot(session), Snapshot(session)
+    assert first.table(REJECTED) is not second.table(REJECTED)
+    first.close()
+    second.close()
+    third, fourth = Snapshot(session), Snapshot(session)
+    assert third.table(REJECTED) is not fourth.table(REJECTED)
+
+
+def test_a_session_drops_a_table_that_was_updated_many_times(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embed_assets.lake.tables._MOST_UPDATES", 2)
+    replace_partition(lake, REJECTED, "a", rejections("a", "0"), RUN)
+    session = Counting(lake.root).session()
+    Counting.opened.clear()
+    for number in range(1, 7):
+        work = Snapshot(session).partition("a")
+        work.replace(REJECTED, rejections("a", str(number)), RUN)
+        work.close()
+    assert 2 <= len(Counting.opened) <= 3
+    assert names(lake) == ["6"]
 
 
 TEXTS = [f"text {i}" for i in range(6)]
@@ -396,7 +453,7 @@ def damage(lake: Lake, how: str) -> None:
     elif how == "stale_text":
         at = batch.schema.get_field_index("text")
         batch = batch.set_column(at, batch.schema.field(at), pa.array(["tampered", *texts[1:]]))
-    replace_partition(lake, SPACE, "a", [batch], RUN, dimension=4, rewrite=True)
+    replace_partition(lake, SPACE, "a", [batch], RUN.rewriting(), dimension=4)
 
 
 @pytest.mark.parametrize("how", ["missing", "extra", "duplicated", "stale_text", "not_finite", "not_unit_norm"])
@@ -405,9 +462,9 @@ def test_verify_finds_each_kind_of_damage(lake: Lake, how: str) -> None:
     write_chunks(lake, "b")
     replace_partition(lake, SPACE, "b", [embeddings("b", unit(6))], RUN, dimension=4)
     damage(lake, "nothing")
-    assert {key: gaps.total for key, gaps in verify(lake, SPACE, "")} == {"a": 0, "b": 0}
+    assert {key: gaps.total for key, gaps in verify(Snapshot(lake), SPACE, "")} == {"a": 0, "b": 0}
     damage(lake, how)
-    found = dict(verify(lake, SPACE, ""))
+    found = dict(verify(Snapshot(lake), SPACE, ""))
     assert getattr(found["a"], how) == 1
     assert (found["a"].total, found["b"].total) == (1, 0)
 
@@ -421,15 +478,15 @@ def test_verify_finds_wrong_dimensions(lake: Lake) -> None:
         EMBEDDINGS.field("embedding").type,
     )
     at = batch.schema.get_field_index("embedding")
-    replace_partition(lake, SPACE, "a", [batch.set_column(at, EMBEDDINGS.field(at), short)], RUN, rewrite=True)
-    assert dict(verify(lake, SPACE, ""))["a"].wrong_dimension == 1
+    replace_partition(lake, SPACE, "a", [batch.set_column(at, EMBEDDINGS.field(at), short)], RUN.rewriting())
+    assert dict(verify(Snapshot(lake), SPACE, ""))["a"].wrong_dimension == 1
 
 
 def test_versions_follow_content_only(lake: Lake) -> None:
     write_chunks(lake, "a")
-    version = content_version(lake, CHUNK_TABLE, "a")
-    assert content_version(lake, CHUNK_TABLE, "none") != version
-    assert [b.num_rows for b in read_partition(lake, CHUNK_TABLE, "none", ["text"])] == []
+    version = Snapshot(lake).content(CHUNK_TABLE, "a")
+    assert Snapshot(lake).content(CHUNK_TABLE, "none") != version
+    assert [b.num_rows for b in Snapshot(lake).partition("none").rows(CHUNK_TABLE, ["text"])] == []
 
 
 def chunk_rows(key: str, *texts: str) -> pa.RecordBatch:
@@ -453,21 +510,20 @@ def test_a_table_of_before_gets_new_columns_without_a_rewrite(lake: Lake) -> Non
     assert delta is not None
     files = delta.file_uris()
     lake.check_tables(WIDER)  # readers take it as it is
-    [batch] = scan(lake, WIDER, ["chunk_id", "page_start"])
+    [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "page_start"])
     assert batch.column("page_start").null_count == batch.num_rows == 2
     lake.check_usable(WIDER)
     lake.check_usable(WIDER)
     widened = lake.open(WIDER)
     assert widened is not None and widened.file_uris() == files and widened.version() == delta.version() + 1
     assert columns_of(widened).names == WIDER.schema.names
-    [batch] = scan(lake, WIDER, ["chunk_id", "page_start", "labels"])
+    [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "page_start", "labels"])
     assert batch.column("page_start").to_pylist() == batch.column("labels").to_pylist() == [None, None]
     new = chunk_rows("b", "three")
     new = pa.RecordBatch.from_pylist([new.to_pylist()[0] | {"page_start": 7, "labels": ["x"]}], schema=WIDER.schema)
     replace_partition(lake, WIDER, "b", [new], RUN)
-    assert sorted(str(row["page_start"]) for b in scan(lake, WIDER, ["page_start"]) for row in b.to_pylist()) == [
-        "7", "None", "None"
-    ]  # fmt: skip
+    pages = [row["page_start"] for b in Snapshot(lake).rows(WIDER, ["page_start"]) for row in b.to_pylist()]
+    assert sorted(map(str, pages)) == ["7", "None", "None"]
 
 
 def test_columns_of_other_people_are_left_alone_and_null_in_new_rows(lake: Lake) -> None:
@@ -478,14 +534,14 @@ def test_columns_of_other_people_are_left_alone_and_null_in_new_rows(lake: Lake)
     delta.alter.add_columns([Field("label", PrimitiveType("string")), Field("score", PrimitiveType("double"))])
     DeltaTable(lake.uri(CHUNK_TABLE)).update({"label": "'mine'"})
     lake.check_usable(CHUNK_TABLE)
-    before = content_version(lake, CHUNK_TABLE, "b")
+    before = Snapshot(lake).content(CHUNK_TABLE, "b")
     replace_partition(lake, CHUNK_TABLE, "a", [chunk_rows("a", "another")], RUN)
     rows = DeltaTable(lake.uri(CHUNK_TABLE)).to_pyarrow_table().to_pylist()
     assert {(row["partition_key"], row["text"], row["label"], row["score"]) for row in rows} == {
         ("a", "another", None, None),
         ("b", "one of b", "mine", None),
     }
-    assert content_version(lake, CHUNK_TABLE, "b") == before
+    assert Snapshot(lake).content(CHUNK_TABLE, "b") == before
 
 
 def test_a_column_that_can_not_be_null_is_refused(lake: Lake) -> None:
@@ -512,4 +568,4 @@ def test_columns_are_added_beside_writers(lake: Lake) -> None:
     Busy(lake.root).check_usable(WIDER)
     widened = lake.open(WIDER)
     assert widened is not None and "page_start" in columns_of(widened).names
-    assert content_version(lake, CHUNK_TABLE, "a") == content_version(lake, WIDER, "a")
+    assert Snapshot(lake).content(CHUNK_TABLE, "a") == Snapshot(lake).content(WIDER, "a")

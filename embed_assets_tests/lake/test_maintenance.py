@@ -14,9 +14,9 @@ from deltalake import DeltaTable, write_deltalake
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.maintenance import RETENTION, maintain
-from embed_assets.lake.reader import scan
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, REJECTED, Lake, TableSpec
-from embed_assets.lake.writer import Provenance, replace_partition
+from embed_assets.lake.writer import Provenance
 from embed_assets.records import REJECTED_DOCUMENTS, utc_now
 
 ODD = "it's 100% a/b é\n.."
@@ -37,7 +37,7 @@ def rows(key: str, *names: str) -> pa.RecordBatch:
 
 
 def replace(lake: Lake, key: str, *names: str) -> None:
-    replace_partition(lake, REJECTED, key, [rows(key, *names)], Provenance("run"))
+    Snapshot(lake).partition(key).replace(REJECTED, [rows(key, *names)], Provenance("run"))
 
 
 def append(lake: Lake, key: str, *names: str) -> None:
@@ -46,7 +46,7 @@ def append(lake: Lake, key: str, *names: str) -> None:
 
 
 def names(lake: Lake) -> list[str]:
-    return sorted(n for b in scan(lake, REJECTED, ["document_id"]) for n in b.column(0).to_pylist())
+    return sorted(n for b in Snapshot(lake).rows(REJECTED, ["document_id"]) for n in b.column(0).to_pylist())
 
 
 def files(lake: Lake) -> int:

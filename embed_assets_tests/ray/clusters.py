@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.engine.backend import Window
+from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray_worker import Done
 from embed_assets.errors import ModelError
 from embed_assets.records import hash_text
-from embed_assets.stages.windows import Compute, Window
+from embed_assets.stages.compute import Compute
 
 STORE_BYTES = 100 << 20
-FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 1)
+INFO = EngineInfo("cpu", "float32", 1024, "test", 0.0, 1)
 
 
 @contextlib.contextmanager
@@ -64,10 +65,10 @@ def windows_of(compute: Compute, texts: Iterable[tuple[str, int]], expected: int
         found[hash_text(text)] = text
         tokens += count
         if compute.is_full(len(found), tokens, expected):
-            yield Window(found)
+            yield Window(list(found.values()), list(found))
             found, tokens = {}, 0
     if found:
-        yield Window(found)
+        yield Window(list(found.values()), list(found))
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class EchoRecipe:
 
 
 class EchoWorker:
-    facts = FACTS
+    info = INFO
 
     def __init__(self, log: str) -> None:
         self._log = log

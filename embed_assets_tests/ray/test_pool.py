@@ -17,7 +17,7 @@ from embed_assets.engine.ray import PoolReport
 from embed_assets.engine.ray_cluster import RayOptions
 from embed_assets.engine.ray_process import RayProcess
 from embed_assets.errors import EmbeddingError, ModelError, SettingsError, UserError
-from embed_assets_tests.ray.clusters import FACTS, EchoRecipe, kill, ray_cluster
+from embed_assets_tests.ray.clusters import INFO, EchoRecipe, kill, ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
     try:
         assert workers.report is None
         workers.start()
-        assert workers.facts == FACTS
+        assert workers.info == INFO
         assert workers.most_replicas == 3
         with pytest.raises(EmbeddingError, match="not this one"):
             workers.submit(b"refuse").result(240)
@@ -57,7 +57,7 @@ def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: 
         assert len(report.nodes) == 4
         assert "3 workers of 1 CPUs" in str(report)
         assert report.windows_begun_again >= 1 and 0 < report.tokens_per_second < 1000
-        assert report.facts == FACTS
+        assert report.info == INFO
         news = "\n".join(workers.take_news())
         assert "pid" in news and "the budget was halved" in news and "the device is gone" in news
         assert "given to others as well" in news

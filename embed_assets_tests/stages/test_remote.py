@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import dagster as dg
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from embed_assets.defs.engine_report import engine_metadata
-from embed_assets.engine.engine import EngineFacts
+from embed_assets.defs.metadata import engine_metadata
+from embed_assets.engine.backend import EmbeddedWindow, Window
+from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray import PoolReport, WorkerReport
 from embed_assets.engine.ray_cluster import Node, Replicas
@@ -22,14 +24,13 @@ from embed_assets.engine.ray_worker import Done
 from embed_assets.errors import EmbeddingError, LakeError, ModelError
 from embed_assets.lake.staging import Staging
 from embed_assets.records import hash_text
-from embed_assets.stages.embeddings import Work
+from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.remote import LakeWorker, RayCompute
-from embed_assets.stages.windows import EmbeddedWindow, Window
+from embed_assets.stages.remote import LakeWorker, RayCompute, worker_recipe
 from embed_assets_tests.conftest import Project, topic
 from embed_assets_tests.engine.models import small_model
 
-FACTS = EngineFacts("cpu", "float32", 1024, "test", 0.0, 16)
+INFO = EngineInfo("cpu", "float32", 1024, "test", 0.0, 16)
 REPLICAS = 2
 ROOM = 3 * REPLICAS + 1
 
@@ -37,7 +38,7 @@ ROOM = 3 * REPLICAS + 1
 class Pool:
     """Workers that do nothing, or what they are told to."""
 
-    facts = FACTS
+    info = INFO
     most_replicas = REPLICAS
     report: PoolReport | None = None
 
@@ -61,11 +62,11 @@ class Pool:
 
 
 def compute_over(pool: Pool, clock: Callable[[], float] = lambda: 0.0) -> RayCompute:
-    return RayCompute(pool, FACTS, clock)  # type: ignore[arg-type]
+    return RayCompute(pool, INFO, clock)  # type: ignore[arg-type]
 
 
 def windows(count: int = 10**6) -> Iterator[Window]:
-    return (Window({hash_text(f"text {n}"): f"text {n}"}) for n in range(count))
+    return (Window([f"text {n}"], [hash_text(f"text {n}")]) for n in range(count))
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def pipeline(project: Project) -> Pipeline:
 def test_a_worker_with_other_code_model_or_lake_says_which(
     pipeline: Pipeline, change: dict[str, str], kind: type[Exception], words: str
 ) -> None:
-    recipe = pipeline.worker_recipe()
+    recipe = worker_recipe(pipeline)
     assert isinstance(recipe.open(), LakeWorker)
     with pytest.raises(kind, match=words):
         replace(recipe, **change).open()
@@ -115,27 +116,33 @@ def test_a_worker_finds_the_model_wherever_it_is(
         monkeypatch.setenv("HOME", str(models))
         project.set(MODEL="~/model")
     pipeline = project.pipeline()
-    recipe = pipeline.worker_recipe()
+    recipe = worker_recipe(pipeline)
     os.chdir(models)  # a worker has a folder of its own
     worker = recipe.open()
-    assert worker.facts.dimension == 32
-    assert recipe.table.space == pipeline.space.name
+    assert worker.info.dimension == 32
+    assert recipe.table.space == pipeline.model.space.name
 
 
 def staging_of(pipeline: Pipeline, key: str = "another") -> Staging:
     return Staging(pipeline.lake, pipeline.embeddings_table, key)
 
 
-def embed(compute: RayCompute, staging: Staging, some: Iterator[Window]) -> list[EmbeddedWindow]:
-    return list(compute.start(["a text"], 3).embed(some, staging, lambda texts, tokens: None))
+def embed(compute: RayCompute, some: Iterator[Window], key: str = "another") -> list[EmbeddedWindow]:
+    return list(compute.start(key, ["a text"], 3).embed_windows(some, lambda texts, tokens: None))
+
+
+def rows_of(done: EmbeddedWindow, staging: Staging) -> pa.RecordBatch:
+    assert done.staged_as is not None
+    return staging.read_window(done.staged_as)
 
 
 def test_what_a_worker_stages_is_what_one_process_makes(pipeline: Pipeline) -> None:
-    worker, staging = pipeline.worker_recipe().open(), staging_of(pipeline)
-    [done] = embed(compute_over(Pool(lambda content: worker.run(content, is_retry=False))), staging, windows(1))
-    expected = pipeline.engine.embedder.embed(["text 0"])
-    assert done.batch.column("input_hash").to_pylist() == [hash_text("text 0")]
-    assert np.array_equal(np.array(done.batch.column("embedding")[0].as_py(), np.float32), expected.vectors[0])
+    worker, staging = worker_recipe(pipeline).open(), staging_of(pipeline)
+    [done] = embed(compute_over(Pool(lambda content: worker.run(content, is_retry=False))), windows(1))
+    batch = rows_of(done, staging)
+    expected = pipeline.model.engine.embedder.embed(["text 0"])
+    assert batch.column("input_hash").to_pylist() == [hash_text("text 0")]
+    assert np.array_equal(np.array(batch.column("embedding")[0].as_py(), np.float32), expected.vectors[0])
     assert done.stats.tokens == expected.stats.tokens
     assert [batch.num_rows for batch in staging_of(pipeline).read()] == [1]
     staging.clear()
@@ -143,18 +150,18 @@ def test_what_a_worker_stages_is_what_one_process_makes(pipeline: Pipeline) -> N
 
 
 def test_what_a_lost_worker_had_staged_is_not_embedded_again(pipeline: Pipeline) -> None:
-    worker = pipeline.worker_recipe().open()
+    worker = worker_recipe(pipeline).open()
 
     def lost_once(content: bytes) -> Done:
         assert worker.run(content, is_retry=False).stats.texts == 1
         return worker.run(content, is_retry=True)
 
-    [done] = embed(compute_over(Pool(lost_once)), staging_of(pipeline), windows(1))
-    assert done.batch.num_rows == 1 and done.stats.texts == 0
+    [done] = embed(compute_over(Pool(lost_once)), windows(1))
+    assert rows_of(done, staging_of(pipeline)).num_rows == 1 and done.stats.texts == 0
 
 
 def test_a_window_that_another_run_has_cleared_is_tried_again_later(pipeline: Pipeline) -> None:
-    worker = pipeline.worker_recipe().open()
+    worker = worker_recipe(pipeline).open()
 
     def cleared(content: bytes) -> Done:
         done = worker.run(content, is_retry=False)
@@ -164,14 +171,15 @@ def test_a_window_that_another_run_has_cleared_is_tried_again_later(pipeline: Pi
         return done
 
     with pytest.raises(LakeError, match=r"the staged window .*_staging.* is gone: another run") as error:
-        embed(compute_over(Pool(cleared)), staging_of(pipeline), windows(1))
+        [done] = embed(compute_over(Pool(cleared)), windows(1))
+        rows_of(done, staging_of(pipeline))
     assert error.value.is_retryable
 
 
 def test_texts_the_model_can_not_take_come_back_with_the_reason(pipeline: Pipeline) -> None:
-    answer = json.dumps({"rows": 0, "rejected": {hash_text("text 0"): "too odd"}})
-    [done] = embed(compute_over(Pool(lambda _: Done(answer, EngineStats()))), staging_of(pipeline), windows(1))
-    assert done.rejected == {hash_text("text 0"): "too odd"} and done.batch.num_rows == 0
+    answer = json.dumps({"rows": 0, "rejected": {"0": "too odd"}})
+    [done] = embed(compute_over(Pool(lambda _: Done(answer, EngineStats()))), windows(1))
+    assert done.rejected == {0: "too odd"} and done.staged_as is None
 
 
 def test_windows_under_way_are_bounded_whatever_there_is_to_do(pipeline: Pipeline) -> None:
@@ -185,7 +193,7 @@ def test_windows_under_way_are_bounded_whatever_there_is_to_do(pipeline: Pipelin
     compute = compute_over(pool)
     for round in (1, 2):  # what is given up makes room
         with pytest.raises(Stopped):
-            list(compute.start(["a text"], 10**6).embed(windows(), staging_of(pipeline), stop))
+            list(compute.start("a", ["a text"], 10**6).embed_windows(windows(), stop))
         assert len(pool.sent) == round * ROOM
         for future in pool.sent[-ROOM:]:
             future.set_exception(EmbeddingError("stopped"))
@@ -197,16 +205,16 @@ def test_a_window_is_a_share_that_pays_or_the_windows_time() -> None:
     assert compute.is_full(250, 1, 1000), "a share of a worker, before anything was measured"
     assert not compute.is_full(63, 1, 10) and compute.is_full(64, 1, 10), "never but a few texts"
     for _ in range(12):
-        compute._size.adapt(EngineStats(tokens=100_000, seconds=1.0))
+        compute.adapt(EngineStats(tokens=100_000, seconds=1.0))
     assert not compute.is_full(250, 49_999, 1000) and compute.is_full(250, 50_001, 1000), "half a second's work"
     assert compute.is_full(250, 500_000, 10**6), "five seconds' work"
 
 
-def report(*workers: WorkerReport, starting: int = 0, again: int = 0, facts: EngineFacts | None = None) -> PoolReport:
+def report(*workers: WorkerReport, starting: int = 0, again: int = 0, info: EngineInfo | None = None) -> PoolReport:
     nodes = [Node("a", 4, 0, 4), Node("b", 4, 1, 4)]
     return PoolReport(
         "the Ray cluster at head:1", "http://head:2", nodes, Replicas(1, 8, 1, 0.0), list(workers), starting,
-        sum(w.tokens_per_second for w in workers), again, facts,
+        sum(w.tokens_per_second for w in workers), again, info,
     )  # fmt: skip
 
 
@@ -226,7 +234,7 @@ def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
     assert compute.news() == ["a budget was halved"]
     now[0] += 2
     assert compute.news() == ["2 workers load the model"]
-    pool.report = report(facts=FACTS)
+    pool.report = report(info=INFO)
     now[0] += 11
     assert compute.news() == ["workers are at their first windows"]
     pool.report = report(*(WorkerReport(f"host{n}", 10, 1000.0 + n, 90.0) for n in range(6)), again=3)
@@ -237,11 +245,11 @@ def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
 
 
 def test_metadata_tells_who_did_it_and_where_the_dashboard_is() -> None:
-    work = Work(embedded=1, engine=EngineStats(texts=1, tokens=100, seconds=1.0))
-    found = engine_metadata(work, FACTS, report(WorkerReport("host0", 100, 900.0, 50.0), WorkerReport("b", 9, 1e3, 40)))
+    work = PartitionOutcome("a", embedded=1, engine=EngineStats(texts=1, tokens=100, seconds=1.0))
+    found = engine_metadata(work, INFO, report(WorkerReport("host0", 100, 900.0, 50.0), WorkerReport("b", 9, 1e3, 40)))
     assert found["tokens_per_second"] == 1900.0, "of all workers, not of the average one"
     assert found["ray_dashboard"] == dg.MetadataValue.url("http://head:2")
     assert (found["ray_workers"], found["ray_nodes"], found["ray_utilization_percent"]) == (2, 2, 45.0)
     assert str(found["advice"]).startswith("workers were busy 45 % of the time")
-    assert "advice" in engine_metadata(work, FACTS, None) and "ray_workers" not in engine_metadata(work, FACTS, None)
-    assert engine_metadata(Work(), FACTS, report())["tokens_per_second"] == 0.0
+    assert "advice" in engine_metadata(work, INFO, None) and "ray_workers" not in engine_metadata(work, INFO, None)
+    assert engine_metadata(PartitionOutcome("a"), INFO, report())["tokens_per_second"] == 0.0

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embed_assets.engine import features as make
+from embed_assets.engine.backends import features as make
+from embed_assets.engine.backends.openvino_library import import_openvino, without_telemetry
+from embed_assets.engine.backends.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.backends.torch_backend import cost_of, native_dimension, prompt_features
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.hardware import available_cores, cpu_workers, share_cores
-from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
-from embed_assets.engine.openvino_library import import_openvino, without_telemetry
-from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.model import LocalSpace, load_sentence_transformer
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.engine.torch_backend import cost_of, native_dimension, prompt_features
 from embed_assets.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class OpenVinoBackend:
 
     device = "cpu"
 
-    def __init__(self, space: EmbeddingSpace, model: SentenceTransformer, graph: Any, precision: str) -> None:
+    def __init__(self, space: LocalSpace, model: SentenceTransformer, graph: Any, precision: str) -> None:
         openvino = import_openvino()
         transformer: Any = model[0]
         self.precision, self.cost = precision, cost_of(transformer.model)
@@ -101,7 +101,7 @@ class OpenVinoBackend:
         """OpenVINO keeps its own pool."""
 
 
-def load_openvino_backend(space: EmbeddingSpace, precision: str) -> OpenVinoBackend:
+def load_openvino_backend(space: LocalSpace, precision: str) -> OpenVinoBackend:
     """The model in "float32" or "bfloat16". Raises ``ModelError`` when OpenVINO can't run it as torch does."""
     model = load_sentence_transformer(space, "cpu")
     try:
@@ -113,7 +113,7 @@ def load_openvino_backend(space: EmbeddingSpace, precision: str) -> OpenVinoBack
     return checked(space, model, graph, precision)
 
 
-def load_int8_backend(space: EmbeddingSpace, xml: bytes, weights: bytes) -> OpenVinoBackend:
+def load_int8_backend(space: LocalSpace, xml: bytes, weights: bytes) -> OpenVinoBackend:
     """The quantized model that `xml` and `weights` hold, as OpenVINO wrote them."""
     openvino = import_openvino()
     model = load_sentence_transformer(space, "cpu")
@@ -121,7 +121,7 @@ def load_int8_backend(space: EmbeddingSpace, xml: bytes, weights: bytes) -> Open
     return checked(space, model, graph, "int8")
 
 
-def checked(space: EmbeddingSpace, model: SentenceTransformer, graph: Any, precision: str) -> OpenVinoBackend:
+def checked(space: LocalSpace, model: SentenceTransformer, graph: Any, precision: str) -> OpenVinoBackend:
     """The backend, if it agrees with SentenceTransformer. Raises ``ModelError``."""
     check_tokenizer(space, model.tokenizer)
     reference = reference_vectors(space, model)

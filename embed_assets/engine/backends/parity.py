@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from embed_assets.engine.batching import Batch, Layout, plan_batches
-from embed_assets.engine.model import EmbeddingSpace
+from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import ModelError
 

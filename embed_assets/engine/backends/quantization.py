@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from embed_assets.engine import features as make
+from embed_assets.engine.backends import features as make
+from embed_assets.engine.backends.openvino_backend import convert
+from embed_assets.engine.backends.openvino_library import import_openvino, without_telemetry
+from embed_assets.engine.backends.parity import CHECK_TEXTS
 from embed_assets.engine.batching import Layout, plan_batches
 from embed_assets.engine.faults import reason_of
-from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer
-from embed_assets.engine.openvino_backend import convert
-from embed_assets.engine.openvino_library import import_openvino, without_telemetry
-from embed_assets.engine.parity import CHECK_TEXTS
+from embed_assets.engine.model import LocalSpace, load_sentence_transformer
 from embed_assets.errors import ModelError
 
 CALIBRATION_TEXTS = 128
@@ -78,7 +78,7 @@ class QuantizedModel:
         return digest.hexdigest()
 
 
-def quantize(space: EmbeddingSpace, texts: Sequence[str], hashes: Sequence[str]) -> QuantizedModel:
+def quantize(space: LocalSpace, texts: Sequence[str], hashes: Sequence[str]) -> QuantizedModel:
     """Quantize the transformer of `space` after training, with NNCF: weights and activations of its matrix products.
 
     `texts` (prompt included) are what the ranges are calibrated on, `hashes` their input hashes. The self-check's

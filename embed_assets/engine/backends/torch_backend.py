@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from embed_assets.engine import features as make
-from embed_assets.engine.attention import ATTENTION, register_attention
+from embed_assets.engine.backends import features as make
+from embed_assets.engine.backends.attention import ATTENTION, register_attention
+from embed_assets.engine.backends.onednn import use_onednn_linears
+from embed_assets.engine.backends.openvino_library import has_openvino, import_openvino
+from embed_assets.engine.backends.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
 from embed_assets.engine.hardware import cpu_workers, share_cores
 from embed_assets.engine.metrics import ModelCost
-from embed_assets.engine.model import EmbeddingSpace, load_sentence_transformer, truncated_dimension
-from embed_assets.engine.onednn import use_onednn_linears
-from embed_assets.engine.openvino_library import has_openvino, import_openvino
-from embed_assets.engine.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.model import LocalSpace, load_sentence_transformer
+from embed_assets.engine.space import truncated_dimension
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import ModelError
 
@@ -39,7 +40,7 @@ class TorchBackend:
     """
 
     def __init__(
-        self, space: EmbeddingSpace, model: SentenceTransformer, precision: str, path: Path, cost: ModelCost
+        self, space: LocalSpace, model: SentenceTransformer, precision: str, path: Path, cost: ModelCost
     ) -> None:
         self._model, self._path, self.precision, self.cost = model, path, precision, cost
         self.dimension = native_dimension(space, model)
@@ -139,7 +140,7 @@ class TorchBackend:
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
-def load_torch_backend(space: EmbeddingSpace, device: str, precision: str, compiles: bool) -> TorchBackend:
+def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles: bool) -> TorchBackend:
     """The model on the fastest path whose vectors equal SentenceTransformer's.
 
     Raises ``ModelError`` when it can't be loaded, or when not even SentenceTransformer's own loop gives its vectors.
@@ -155,7 +156,7 @@ def load_torch_backend(space: EmbeddingSpace, device: str, precision: str, compi
     return backend
 
 
-def _load(space: EmbeddingSpace, device: str, precision: str, compiles: bool, with_onednn: bool) -> TorchBackend | None:
+def _load(space: LocalSpace, device: str, precision: str, compiles: bool, with_onednn: bool) -> TorchBackend | None:
     import torch
 
     model = load_sentence_transformer(space, device)
@@ -188,7 +189,7 @@ def _load(space: EmbeddingSpace, device: str, precision: str, compiles: bool, wi
 
 
 def _first_equal(
-    space: EmbeddingSpace,
+    space: LocalSpace,
     model: SentenceTransformer,
     precision: str,
     cost: ModelCost,
@@ -250,7 +251,7 @@ def cost_of(transformer: torch.nn.Module) -> ModelCost:
     return ModelCost(linear, int(layers * heads * head_size))
 
 
-def native_dimension(space: EmbeddingSpace, model: SentenceTransformer) -> int:
+def native_dimension(space: LocalSpace, model: SentenceTransformer) -> int:
     """Length of the stored vectors. Raises ``ModelError`` when the model does not tell."""
     native = model.get_embedding_dimension()
     if native is None:
@@ -258,7 +259,7 @@ def native_dimension(space: EmbeddingSpace, model: SentenceTransformer) -> int:
     return truncated_dimension(int(native), space.truncate_dim)
 
 
-def prompt_features(space: EmbeddingSpace, model: SentenceTransformer) -> dict[str, Any]:
+def prompt_features(space: LocalSpace, model: SentenceTransformer) -> dict[str, Any]:
     """Where pooling leaves the prompt out (Instructor models), it must know the prompt's length."""
     excludes = any(getattr(module, "include_prompt", True) is False for module in model)
     if not (space.prompt and excludes):

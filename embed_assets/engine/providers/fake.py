@@ -1,21 +1,71 @@
-"""A model that is none: vectors that depend on the text alone, at a speed of one's choice."""
+"""``fake:<dim>[@name][~texts_per_second]``: vectors that depend on the text alone, for tests and dry runs."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.metrics import ModelCost
-from embed_assets.engine.model import FakeModel, truncated_dimension
-from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.engine.provider import EngineOptions
+from embed_assets.engine.space import EmbeddingSpace, ModelChoice, truncated_dimension
+from embed_assets.engine.tokenization import TokenizedTexts, word_tokenizer_json
+from embed_assets.errors import SettingsError
+
+libraries: Sequence[str] = ()
+MAX_LENGTH = 256
+_FAKE = re.compile(r"fake:(?P<dimension>[1-9]\d{0,4})(?:@(?P<name>[\w.-]+))?(?:~(?P<speed>\d+(?:\.\d+)?))?")
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """What the setting says."""
+
+    dimension: int
+    name: str = ""
+    texts_per_second: float = 0.0
+    """How slow to be; 0 is as fast as it goes."""
+
+    @classmethod
+    def parse(cls, model: str) -> FakeModel:
+        """The fake model that a setting names. Raises ``SettingsError``."""
+        match = _FAKE.fullmatch(model)
+        if match is None:
+            raise SettingsError(
+                f"a fake model is fake:<dim>[@name][~texts_per_second], got EMBED_MODEL={model!r}; correct it"
+            )
+        return cls(int(match["dimension"]), match["name"] or "", float(match["speed"] or 0))
+
+
+def resolve(choice: ModelChoice) -> EmbeddingSpace:
+    """The space of a fake model: its name and dimension are all that changes a vector. Raises ``SettingsError``."""
+    fake = FakeModel.parse(choice.model)
+    truncated_dimension(fake.dimension, choice.truncate_dim)
+    return EmbeddingSpace(
+        choice.model,
+        weights_hash=f"fake:{fake.dimension}@{fake.name}",
+        tokenizer_hash="words",
+        modules_hash="fake",
+        max_seq_length=MAX_LENGTH,
+        prompt=choice.prompt or "",
+        query_prompt=choice.query_prompt or "",
+        truncate_dim=choice.truncate_dim,
+        tokenizer_json=word_tokenizer_json(),
+    )
+
+
+def load(space: EmbeddingSpace, options: EngineOptions) -> FakeBackend:
+    """The backend of a fake model; the options change nothing."""
+    return FakeBackend(FakeModel.parse(space.model), space.truncate_dim)
 
 
 class FakeBackend:
-    """For tests and dry runs."""
+    """Hashes texts instead of embedding them."""
 
     device = "cpu"
     precision = "float32"

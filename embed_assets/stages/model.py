@@ -1,0 +1,114 @@
+"""The model of the settings: its space, its int8 form once that was made, and the engine that runs it here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from embed_assets.engine.backends.openvino_backend import load_int8_backend
+from embed_assets.engine.backends.quantization import QuantizedModel, quantize
+from embed_assets.engine.engine import Engine, EngineInfo, configured
+from embed_assets.engine.model import require_local
+from embed_assets.engine.provider import EndpointOptions, EngineOptions
+from embed_assets.engine.providers.catalog import resolve_space
+from embed_assets.engine.space import EmbeddingSpace, ModelChoice
+from embed_assets.errors import ModelError, SettingsError
+from embed_assets.lake.models import keep_model, read_model
+from embed_assets.lake.tables import Lake
+from embed_assets.records import hash_text
+from embed_assets.settings import Settings
+
+
+@dataclass(frozen=True)
+class Model:
+    """What embeds the chunks. It is loaded when it is first needed."""
+
+    float_space: EmbeddingSpace
+    """The space of the model as it is, in floating point."""
+    options: EngineOptions
+    """How it runs; with its int8 form, once that was made."""
+
+    @classmethod
+    def from_settings(cls, settings: Settings, lake: Lake) -> Model:
+        """Resolves the model's files, and reads its int8 form from the lake, if that is asked for.
+
+        Raises ``ModelError`` or ``SettingsError``.
+        """
+        space = resolve_space(
+            ModelChoice(
+                settings.model,
+                settings.revision,
+                settings.prompt,
+                settings.query_prompt,
+                settings.truncate_dim,
+                settings.trust_remote_code,
+                settings.allow_pickled_weights,
+                settings.endpoint,
+            )
+        )
+        is_int8 = settings.precision == "int8"
+        if is_int8 and settings.device not in ("auto", "cpu"):
+            raise SettingsError(
+                f"EMBED_PRECISION=int8 runs on CPUs, got EMBED_DEVICE={settings.device!r}; set EMBED_DEVICE=cpu"
+            )
+        device = "cpu" if is_int8 else settings.device
+        endpoint = EndpointOptions(
+            settings.endpoint_concurrency,
+            settings.endpoint_batch_texts,
+            settings.endpoint_requests_per_minute,
+            settings.endpoint_tokens_per_minute,
+        )
+        budget = settings.max_batch_tokens
+        options = EngineOptions(device, settings.precision, budget, settings.compile, endpoint=endpoint)
+        return cls(space, options).refreshed(lake)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """The space is known: always, but in int8 before the model was quantized."""
+        return self.options.precision != "int8" or self.options.quantized is not None
+
+    @cached_property
+    def space(self) -> EmbeddingSpace:
+        """What the vectors are comparable in. In int8 it is known only once the model was quantized."""
+        if self.options.precision != "int8":
+            return self.float_space
+        made = self.options.quantized
+        return self.float_space.quantized("" if made is None else made.artifact_hash)
+
+    def refreshed(self, lake: Lake) -> Model:
+        """This model, with its int8 form if somebody made that meanwhile."""
+        if self.is_calibrated:
+            return self
+        require_local(self.float_space, "EMBED_PRECISION=int8")
+        files = read_model(lake, self.float_space.name)
+        return self if files is None else self._with(files)
+
+    def calibrated(self, lake: Lake, texts: Sequence[str]) -> Model:
+        """This model, quantized on the texts and kept in the lake, for all later runs everywhere.
+
+        Without texts there is nothing to calibrate on, nor to embed: then it stays as it is.
+        """
+        if not texts:
+            return self
+        space = require_local(self.float_space, "EMBED_PRECISION=int8")
+        made = quantize(space, [space.prompt + text for text in texts], [hash_text(space.prompt + t) for t in texts])
+        load_int8_backend(space.quantized(made.artifact_hash), made.xml, made.weights)  # checks it
+        return self._with(keep_model(lake, space.name, made.files))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model in this process. Raises ``ModelError`` while its int8 form was not made yet."""
+        if not self.is_calibrated:
+            raise ModelError(
+                f"the int8 model of {self.float_space.model!r} was not made yet; run 'embed-assets sync' with documents"
+            )
+        return Engine(self.space, self.options)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Where and how the model runs in this process; as configured, while it is not loaded."""
+        return self.engine.info if self.is_calibrated else configured(self.options)
+
+    def _with(self, files: dict[str, bytes]) -> Model:
+        return replace(self, options=replace(self.options, quantized=QuantizedModel.from_files(files)))

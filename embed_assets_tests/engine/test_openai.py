@@ -1,0 +1,259 @@
+"""Models behind an OpenAI-compatible endpoint: what is sent, what is survived, what is refused, and whole syncs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embed_assets.engine.embedder import LocalEmbedder
+from embed_assets.engine.provider import EndpointOptions, EngineOptions
+from embed_assets.engine.providers import openai
+from embed_assets.engine.providers.openai import Pace
+from embed_assets.engine.space import EmbeddingSpace
+from embed_assets.errors import EmbeddingError, ModelError, SettingsError
+from embed_assets_tests.conftest import SAMPLE_MODEL, Project, resolve_space, topic
+from embed_assets_tests.engine.endpoint import RESET, Answer, Endpoint, serving
+
+MODEL = "openai:org/served"
+TEXTS = [f"text number {i} " + "word " * (i % 40) for i in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with serving() as found:
+        yield found
+
+
+def embedder_for(endpoint: Endpoint, budget: int = 256, patience: float = 20.0, **choice: Any) -> LocalEmbedder:
+    space = resolve_space(MODEL, endpoint=endpoint.url, **choice)
+    options = EndpointOptions(concurrency=3, batch_texts=8, patience_seconds=patience)
+    backend = openai.load(space, EngineOptions(endpoint=options))
+    endpoint.requests.clear()
+    endpoint.served.clear()
+    return LocalEmbedder(backend, space.tokenizer, space.max_seq_length, budget, backoff_seconds=0.001)
+
+
+def expected(endpoint: Endpoint, texts: list[str]) -> np.ndarray:
+    return np.stack([endpoint.vector(text) for text in texts])
+
+
+@pytest.mark.parametrize("knows_base64", [True, False], ids=["base64", "lists"])
+def test_vectors_are_the_servers_in_order_and_requests_are_bounded(endpoint: Endpoint, knows_base64: bool) -> None:
+    endpoint.knows_base64 = knows_base64
+    embedder = embedder_for(endpoint)
+    found = embedder.embed(TEXTS)
+    assert not found.rejected
+    assert np.allclose(found.vectors, expected(endpoint, TEXTS), atol=1e-6)
+    assert max(map(len, endpoint.requests)) == 8, "texts of a request"
+    counts = [sum(embedder._tokenizer.count(texts)) for texts in endpoint.requests if len(texts) > 1]
+    assert max(counts) <= 256, "tokens of a request"
+    assert sorted(endpoint.served) == sorted(TEXTS), "each text is sent once"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Answer(429, '{"error": {"message": "Rate limit reached"}}', {"Retry-After": "0.05"}),
+        Answer(429, "{}", {"retry-after-ms": "20"}),
+        Answer(503, "no healthy upstream"),
+        Answer(424, '{"error_type": "backend"}'),
+        Answer(200, "<html>a proxy's page</html>"),
+        Answer(200, '{"data": []}'),
+        RESET,
+    ],
+    ids=["429", "429 in ms", "503", "424", "no JSON", "no vectors", "reset"],
+)
+def test_what_passes_is_tried_again(endpoint: Endpoint, trouble: Answer) -> None:
+    embedder = embedder_for(endpoint)
+    endpoint.weather = lambda number: trouble if number in (0, 3, 4, 5) else None
+    found = embedder.embed(TEXTS)
+    assert not found.rejected
+    assert np.allclose(found.vectors, expected(endpoint, TEXTS), atol=1e-6)
+
+
+def test_a_server_that_stays_away_is_a_retryable_error_and_no_texts_fault(endpoint: Endpoint) -> None:
+    embedder = embedder_for(endpoint, patience=0.2)
+    endpoint.weather = lambda number: Answer(503)
+    with pytest.raises(
+        EmbeddingError, match=r"did not answer within 0 s of trying: HTTP 503.*EMBED_ENDPOINT"
+    ) as caught:
+        embedder.embed(TEXTS[:4])
+    assert caught.value.is_retryable
+
+
+def test_a_text_that_is_refused_is_found_and_the_others_are_embedded(endpoint: Endpoint) -> None:
+    embedder = embedder_for(endpoint)
+    endpoint.refused = "poison"
+    texts = [*TEXTS[:20], "a poison pill", *TEXTS[20:40]]
+    found = embedder.embed(texts)
+    assert list(found.rejected) == [20]
+    assert "maximum context length is 8 tokens" in found.rejected[20]
+    good = [i for i in range(41) if i != 20]
+    assert np.allclose(found.vectors[good], expected(endpoint, [texts[i] for i in good]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Answer(404, '{"error": {"message": "The model does not exist"}}'), "does not serve 'org/served': HTTP 404"),
+        (Answer(401, "{}"), "refuses access .*OPENAI_API_KEY is not set"),
+        (Answer(429, '{"error": {"code": "insufficient_quota"}}'), "has no quota left"),
+    ],
+)
+def test_what_no_waiting_ends_is_one_line_at_once(endpoint: Endpoint, answer: Answer, words: str) -> None:
+    endpoint.weather = lambda number: answer
+    with pytest.raises(ModelError, match=words):
+        embedder_for(endpoint)
+    assert len(endpoint.requests) == 1
+
+
+def test_the_key_comes_from_the_environment(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint.key = "sk-planted"
+    with pytest.raises(ModelError, match="is not set; put its key into OPENAI_API_KEY"):
+        embedder_for(endpoint)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    assert len(embedder_for(endpoint).embed(TEXTS[:3]).vectors) == 3
+
+
+def test_another_dimension_in_the_middle_is_an_error(endpoint: Endpoint) -> None:
+    embedder = embedder_for(endpoint)
+    endpoint.dimension = 12
+    with pytest.raises(ModelError, match=r"must all have 16 dimensions, .* gave one of 12"):
+        embedder.embed(TEXTS[:4])
+
+
+def test_truncated_vectors_have_unit_norm(endpoint: Endpoint) -> None:
+    found = embedder_for(endpoint, truncate_dim=5).embed(TEXTS[:3]).vectors
+    cut = expected(endpoint, TEXTS[:3])[:, :5]
+    assert np.allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(SettingsError, match="at most the model's 16 dimensions"):
+        embedder_for(endpoint, truncate_dim=17)
+
+
+PAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tei": ("/info", {"model_id": "org/model", "model_sha": "abc", "max_client_batch_size": 32}),
+    "vllm": ("/v1/models", {"data": [{"id": "other", "root": "x"}, {"id": "org/served", "root": "/models/m@1"}]}),
+    "ollama": ("/api/tags", {"models": [{"name": "org/served:latest", "digest": "abc"}]}),
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_the_servers_revision_is_part_of_the_space_and_its_place_is_not(endpoint: Endpoint, kind: str) -> None:
+    space = resolve_space(MODEL, endpoint=endpoint.url)
+    path, page = PAGES[kind]
+    endpoint.pages[path] = page
+    told = resolve_space(MODEL, endpoint=endpoint.url)
+    assert told.fingerprint != space.fingerprint
+    assert told.name.startswith("served-")
+    with serving(Endpoint(pages=dict(endpoint.pages))) as elsewhere:
+        assert resolve_space(MODEL, endpoint=elsewhere.url).fingerprint == told.fingerprint
+    endpoint.pages[path] = json.loads(json.dumps(page).replace("abc", "def").replace("m@1", "m@2"))
+    assert resolve_space(MODEL, endpoint=endpoint.url).fingerprint != told.fingerprint
+    with pytest.raises(ModelError, match="start again to embed with the new one"):
+        openai.load(told, EngineOptions())
+    assert resolve_space(MODEL, endpoint=endpoint.url, revision="mine").revision == "mine"
+
+
+def test_a_server_that_is_down_has_the_revision_that_it_told_last() -> None:
+    with serving(Endpoint(pages=dict(PAGES.values()))) as endpoint:
+        told = resolve_space(MODEL, endpoint=endpoint.url)
+    assert resolve_space(MODEL, endpoint=endpoint.url).fingerprint == told.fingerprint
+    with pytest.raises(ModelError, match="can't be asked which revision of 'org/other'"):
+        resolve_space("openai:org/other", endpoint=endpoint.url)
+    with pytest.raises(ModelError, match="can't be reached") as caught:
+        openai.load(told, EngineOptions())
+    assert caught.value.is_retryable
+
+
+def test_chunks_can_be_measured_by_the_served_models_own_tokenizer(
+    endpoint: Endpoint, sample_space: EmbeddingSpace
+) -> None:
+    space, words = resolve_space(f"{MODEL}+{SAMPLE_MODEL}", endpoint=endpoint.url), ["antidisestablishmentarianism"]
+    assert space.tokenizer.count(words) == sample_space.tokenizer.count(words)
+    assert (space.max_seq_length, space.tokenizer_hash) == (sample_space.max_seq_length, sample_space.tokenizer_hash)
+    assert space.name.startswith("served-")
+    assert space.fingerprint != resolve_space(MODEL, endpoint=endpoint.url).fingerprint
+
+
+def test_a_served_model_needs_an_endpoint() -> None:
+    with pytest.raises(SettingsError, match="got EMBED_MODEL='openai:org/served' and EMBED_ENDPOINT=''"):
+        resolve_space(MODEL)
+
+
+def test_limits_per_minute_space_requests_out() -> None:
+    now, slept = [0.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    pace = Pace(requests_per_minute=60, tokens_per_minute=600, clock=lambda: now[0], sleep=sleep)
+    for tokens in (1, 100, 1):
+        pace.wait(tokens)
+    assert slept == [1.0, 10.0], "a second per request, a tenth of one per token"
+    pace.pause(30)
+    pace.wait(1)
+    assert slept[-1] == 30.0
+
+
+def story(project: Project, name: str, **settings: str) -> list[tuple[int, int, int]]:
+    """Texts embedded, reused and dropped as a corpus lives: made, unchanged, edited, copied, deleted, back again."""
+    project.set(SOURCE=f"landing/{name}", LAKE=f"lakes/{name}", CHUNK_TOKENS="64", **settings)
+    counts: list[tuple[int, int, int]] = []
+    for change in ("", "", "edit", "copy", "delete", "back"):
+        if change in ("", "back"):
+            project.write(f"{name}/a/try.md", topic("try"))
+            project.write(f"{name}/b/while.md", topic("while"))
+        elif change == "edit":
+            project.write(f"{name}/a/try.md", topic("try") + "\n\nOne more paragraph.\n")
+        elif change == "copy":
+            project.write(f"{name}/a/copy.md", topic("try"))
+        else:
+            (project.landing / name / "b/while.md").unlink()
+        done = project.sync()
+        counts.append((done["embedded"], done["reused"], done["dropped"]))
+    return counts
+
+
+def test_syncs_reuse_as_with_a_model_here_and_survive_the_weather(project: Project) -> None:
+    troubles = (RESET, Answer(429, "", {"Retry-After": "0.01"}), Answer(502))
+
+    def weather(number: int) -> Answer | None:
+        return troubles[number // 4 % 3] if number % 4 == 1 else None
+
+    local = story(project, "local", MODEL="fake:16")
+    with serving(Endpoint(weather=weather)) as endpoint:
+        assert story(project, "served", MODEL=MODEL, ENDPOINT=endpoint.url, ENDPOINT_BATCH_TEXTS="4") == local
+        rows = project.rows("text", "embedding")
+        got = np.array([row["embedding"] for row in rows], np.float32)
+        assert len(got) > 10 and np.allclose(got, expected(endpoint, [row["text"] for row in rows]), atol=1e-6)
+        [best, *_] = project.json("search", rows[0]["text"])["results"]
+        assert best["text"] == rows[0]["text"]
+
+
+def test_a_killed_request_leaves_the_partition_to_the_next_run(project: Project) -> None:
+    """The server goes away in the middle: one partition fails, what was embedded is kept."""
+    stop = threading.Event()
+    with serving(Endpoint(weather=lambda number: Answer(400, "no") if stop.is_set() else None)) as endpoint:
+        project.set(MODEL=MODEL, ENDPOINT=endpoint.url, CHUNK_TOKENS="64")
+        project.write("a/try.md", topic("try"))
+        project.sync()
+        stop.set()
+        project.write("b/while.md", topic("while"))
+        failed = project.sync(exit_code=1)
+        assert "refused it: HTTP 400: no" in failed["partitions"]["b"]["error"]
+        assert failed["partitions"]["a"]["state"] == "fresh"
+        stop.clear()
+        assert project.sync()["partitions"]["b"]["state"] == "materialized"
