@@ -1,9 +1,9 @@
-# Everything runs from the virtual environment in .venv, made once from the pinned versions.
+# Everything runs from the virtual environment .venv, which is created once from the pinned versions.
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test ui check check-lowest bench torture clean
+.PHONY: install demo test test-all ui check check-lowest bench torture clean
 
 install: $(STAMP)
 
@@ -19,7 +19,12 @@ demo: install
 	@$(BIN)/embed-assets sync
 	@$(BIN)/embed-assets search "how do I handle an exception" -k 3
 
+# Tests every behaviour once, in minutes.
 test: install
+	$(BIN)/python -m pytest -m "not long"
+
+# Adds the long tests: clusters, daemons, servers, kills, many seeds. CI runs this.
+test-all: install
 	$(BIN)/python -m pytest
 
 check: install
@@ -28,7 +33,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 0 embed_assets_tests/test_architecture.py
 
-# The tests with the lowest versions that pyproject.toml allows: uv names them, pip installs them.
+# Runs the tests with the lowest versions that pyproject.toml allows: uv resolves them, pip installs them.
 LOWEST := .venv-lowest
 check-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)

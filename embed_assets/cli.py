@@ -1,4 +1,4 @@
-"""The command line: thin commands over the rooms. Results go to stdout, progress and errors to stderr."""
+"""The command line. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,31 +33,38 @@ from embed_assets.console import (
 from embed_assets.errors import SettingsError, UserError
 from embed_assets.settings import load_settings, local_path
 
+if TYPE_CHECKING:
+    from embed_assets.defs.sync import PartitionPlan, Plan
+    from embed_assets.engine.capacity import Capacity
+    from embed_assets.stages.pipeline import Pipeline
+
 _TUNING_CHUNKS = 192
+"""Chunks that `tune` embeds per budget: more make the measurement steadier, fewer make it faster."""
 _SHORT_TOKENS = 64
-"""Largest of the benchmark's short texts."""
+"""Longest of the benchmark's short texts, in tokens."""
 
 
 class HomePath(click.Path):
-    """A path that may begin with ``~``, which shells leave alone in quotes."""
+    """A path that may begin with ``~``, which shells do not expand in quotes."""
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (it fails for an unknown user)
+        path = super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (pathlib's raises for unknown users)
         return Path(os.fsdecode(path))
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a command found."""
+class CommandResult:
+    """The result of a command."""
 
     json: dict[str, object]
+    """The document that --json prints."""
     exit_code: int = 0
 
 
-def command(function: Callable[..., Answer]) -> click.Command:
-    """A sub-command with --json and --debug, whose user errors are one line and exit code 1.
+def command(function: Callable[..., CommandResult]) -> click.Command:
+    """Decorator: a sub-command with --json and --debug, which prints user errors as one line and exits with code 1.
 
-    The function prints tables itself when `as_json` is False.
+    The decorated function prints tables itself if `as_json` is False.
     """
 
     @functools.wraps(function)
@@ -65,14 +72,14 @@ def command(function: Callable[..., Answer]) -> click.Command:
         warnings.filterwarnings("default" if debug else "ignore")
         for name in ("dagster", "embed_assets"):
             logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
-        # What the engine refuses, retries or shrinks, and what a sync waits for, is everybody's business.
+        # Always show warnings about rejected texts, retries and smaller batches, and what a sync waits for.
         for name in ("embed_assets.engine", "embed_assets.lake", "embed_assets.defs.sync"):
-            heard = logging.getLogger(name)
-            heard.setLevel(logging.DEBUG if debug else logging.WARNING)
-            heard.handlers = [WarningLines()]
+            logger = logging.getLogger(name)
+            logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+            logger.handlers = [WarningLines()]
         try:
-            load_settings()  # for those commands too that need none: a misspelt one is never passed over
-            answer = function(as_json=as_json, **arguments)
+            load_settings()  # also for commands without settings, to report misspelt ones
+            result = function(as_json=as_json, **arguments)
         except UserError as error:
             if debug:
                 raise
@@ -81,11 +88,11 @@ def command(function: Callable[..., Answer]) -> click.Command:
                 click.echo(json.dumps({"error": str(error)}))
             sys.exit(1)
         except KeyboardInterrupt:
-            stderr.print("stopped; windows that were finished are kept and will be reused")
+            stderr.print("stopped; finished windows are kept and will be reused")
             sys.exit(130)
         if as_json:
-            click.echo(json.dumps(answer.json, ensure_ascii=False, indent=2))
-        sys.exit(answer.exit_code)
+            click.echo(json.dumps(result.json, ensure_ascii=False, indent=2))
+        sys.exit(result.exit_code)
 
     wrapper = click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else to stdout."
@@ -97,48 +104,48 @@ def command(function: Callable[..., Answer]) -> click.Command:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="embed-assets")
 def main() -> None:
-    """Keep a Delta table of embeddings in step with a corpus.
+    """Keep a Delta table of embeddings in sync with a corpus.
 
-    Settings are environment variables, EMBED_SOURCE, EMBED_LAKE, EMBED_MODEL and so on: see the README.
+    Settings are environment variables (EMBED_SOURCE, EMBED_LAKE, EMBED_MODEL, ...), described in the README.
     """
 
 
 @command
 @click.argument("folder", required=False, type=HomePath())
-def sample(as_json: bool, folder: Path | None) -> Answer:
+def sample(as_json: bool, folder: Path | None) -> CommandResult:
     """Write a small real corpus (the Python language reference) to FOLDER, by default EMBED_SOURCE."""
     from embed_assets.sample import write_sample
 
     source = load_settings().source
     folder = folder or local_path(source)
     if folder is None:
-        raise SettingsError(f"the sample needs a folder, EMBED_SOURCE={source!r} is none; name one: sample DIR")
+        raise SettingsError(f"the sample needs a local folder, got EMBED_SOURCE={source!r}; name one: sample DIR")
     counts = write_sample(folder)
     if not as_json:
         stdout.print(f"{sum(counts.values())} documents in {len(counts)} partitions under {folder}/", markup=False)
-    return Answer({"folder": str(folder), "documents": sum(counts.values()), "partitions": counts})
+    return CommandResult({"folder": str(folder), "documents": sum(counts.values()), "partitions": counts})
 
 
 @command
-def init(as_json: bool) -> Answer:
-    """Make the Dagster instance of this folder (or DAGSTER_HOME), or mend one that is half made.
+def init(as_json: bool) -> CommandResult:
+    """Create or repair the Dagster instance of this folder or of DAGSTER_HOME.
 
-    Every command does so by itself; this one is for what opens the instance without one, as `dagster dev`.
+    Every command does this itself; run it before programs that open the instance directly, such as `dagster dev`.
     """
     from embed_assets.defs.instance import open_instance
 
     with open_instance() as instance:
-        place = instance.root_directory
+        root = instance.root_directory
     if not as_json:
-        stdout.print(f"the Dagster instance in {place} is ready", markup=False)
-    return Answer({"instance": place})
+        stdout.print(f"the Dagster instance in {root} is ready", markup=False)
+    return CommandResult({"instance": root})
 
 
 @command
-def discover(as_json: bool) -> Answer:
-    """List the source, register its partitions, and record which of them changed."""
+def discover(as_json: bool) -> CommandResult:
+    """List the source, register its partitions, and record which ones changed."""
     from embed_assets.defs.discovery import discover as discover_partitions
-    from embed_assets.defs.discovery import with_gone_ones
+    from embed_assets.defs.discovery import with_emptied_partitions
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.names import Names
     from embed_assets.defs.staleness import load_history
@@ -147,7 +154,7 @@ def discover(as_json: bool) -> Answer:
     pipeline.lake.check_owner()
     with open_instance() as instance:
         listing = pipeline.corpus.source.listing()
-        partitions = with_gone_ones(instance, listing.partitions, Names.of(pipeline))
+        partitions = with_emptied_partitions(instance, listing.partitions, Names.of(pipeline))
         found = discover_partitions(instance, partitions, load_history(instance, pipeline))
     if not as_json:
         print_names("new", found.added)
@@ -157,29 +164,27 @@ def discover(as_json: bool) -> Answer:
         print_hidden(listing.hidden)
     files = {key: len(partition.files) for key, partition in sorted(found.partitions.items())}
     changes = {"added": found.added, "changed": found.changed, "emptied": found.emptied}
-    return Answer({"partitions": files, **changes, "hidden": list(listing.hidden)})
+    return CommandResult({"partitions": files, **changes, "hidden": list(listing.hidden)})
 
 
 @command
+@click.option("--count", is_flag=True, help="Also read and chunk, to count chunks and tokens and estimate the time.")
+@click.option("--device", metavar="NAME", help="With --count: estimate for T4, L4, A10, A10G, A100, H100 or CPU.")
 @click.option(
-    "--count", is_flag=True, help="Also count chunks and tokens and estimate the time, by reading and splitting."
+    "--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Number of devices (CPU: cores)."
 )
-@click.option("--device", metavar="NAME", help="With --count: what it takes on T4, L4, A10, A10G, A100, H100 or CPU.")
-@click.option(
-    "--devices", default=1, show_default=True, type=click.IntRange(min=1), help="How many of them (CPU: cores)."
-)
-@click.option("--price", type=click.FloatRange(min=0), help="Of one of them for an hour, in any currency.")
-def plan(as_json: bool, count: bool, device: str | None, devices: int, price: float | None) -> Answer:
+@click.option("--price", type=click.FloatRange(min=0), help="Price of one device per hour, in any currency.")
+def plan(as_json: bool, count: bool, device: str | None, devices: int, price: float | None) -> CommandResult:
     """Show what is missing or stale, why, and (with --count) what it will cost. Changes nothing."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import make_plan
 
     if device is None and (price is not None or devices != 1):
-        raise SettingsError("--devices and --price are about a device, got none; name it with --device")
+        raise SettingsError("--devices and --price need a device, got none; name it with --device")
     if device is not None and not count:
-        raise SettingsError(f"--device needs the tokens to be counted, got --device {device} alone; add --count")
+        raise SettingsError(f"--device needs counted tokens, got --device {device} alone; add --count")
     pipeline = _pipeline()
-    with open_instance() as instance, stderr.status("reading, splitting and counting" if count else "planning"):
+    with open_instance() as instance, stderr.status("reading, chunking and counting" if count else "planning"):
         made = make_plan(instance, pipeline, count)
     rows, seconds = [_plan_row(p) for p in made.partitions], made.estimated_seconds
     capacity = None if device is None else _capacity(pipeline, made, device, devices, price)
@@ -191,15 +196,13 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
         answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}
     if capacity is not None:
         answer["capacity"] = asdict(capacity)
-    return Answer(answer)
+    return CommandResult(answer)
 
 
 @command
-@click.option(
-    "--partition", "partitions", multiple=True, metavar="KEY", help="Only this partition; can be given again."
-)
-@click.option("--allow-empty", is_flag=True, help="Drop everything if the source has no file any more.")
-def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
+@click.option("--partition", "partitions", multiple=True, metavar="KEY", help="Only this partition; may be repeated.")
+@click.option("--allow-empty", is_flag=True, help="Drop everything if the source is empty.")
+def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> CommandResult:
     """Discover, then materialize what is missing or stale. Exits 1 if any partition failed."""
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
@@ -208,11 +211,11 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
 
     pipeline = _pipeline()
     if not pipeline.model.is_calibrated:
-        with stderr.status("quantizing the model to int8 on a sample of the documents, once"):
+        with stderr.status("quantizing the model to int8 once, on a sample of the documents"):
             pipeline = pipeline.calibrated()
-    # Only the answer goes to stdout, whatever libraries print meanwhile.
-    aside = contextlib.redirect_stdout(sys.stderr)
-    with open_instance() as instance, ConsoleSink(stderr) as sink, aside:
+    # Keep stdout for the result: redirect whatever libraries print.
+    redirected = contextlib.redirect_stdout(sys.stderr)
+    with open_instance() as instance, ConsoleSink(stderr) as sink, redirected:
         build = functools.partial(definitions_over, pipeline)
         result = run_sync(instance, pipeline, build, sink, partitions, allow_empty)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
@@ -223,13 +226,13 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Answer:
         stderr.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
     rows: dict[str, object] = {key: r.as_json() for key, r in result.partitions.items()}
     answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.model.space.name}
-    return Answer(answer | {"hidden": list(result.hidden)}, exit_code=int(bool(result.failed)))
+    return CommandResult(answer | {"hidden": list(result.hidden)}, exit_code=int(bool(result.failed)))
 
 
 @command
 @click.argument("key")
-def forget(as_json: bool, key: str) -> Answer:
-    """Drop the partition KEY, whose files are gone: its rows in every table, and its key in Dagster."""
+def forget(as_json: bool, key: str) -> CommandResult:
+    """Forget partition KEY, whose files are gone: delete its rows from every table and its key from Dagster."""
     from embed_assets.defs.forget import forget as forget_partition
     from embed_assets.defs.instance import open_instance
 
@@ -237,26 +240,26 @@ def forget(as_json: bool, key: str) -> Answer:
     with open_instance() as instance:
         emptied = forget_partition(instance, pipeline, key)
     if not as_json:
-        stdout.print(f"{key}: forgotten, its rows removed from {emptied} tables", markup=False)
-    return Answer({"partition_key": key, "tables": emptied})
+        stdout.print(f"{key}: forgotten, rows deleted from {emptied} tables", markup=False)
+    return CommandResult({"partition_key": key, "tables": emptied})
 
 
 @command
-def adopt(as_json: bool) -> Answer:
-    """Hand the lake over to EMBED_SOURCE and EMBED_NAME_PREFIX: for documents that moved to another place."""
+def adopt(as_json: bool) -> CommandResult:
+    """Assign the lake to the current EMBED_SOURCE and EMBED_NAME_PREFIX, after the documents moved."""
     pipeline = _pipeline()
     was_foreign = pipeline.lake.adopt()
     if not as_json:
-        told = "now belongs" if was_foreign else "has no tables yet, or already belonged,"
-        stdout.print(f"the lake {pipeline.lake.root} {told} to {pipeline.lake.owner}", markup=False)
-    return Answer({"lake": pipeline.lake.root, "source": pipeline.corpus.source.root, "adopted": was_foreign})
+        change = "now belongs" if was_foreign else "has no tables yet, or already belonged,"
+        stdout.print(f"the lake {pipeline.lake.root} {change} to {pipeline.lake.owner}", markup=False)
+    return CommandResult({"lake": pipeline.lake.root, "source": pipeline.corpus.source.root, "adopted": was_foreign})
 
 
 @command
 @click.argument("query")
-@click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="How many results.")
-def search(as_json: bool, query: str, k: int) -> Answer:
-    """Find the chunks nearest to QUERY, exactly, by cosine similarity."""
+@click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Number of results.")
+def search(as_json: bool, query: str, k: int) -> CommandResult:
+    """Find the chunks nearest to QUERY by cosine similarity, with an exact search."""
     from embed_assets.lake.search import search as search_table
     from embed_assets.lake.snapshot import Snapshot
 
@@ -273,13 +276,13 @@ def search(as_json: bool, query: str, k: int) -> Answer:
                 soft_wrap=True,
             )
             stdout.print("       " + " ".join(result.text.split())[:160], markup=False, soft_wrap=True)
-    return Answer({"results": [asdict(result) for result in results]})
+    return CommandResult({"results": [asdict(result) for result in results]})
 
 
 @command
-@click.option("--repair", is_flag=True, help="Mark the damaged partitions stale, so that the next sync mends them.")
-def verify(as_json: bool, repair: bool) -> Answer:
-    """Check that every chunk has exactly one good vector, for its current text. Exits 1 if not."""
+@click.option("--repair", is_flag=True, help="Mark damaged partitions stale, so that the next sync rebuilds them.")
+def verify(as_json: bool, repair: bool) -> CommandResult:
+    """Check that every chunk has exactly one valid vector of its current text. Exits 1 if not."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.names import Names
     from embed_assets.defs.repair import mark_for_repair
@@ -303,7 +306,7 @@ def verify(as_json: bool, repair: bool) -> Answer:
             )
         advice = "marked stale, run 'embed-assets sync'" if repair else "run 'embed-assets verify --repair'"
         stdout.print(f"{len(found)} partitions checked, {len(damaged)} damaged" + (f": {advice}" if damaged else ""))
-    return Answer(
+    return CommandResult(
         {
             "ok": not damaged,
             "checked": len(found),
@@ -315,12 +318,12 @@ def verify(as_json: bool, repair: bool) -> Answer:
 
 
 @command
-@click.option("--dry-run", is_flag=True, help="Only show what there is to do.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @click.option(
     "--remove-space", "spaces", multiple=True, metavar="NAME", help="Also remove the table of this unused space."
 )
-def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> Answer:
-    """Compact, vacuum and checkpoint the tables, and sweep what killed runs left. Other runs may be at work."""
+def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> CommandResult:
+    """Compact, vacuum and checkpoint the tables, and remove files that killed runs left. Safe during other runs."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.maintenance_job import retention
     from embed_assets.lake.maintenance import maintain as maintain_lake
@@ -333,14 +336,14 @@ def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> Answer:
         )
     if not as_json:
         print_maintenance(done, dry_run)
-    return Answer({"dry_run": dry_run, **asdict(done)}, exit_code=int(bool(done.failed)))
+    return CommandResult({"dry_run": dry_run, **asdict(done)}, exit_code=int(bool(done.failed)))
 
 
 @command
 @click.argument("folder", required=False, type=HomePath(exists=True, file_okay=False))
-@click.option("--png", default="tuning.png", show_default=True, type=HomePath(), help="The picture.")
-def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
-    """Find the fastest library and token budget on this machine, and remember them.
+@click.option("--png", default="tuning.png", show_default=True, type=HomePath(), help="File of the plot.")
+def tune(as_json: bool, folder: Path | None, png: Path) -> CommandResult:
+    """Find and save the fastest library and token budget on this machine.
 
     Measures on chunks of the documents in FOLDER, by default the sample corpus.
     """
@@ -360,18 +363,22 @@ def tune(as_json: bool, folder: Path | None, png: Path) -> Answer:
         plot_tuning(found, f"{pipeline.model.space.name}, {pipeline.model.engine.info.precision}", png)
     if not as_json:
         print_tuning(found)
-        told = f"picture in {png}" if can_plot() else "no picture: pip install 'embed-assets[plots]'"
-        stdout.print(f"{len(texts):,} chunks measured; {told}; later runs use this", markup=False)
+        plot = f"plot in {png}" if can_plot() else "no plot: pip install 'embed-assets[plots]'"
+        stdout.print(f"{len(texts):,} chunks measured; {plot}; later runs use this result", markup=False)
     answer = asdict(found) | {"png": str(png) if can_plot() else None, "space": pipeline.model.space.name}
-    return Answer(answer)
+    return CommandResult(answer)
 
 
 @command
 @click.argument("folder", required=False, type=HomePath(exists=True, file_okay=False))
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Medians are over so many.")
-@click.option("--chunks", default=192, show_default=True, type=click.IntRange(min=8), help="Long chunks to embed.")
-def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> Answer:
-    """Compare the engine with SentenceTransformer.encode, speed and vectors, on the CPU.
+@click.option(
+    "--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds to take the median of."
+)
+@click.option(
+    "--chunks", default=192, show_default=True, type=click.IntRange(min=8), help="Number of long chunks to embed."
+)
+def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> CommandResult:
+    """Compare speed and vectors of the engine with SentenceTransformer.encode, on the CPU.
 
     Embeds long chunks, short texts and a mixed set of the documents in FOLDER, by default the sample corpus.
     """
@@ -383,18 +390,18 @@ def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> A
         report = run_benchmark(pipeline.model.float_space, sets, rounds, status.update)
     if not as_json:
         print_benchmark(report)
-    return Answer(asdict(report))
+    return CommandResult(asdict(report))
 
 
-def _pipeline() -> Any:
+def _pipeline() -> Pipeline:
     from embed_assets.stages.pipeline import Pipeline
 
     return Pipeline.from_settings(load_settings())
 
 
 @contextlib.contextmanager
-def _pipeline_over(folder: Path | None, **settings: str) -> Iterator[Any]:
-    """The stages over the documents in a folder, or over the sample corpus."""
+def _pipeline_over(folder: Path | None, **settings: str) -> Iterator[Pipeline]:
+    """A pipeline over the documents in `folder`, or over the sample corpus if it is None."""
     from embed_assets.sample import write_sample
     from embed_assets.stages.pipeline import Pipeline
 
@@ -405,17 +412,18 @@ def _pipeline_over(folder: Path | None, **settings: str) -> Iterator[Any]:
         yield Pipeline.from_settings(source)
 
 
-def _capacity(pipeline: Any, made: Any, device: str, devices: int, price: float | None) -> Any:
-    """What the counted texts take on a device."""
+def _capacity(pipeline: Pipeline, plan: Plan, device: str, devices: int, price: float | None) -> Capacity:
+    """Estimate the time and cost of embedding the counted texts on a device."""
     from embed_assets.engine.capacity import cost_of_space, estimate_capacity
 
-    estimates = [p.estimate for p in made.partitions if p.estimate is not None]
+    estimates = [p.estimate for p in plan.partitions if p.estimate is not None]
     tokens, texts = sum(e.tokens for e in estimates), sum(e.to_embed for e in estimates)
     cost, precision = cost_of_space(pipeline.model.float_space), pipeline.settings.precision
     return estimate_capacity(cost, tokens, tokens / max(1, texts), device, precision, devices, price)
 
 
-def _plan_row(plan: Any) -> dict[str, Any]:
+def _plan_row(plan: PartitionPlan) -> dict[str, Any]:
+    """A partition of the plan as JSON."""
     row: dict[str, Any] = {
         "partition_key": plan.partition.key,
         "assets": {name: {"state": s.state, "reasons": list(s.reasons)} for name, s in plan.statuses.items()},

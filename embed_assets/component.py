@@ -1,6 +1,6 @@
-"""The corpus as a Dagster component: a few lines of YAML instead of Python.
+"""A Dagster component that defines a corpus in a few lines of YAML instead of Python.
 
-In a project of `dg`, a folder under `defs/` with a `defs.yaml`:
+Example of a `defs.yaml`, in a folder under `defs/` of a `dg` project:
 
     type: embed_assets.component.EmbeddedCorpus
     attributes:
@@ -9,7 +9,7 @@ In a project of `dg`, a folder under `defs/` with a `defs.yaml`:
       lake: s3://bucket/lakes/handbook
       settings: {model: BAAI/bge-small-en-v1.5}
 """
-# No postponed annotations here: Dagster makes the YAML's schema of them.
+# No `from __future__ import annotations`: Dagster builds the schema of the YAML from the annotations.
 
 import functools
 from typing import Any
@@ -23,9 +23,9 @@ from embed_assets.spelling import did_you_mean
 
 
 class EmbeddedCorpus(dg.Component, dg.Model, dg.Resolvable):
-    """Keeps a Delta table of embeddings in step with a corpus.
+    """Keeps a Delta table of embeddings in sync with a corpus.
 
-    What is not given comes from the environment.
+    Settings that are not given come from the environment.
     """
 
     source: str
@@ -33,26 +33,26 @@ class EmbeddedCorpus(dg.Component, dg.Model, dg.Resolvable):
     lake: str
     """Folder or URL of the Delta tables; each corpus needs one of its own."""
     name_prefix: str = ""
-    """Put before the assets' names: one corpus of several."""
+    """Prefix of the assets' names; tells several corpora apart."""
     settings: dict[str, Any] = {}  # noqa: RUF012 (a pydantic field)
-    """All other settings, by their names in lower case: `model`, `partition_by`, `chunk_tokens`, ..."""
+    """All other settings, by their lower-case names: `model`, `partition_by`, `chunk_tokens`, ..."""
 
     @classmethod
     @functools.cache
     def model(cls) -> type[BaseModel]:
-        """The schema of the YAML. A name that it does not have is told with the one that was meant."""
+        """The schema of the YAML. For an unknown attribute, its error suggests the name that was probably meant."""
         known = super().model()
 
         def check(values: object) -> object:
             for name in set(values) - set(known.model_fields) if isinstance(values, dict) else ():
                 meant = did_you_mean(name, known.model_fields)
-                raise ValueError(f"{name!r} is no attribute of EmbeddedCorpus{meant}; correct or remove it")
+                raise ValueError(f"{name!r} is not an attribute of EmbeddedCorpus{meant}; correct or remove it")
             return values
 
         validators: dict[str, Any] = {"check": model_validator(mode="before")(check)}
         return create_model(known.__name__, __base__=known, __validators__=validators)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Assets, checks and sensors of the corpus. Raises ``SettingsError`` or ``ModelError``."""
+        """Build the definitions of the corpus. Raises ``SettingsError`` or ``ModelError``."""
         given = {"source": self.source, "lake": self.lake, "name_prefix": self.name_prefix, **self.settings}
         return build_definitions(load_settings(**given))

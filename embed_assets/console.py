@@ -1,4 +1,4 @@
-"""What people see: tables on stdout, everything else on stderr."""
+"""Prints the results of commands as tables on stdout, and errors and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from embed_assets.lake.maintenance import Maintenance
 
 _WIDTH_OF_PIPES = 200
+"""Columns when the output is no terminal: fewer fold long reasons, more make wide logs."""
 
 
 def _console(is_stderr: bool = False) -> Console:
@@ -28,7 +29,7 @@ stdout = _console()
 
 
 class WarningLines(logging.Handler):
-    """Prints what the engine refuses, retries or shrinks, a line each."""
+    """Logging handler that prints each record as one line on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stderr.print(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow", markup=False, soft_wrap=True)
@@ -37,7 +38,7 @@ class WarningLines(logging.Handler):
 def print_plan(
     rows: Sequence[dict[str, Any]], count: bool, seconds: float | None, capacity: Capacity | None = None
 ) -> None:
-    """The rows of `plan --json` as a table, with numbers if they were counted."""
+    """Print the rows of `plan --json` as a table, with counts and `seconds` of the model if `count` is set."""
     counts = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens") if count else ()
     shown = _table("partition", "state", "why", numbers=[name.removeprefix("chunks_") for name in counts])
     for row in rows:
@@ -61,18 +62,18 @@ def print_plan(
 
 
 def _print_capacity(capacity: Capacity) -> None:
-    """What it takes on a device, in words."""
+    """Print time, cost and speed on a device as a sentence."""
     rate = capacity.price_per_hour
     price = "" if capacity.cost is None else f", cost {capacity.cost:,.2f} at {rate:g} per device hour"
     stdout.print(
         f"on {capacity.devices} x {capacity.device} ({capacity.about}): {_span(capacity.hours)}, "
-        f"{_hours(capacity.device_hours)} device hours{price}; the model's work alone, "
+        f"{_hours(capacity.device_hours)} device hours{price}; for the model alone, "
         f"estimated at {capacity.tokens_per_second:,.0f} tokens/s each",
         markup=False,
         soft_wrap=True,
     )
     if capacity.runs > 1:
-        stdout.print(f"to read and chunk as fast as that takes {capacity.runs} runs at a time", soft_wrap=True)
+        stdout.print(f"reading and chunking at that speed takes {capacity.runs} runs at a time", soft_wrap=True)
 
 
 def _hours(hours: float) -> str:
@@ -86,7 +87,7 @@ def _span(hours: float) -> str:
 
 
 def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds: float) -> None:
-    """The partitions of `sync --json` as a table; errors go to stderr."""
+    """Print the partitions of `sync --json` as a table, and their errors on stderr."""
     names = ("documents", "rejected", "chunks", "embedded", "reused", "dropped")
     shown = _table("partition", "state", numbers=names)
     for key, row in rows.items():
@@ -105,7 +106,7 @@ def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds:
 
 
 def print_hidden(names: Sequence[str]) -> None:
-    """What is left out of the source, in one line."""
+    """Print the number and first names of hidden files that were skipped; nothing if there are none."""
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         stdout.print(
@@ -116,7 +117,7 @@ def print_hidden(names: Sequence[str]) -> None:
 
 
 def print_maintenance(done: Maintenance, dry_run: bool) -> None:
-    """What `maintain` did, or would do; errors go to stderr."""
+    """Print what `maintain` did, or would do with `dry_run`; errors and warnings go to stderr."""
     shown = _table("table", numbers=("small files", "of partitions", "to vacuum", "commits to checkpoint", "windows"))
     for work in done.tables:
         counts = (
@@ -129,22 +130,22 @@ def print_maintenance(done: Maintenance, dry_run: bool) -> None:
         shown.add_row(escape(work.table), *(f"{count:,}" for count in counts))
     stdout.print(shown)
     if done.abandoned_files:
-        stdout.print(f"{len(done.abandoned_files)} files that killed processes left unfinished", markup=False)
+        stdout.print(f"{len(done.abandoned_files)} unfinished files of killed processes", markup=False)
     for space in done.spaces:
         stdout.print(f"space {space.name}: {space.bytes / 1e6:,.1f} MB, {done.use_of(space)}", markup=False)
-    told = "nothing was changed" if dry_run else "done"
-    stdout.print(f"{told}; files of the last {done.retention_hours:,.0f} hours are kept", markup=False)
+    status = "nothing was changed" if dry_run else "done"
+    stdout.print(f"{status}; files of the last {done.retention_hours:,.0f} hours are kept", markup=False)
     for work in done.tables:
         if work.left_alone:
             stderr.print(
-                f"warning: {work.table}: {work.left_alone} partitions were not compacted, others write to them"
+                f"warning: {work.table}: {work.left_alone} partitions were not compacted, other runs write to them"
             )
         if work.error:
             stderr.print(f"error: {work.error}", style="red", markup=False, soft_wrap=True)
 
 
 def print_tuning(tuning: Tuning) -> None:
-    """What fits the device's memory, the sweep of each library, and the sweet spot."""
+    """Print what fits the device's memory, each library's sweep of token budgets, and the sweet spot."""
     memory = _table(
         "library", numbers=("weights and the rest", "per token", "free", "batches at once", "fits (tokens)")
     )
@@ -175,7 +176,7 @@ def print_tuning(tuning: Tuning) -> None:
 
 
 def print_benchmark(report: Report) -> None:
-    """A table per set of texts."""
+    """Print a benchmark report, with one table per set of texts."""
     stdout.print(f"{report.model} on {report.device}, medians of {report.rounds} interleaved rounds", markup=False)
     stdout.print(f"float32 matrix product: {report.ceiling_gflops:,.0f} GFLOP/s")
     numbers = ("tokens/s", "x encode", "x best encode", "least cosine", "mean cosine", "GFLOP/s", "of ceiling")
@@ -212,7 +213,7 @@ def _table(*texts: str, numbers: Iterable[str] = ()) -> Table:
 
 
 def print_names(label: str, names: Sequence[str]) -> None:
-    """A line per name, twenty at the most."""
+    """Print a line per name, for the first twenty."""
     for name in names[:20]:
         stdout.print(f"{label}: {name}", markup=False)
     if len(names) > 20:
@@ -220,5 +221,5 @@ def print_names(label: str, names: Sequence[str]) -> None:
 
 
 def escape(text: str) -> str:
-    """Text from elsewhere, safe to print where markup is read."""
+    """Escape text for output in which Rich interprets markup."""
     return text.replace("[", r"\[")

@@ -1,4 +1,4 @@
-"""The page: everything Dagster gets to see, in one place."""
+"""Builds the Dagster definitions: assets, checks, sensors, jobs and executor."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from embed_assets.stages.pipeline import Pipeline
 def build_definitions(
     settings: Settings, observer: RunObserver | None = None, resources: Mapping[str, object] | None = None
 ) -> dg.Definitions:
-    """The definitions over `settings`; progress goes to `observer`, or else to the runs' logs.
+    """Build the definitions for `settings`; progress goes to `observer`, or by default to the runs' logs.
 
-    The step asks for `resources` before it begins: what is to be there for it, as a connection to a Ray cluster.
+    Dagster initializes `resources`, such as a connection to a Ray cluster, before the step starts. To put several
+    corpora into one code location, give each its own ``name_prefix`` and ``lake`` and use ``Definitions.merge``.
 
-    Several of them, with different ``name_prefix`` and ``lake``, go into one code location by ``Definitions.merge``.
-    Resolves the model's files, loads no model, and touches neither source nor lake (but for an int8 model, which is
-    kept there). Raises ``SettingsError`` or ``ModelError``.
+    Resolves the model's files without loading the model, and reads neither source nor lake, except for an int8 model,
+    which is stored in the lake. Raises ``SettingsError`` or ``ModelError``.
     """
     return definitions_over(Pipeline.from_settings(settings), observer, resources=resources)
 
@@ -40,9 +40,12 @@ def definitions_over(
     retries: dg.RetryPolicy = RETRIES,
     resources: Mapping[str, object] | None = None,
 ) -> dg.Definitions:
-    """The definitions over a pipeline that exists already; `retries` is for what may pass."""
+    """Build the definitions over an existing pipeline; `retries` applies to transient errors of the step.
+
+    `observer` and `resources` are those of `build_definitions`.
+    """
     with warnings.catch_warnings():
-        # That parts of Dagster are new is known, and held by tests: no news for whoever loads this.
+        # The tests cover the beta and preview features that are used here: importing this module should not warn.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         corpus = build_corpus_assets(pipeline, observer, retries, set(resources or ()))
@@ -58,11 +61,11 @@ def definitions_over(
 
 
 def __getattr__(name: str) -> dg.Definitions:
-    """`defs`, made when Dagster asks for it: whoever imports `build_definitions` needs no environment."""
+    """Build `defs` from the environment on first access, so that importing `build_definitions` needs no settings."""
     if name != "defs":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()["defs"] = made = build_definitions(load_settings())
-    return made
+    globals()["defs"] = definitions = build_definitions(load_settings())
+    return definitions
 
 
 def __dir__() -> list[str]:

@@ -1,15 +1,15 @@
-"""What goes wrong for reasons a user can mend.
+"""Exceptions for errors that a user can fix, and hiding of secrets in their messages.
 
-UserError                 anything below; the command line prints its one line, without a traceback
+UserError                 base class; the command line prints it as one line without a traceback
 ├── SettingsError         a setting is missing, malformed or contradicts another one
 ├── SourceError           the corpus can't be listed
 ├── ModelError            the model can't be found, is not what it claims to be, or may not be loaded
 ├── EmbeddingError        the model gave no usable vector for a text
-├── LakeError             the tables can't be read or written, or hold something else than expected
-│   └── SupersededError   another run wrote newer rows of the same partition meanwhile
+├── LakeError             the tables can't be read or written, or hold unexpected data
+│   └── SupersededError   another run wrote newer rows of the same partition in the meantime
 └── PartitionError        a partition that does not exist, or could not be materialized
 
-Every message says the rule, the actual value, the item it is about and the next step, on one line.
+Every message states, on one line, the rule, the actual value, the item it concerns and the next step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from collections.abc import Iterator
 _SECRET_NAME = re.compile(r"secret|passw|token|access_?key|account_?key|api_?key|sas|credential|connection", re.I)
 _LOGIN_IN_URL = re.compile(r"(://)[^/\s@'\"]*:[^/\s@'\"]*@")
 _SHORTEST_SECRET = 6
+"""Characters: hiding shorter values would garble unrelated words of a message."""
 
 
 def hide_secrets(text: str) -> str:
-    """The text without what the environment has as credentials, and without logins in URLs.
+    """Replace credentials of the environment, and logins in URLs, by ``***``.
 
-    No library should put them into its messages; here they end up in logs that many can read.
+    Libraries may include them in error messages, which end up in logs that many people can read.
     """
     for secret in _secrets():
         text = text.replace(secret, "***")
@@ -40,12 +41,12 @@ def _secrets() -> list[str]:
     for name in ("EMBED_LAKE_OPTIONS", "EMBED_SOURCE_OPTIONS"):
         with contextlib.suppress(ValueError):
             found.update(_secrets_in(json.loads(os.environ.get(name, "{}"))))
-    # The longest first: one may be part of another.
+    # Longest first, because one secret may be part of another.
     return sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
 def _secrets_in(options: object, is_secret: bool = False) -> Iterator[str]:
-    """The values, however deep, below keys that sound like a credential's."""
+    """Yield all values, at any depth, below keys that look like names of credentials."""
     if isinstance(options, dict):
         for key, value in options.items():
             yield from _secrets_in(value, is_secret or bool(_SECRET_NAME.search(key)))
@@ -57,12 +58,12 @@ def _secrets_in(options: object, is_secret: bool = False) -> Iterator[str]:
 
 
 class UserError(Exception):
-    """Base of all errors whose message is meant for the person at the keyboard."""
+    """Base of all errors whose message is meant for the user."""
 
     def __init__(self, message: str, is_retryable: bool = False) -> None:
         super().__init__(hide_secrets(message))
         self.is_retryable = is_retryable
-        """Trying again later may help."""
+        """Whether the error is transient, so that trying again later may help."""
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
@@ -85,11 +86,11 @@ class EmbeddingError(UserError):
 
 
 class LakeError(UserError):
-    """The tables can't be read or written, or hold something else than expected."""
+    """The tables can't be read or written, or hold unexpected data."""
 
 
 class SupersededError(LakeError):
-    """Another run replaced what this one had read, or wrote newer rows; this run's rows were not written."""
+    """Another run replaced the rows that this run had read, or wrote newer ones; this run's rows were not written."""
 
 
 class PartitionError(UserError):
@@ -97,7 +98,7 @@ class PartitionError(UserError):
 
 
 def is_retryable(error: Exception) -> bool:
-    """Whether trying again later may help: a store that hiccups or a device that was lost, not a wrong value."""
+    """Whether an error is transient, such as an unavailable store or a lost device, as opposed to a wrong value."""
     if isinstance(error, UserError):
         return error.is_retryable
     return isinstance(error, OSError | RuntimeError | MemoryError)

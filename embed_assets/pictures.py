@@ -1,6 +1,6 @@
-"""Small pictures for a page of Markdown, as PNG: how long the chunks are, and where the vectors lie.
+"""Draws small PNG pictures for Markdown: a histogram of chunk lengths and a map of vectors.
 
-Drawn with Pillow, which takes a hundredth of a second; a plotting library takes ten times that, per partition.
+Pillow draws one in about 10 ms; a plotting library takes ten times as long, for every partition.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _WIDTH, _HEIGHT = 460, 190
+"""Size of a picture, in units of the layout."""
 _SCALE = 1.5
 """Pixels per unit of the layout."""
 _INK, _FAINT, _BAR, _LIMIT = "#374151", "#9ca3af", "#6366f1", "#dc2626"
 _COLORS = ("#4f46e5", "#059669", "#d97706", "#db2777", "#0891b2", "#65a30d", "#7c3aed", "#b91c1c")
 _PLOT = (44, 10, 330, 160)
-"""Left, top, right and bottom of the plot; to the right of it is the legend."""
+"""Left, top, right and bottom of the plot, in units of the layout; the legend is to the right of it."""
 _LABEL_CHARACTERS = 19
+"""Longest label that fits to the right of the plot."""
 
 
 def draw_token_lengths(token_counts: Sequence[int], max_tokens: int) -> str:
-    """A histogram of the chunks' lengths in tokens, with what fits the model as a line."""
+    """Draw a histogram of chunk lengths in tokens, with a line at `max_tokens`; returns a Markdown image."""
     canvas = _Canvas()
     left, top, right, bottom = _PLOT
     widest = max(max_tokens, *token_counts)
@@ -40,14 +42,17 @@ def draw_token_lengths(token_counts: Sequence[int], max_tokens: int) -> str:
     canvas.text(left - 4, bottom - 12, "0", anchor="ra")
     limit = left + (right - left) * max_tokens / widest
     canvas.line(limit, top, limit, bottom, _LIMIT)
-    known = f"{len(token_counts):,} chunks", f"median {int(np.median(token_counts)):,}", f"line: {max_tokens:,} fit"
-    for i, line in enumerate(known):
+    legend = f"{len(token_counts):,} chunks", f"median {int(np.median(token_counts)):,}", f"line: {max_tokens:,} fit"
+    for i, line in enumerate(legend):
         canvas.text(right + 12, top + 16 * i, line, _LIMIT if i == 2 else _INK)
     return canvas.as_markdown("token lengths of the chunks")
 
 
 def draw_map(vectors: np.ndarray, documents: Sequence[str]) -> str:
-    """Vectors, float32 of shape (n, dimension), on their two principal axes, colored by document."""
+    """Draw vectors on their two principal axes, colored by document; returns a Markdown image.
+
+    `vectors` has shape (n, dimension), and `documents` the document of each vector.
+    """
     canvas = _Canvas()
     left, top, right, bottom = _PLOT
     flat = _flatten(vectors)
@@ -67,7 +72,7 @@ def draw_map(vectors: np.ndarray, documents: Sequence[str]) -> str:
 
 
 def _flatten(vectors: np.ndarray) -> np.ndarray:
-    """The two principal coordinates, shape (n, 2)."""
+    """Project vectors onto their two principal axes: shape (n, 2)."""
     centered = vectors - vectors.mean(axis=0)
     axes = np.linalg.svd(centered, full_matrices=False)[2][:2]
     flat = np.zeros((len(vectors), 2))
@@ -76,7 +81,7 @@ def _flatten(vectors: np.ndarray) -> np.ndarray:
 
 
 class _Canvas:
-    """A white picture."""
+    """A white picture with drawing methods in units of the layout."""
 
     def __init__(self) -> None:
         self._image = Image.new("RGB", (int(_WIDTH * _SCALE), int(_HEIGHT * _SCALE)), "white")
@@ -93,14 +98,14 @@ class _Canvas:
         self._draw.ellipse([(v + d) * _SCALE for d in (-2.5, 2.5) for v in (x, y)], fill=color)
 
     def text(self, x: float, y: float, text: str, color: str = _INK, anchor: str = "la") -> None:
-        # The built-in font has Latin letters only.
+        # Only ASCII is certain to be in the built-in font.
         shown = text.encode("ascii", "replace").decode()
         if len(shown) > _LABEL_CHARACTERS and x > _PLOT[2]:
             shown = "..." + shown[3 - _LABEL_CHARACTERS :]
         self._draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=self._font, anchor=anchor)
 
     def as_markdown(self, name: str) -> str:
-        """The picture as a data URI in Markdown, which Dagster's pages show."""
+        """Encode the picture as a Markdown image with a data URI, which Dagster's UI displays."""
         buffer = io.BytesIO()
         self._image.convert("P", dither=Image.Dither.NONE, palette=Image.Palette.WEB).save(buffer, "PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode("ascii")

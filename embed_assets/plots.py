@@ -1,4 +1,4 @@
-"""Pictures of what was measured, as PNG files."""
+"""Plots tuning measurements as PNG files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from embed_assets.errors import SettingsError
 
 
 def can_plot() -> bool:
-    """Whether the extra `plots` is installed."""
+    """Whether matplotlib, the extra `plots`, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def check_writable(file: Path) -> None:
-    """Raise ``SettingsError`` now rather than after the measurement when a picture can't be written."""
+    """Raise ``SettingsError`` if a picture can't be written to `file`, to find out before a long measurement."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab"):
@@ -25,7 +25,10 @@ def check_writable(file: Path) -> None:
 
 
 def plot_tuning(tuning: Tuning, title: str, file: Path) -> None:
-    """Throughput and padding against the budget, a line per library, the sweet spot marked. Overwrites `file`."""
+    """Plot throughput and padding against the token budget, one line per library, with the sweet spot marked.
+
+    Overwrites `file`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

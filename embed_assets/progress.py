@@ -1,4 +1,4 @@
-"""Progress on a terminal as bars, elsewhere as plain lines every few seconds."""
+"""Shows progress as a bar on a terminal, or else as plain lines every few seconds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rich.progress import Progress as ProgressBar
 from embed_assets.stages.outcome import PartitionOutcome
 
 _SECONDS_BETWEEN_LINES = 5.0
+"""Least time between two lines when the output is no terminal: shorter makes logs of long syncs longer."""
 
 
 class ConsoleSink:
-    """Shows what a sync is doing on a console (stderr's)."""
+    """Shows the progress of a sync on a console; enter it as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -44,15 +45,15 @@ class ConsoleSink:
             self._bar.stop()
 
     def progress(self, line: str, share: float) -> None:
-        """Show how far, how fast and how long still."""
+        """Show a line of progress; `share` is the share that is done, from 0 to 1."""
         self._show(line, share, always=False)
 
     def news(self, line: str) -> None:
-        """A line, above the bar."""
+        """Print a message above the bar."""
         self._console.print(line, markup=False, soft_wrap=True)
 
     def finished(self, outcome: PartitionOutcome, share: float) -> None:
-        """Count the partition; say at once if it failed."""
+        """Count a partition that finished; a failure is shown immediately."""
         self._partitions += 1
         self._texts += outcome.embedded
         if outcome.error is not None:

@@ -1,4 +1,4 @@
-"""The nouns: what a document and a chunk are, the tables' Arrow schemas, ids and hashes."""
+"""Shared data types: documents and chunks, the tables' Arrow schemas, ids and content hashes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 VECTOR = pa.list_(pa.field("element", pa.float32()))
-"""A list, not a fixed-size list: Delta has no fixed-size type and readers disagree about the remains of one."""
+"""A list, not a fixed-size list: Delta has no fixed-size type (https://github.com/delta-io/delta-rs/issues/2162),
+and some readers fail on files that still carry one (https://github.com/pola-rs/polars/issues/27866)."""
 
 
 def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
@@ -107,12 +108,13 @@ CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
         "input_hash",
     ),
 }
-"""Per table, what makes two rows the same: all columns but the times, and but texts and vectors, which have hashes."""
+"""Per table, the columns that decide whether two rows are equal: all except times, texts and vectors. Texts and vectors
+are represented by their hashes."""
 
 COLUMN_DESCRIPTIONS: dict[str, str] = {
-    "partition_key": "the part of the corpus that is rebuilt on its own",
+    "partition_key": "the part of the corpus that is materialized as a unit",
     "document_id": "path inside the partition, plus '#' and the row key for JSONL, CSV and Parquet",
-    "uri": "where the document was read",
+    "uri": "where the document was read from",
     "media_type": "MIME type of `text`: HTML and Word documents are kept as text/markdown",
     "title": "the document's own title, else its file name",
     "text": "the text itself",
@@ -120,15 +122,15 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "byte_size": "size of the source file or row in bytes",
     "modified_at": "modification time of the source file, UTC",
     "metadata": "JSON object: remaining columns of a row, the detected encoding, ...",
-    "reason": "short code of why the document was not read",
-    "detail": "what was found, and what to do about it",
+    "reason": "short code for why the document was rejected",
+    "detail": "what was found, and how to fix it",
     "rejected_at": "when it was rejected, UTC",
-    "chunk_id": "blake2b-128 hex of (document_id, text_hash, occurrence): survives an insertion above it",
-    "chunk_index": "place of the chunk in its document, from 0",
+    "chunk_id": "blake2b-128 hex of (document_id, text_hash, occurrence): stable when text is inserted above",
+    "chunk_index": "position of the chunk in its document, from 0",
     "heading_path": "headings above the start of the chunk, outermost first, joined by ' > '",
     "char_start": "start of the chunk in the document's text, in code points",
     "char_end": "end of the chunk in the document's text, in code points, exclusive",
-    "token_count": "tokens of the embedding model's tokenizer, special tokens included",
+    "token_count": "length in tokens of the embedding model's tokenizer, special tokens included",
     "text_hash": "blake2b-128 hex of the chunk's text",
     "is_truncated": "the model saw only the first tokens of this chunk",
     "input_hash": "blake2b-128 hex of the exact string given to the model, prompt included",
@@ -139,19 +141,19 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One source text with a stable identity."""
+    """One source text with a stable id."""
 
     document_id: str
-    """Path inside the partition, '/'-separated; plus '#' and the row key for a row of a file."""
+    """Path inside the partition, '/'-separated, plus '#' and the row key if the document is one row of a file."""
     uri: str
     media_type: str
     title: str
     text: str
     byte_size: int
-    """Bytes of the source file, or of the row."""
+    """Size of the source file, or of the row, in bytes."""
     modified_at: datetime
     metadata: str = "{}"
-    """A JSON object."""
+    """JSON object, as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,25 +165,25 @@ class Rejection:
     reason: str
     """Short code, one of `corpus.parsing.REASONS` or `NOT_EMBEDDABLE`."""
     detail: str
-    """What was found and what to do, on one line."""
+    """What was found and how to fix it, on one line."""
 
 
 NOT_EMBEDDABLE = "not_embeddable"
-"""Reason code of a document of which the model can't embed a chunk."""
+"""Reason code for a document with a chunk that the model can't embed."""
 
 
 def chunk_detail(space: str, chunk_id: str, reason: str) -> str:
-    """The detail of a `NOT_EMBEDDABLE` rejection; `is_chunk_of` and `chunk_of` read it."""
+    """The `detail` of a `NOT_EMBEDDABLE` rejection, in the format that `is_chunk_of` and `chunk_of` parse."""
     return f"{space}: chunk {chunk_id}: {reason}"
 
 
 def is_chunk_of(space: str, detail: str) -> bool:
-    """Whether a `NOT_EMBEDDABLE` rejection is of that space: another model may embed the chunk."""
+    """Whether a `NOT_EMBEDDABLE` rejection is from `space`: another model may be able to embed the chunk."""
     return detail.startswith(f"{space}: chunk ")
 
 
 def chunk_of(detail: str) -> str:
-    """The id of the chunk that a `NOT_EMBEDDABLE` rejection is about."""
+    """The chunk id in the `detail` of a `NOT_EMBEDDABLE` rejection."""
     return detail.partition(": chunk ")[2].partition(":")[0]
 
 
@@ -190,23 +192,25 @@ class Chunk:
     """A contiguous span of one document: ``document.text[char_start:char_end] == text``."""
 
     chunk_index: int
-    """0-based, inside the document."""
+    """0-based position inside the document."""
     text: str
     heading_path: str
     char_start: int
-    """Code points, half-open."""
+    """Start of the span, in code points."""
     char_end: int
+    """End of the span, in code points, exclusive."""
     token_count: int
-    """Tokens of the model's tokenizer, special tokens included."""
+    """Length in tokens of the model's tokenizer, special tokens included."""
 
 
 def hash_text(text: str) -> str:
-    """blake2b-128 of the UTF-8 bytes, 32 hex characters."""
+    """blake2b-128 of the text's UTF-8 bytes, as 32 hex characters."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def hash_parts(parts: Iterable[str]) -> str:
-    """blake2b-128 hex of a sequence of strings, unambiguous whatever they contain."""
+    """blake2b-128 of a sequence of strings, as 32 hex characters. It includes their lengths, so that ('ab',) and
+    ('a', 'b') differ."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -216,7 +220,7 @@ def hash_parts(parts: Iterable[str]) -> str:
 
 
 def chunk_ids(document_id: str, text_hashes: Sequence[str]) -> list[str]:
-    """Ids of a document's chunks, in order: equal texts are told apart by their occurrence, not their place."""
+    """Ids of a document's chunks, in order. Equal texts are distinguished by occurrence number, not position."""
     seen: dict[str, int] = {}
     ids: list[str] = []
     for text_hash in text_hashes:
@@ -227,12 +231,15 @@ def chunk_ids(document_id: str, text_hashes: Sequence[str]) -> list[str]:
 
 
 _ROW_BYTES = 16
+"""Digest size per row: 128 bits make accidental collisions negligible."""
+_ROW_OVERHEAD_BYTES = 200
+"""Rough size of a row's ids, hashes and numbers, so that batches of many short texts stay bounded too."""
 
 
 class ContentVersion:
-    """The data version of a table's partition: a hash over its rows that does not depend on their order.
+    """Computes the data version of a partition: an order-independent hash over its rows.
 
-    Feed it batches with `add`; 16 bytes per row are kept until `hexdigest`.
+    Feed it batches with `add`, then call `hexdigest`. It holds 16 bytes per row in memory.
     """
 
     def __init__(self, columns: Sequence[str]) -> None:
@@ -240,42 +247,46 @@ class ContentVersion:
         self._rows = bytearray()
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Count in the rows of `batch`, which must have all the columns."""
+        """Add the rows of `batch`, which must have all the columns."""
         values = [batch.column(name).to_pylist() for name in self._columns]
         for row in zip(*values, strict=True):
             self._rows += hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=_ROW_BYTES).digest()
 
     def hexdigest(self) -> str:
-        """32 hex characters; the version of no rows at all is a constant too."""
+        """The hash as 32 hex characters. Without any rows it is a constant."""
         rows = np.frombuffer(self._rows, dtype=f"S{_ROW_BYTES}")
-        rows.sort()  # where they lie: a million rows are copied no further
+        rows.sort()  # in place, to avoid a copy
         return hashlib.blake2b(rows.data if len(rows) else b"", digest_size=16).hexdigest()
 
     @property
     def row_count(self) -> int:
-        """Rows counted in so far."""
+        """Rows added so far."""
         return len(self._rows) // _ROW_BYTES
 
 
 def utc_now() -> datetime:
-    """The current time with its zone, as all times in the tables."""
+    """The current time in UTC, timezone-aware like all times in the tables."""
     return datetime.now(UTC)
 
 
 def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The items in their order, at most `size` at a time."""
+    """Consecutive slices of `items` with at most `size` items each."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def batched_bytes(
     items: Iterable[tuple[int, dict[str, object]]], schema: pa.Schema, max_bytes: int = 8 << 20
 ) -> Iterator[pa.RecordBatch]:
-    """Record batches of rows, cut where the rows' sizes (first of each pair, in bytes) add up to `max_bytes`."""
+    """Group rows into record batches of about `max_bytes`.
+
+    `items` are pairs of a row's size in bytes and its values by column. The default of 8 MiB trades memory per batch
+    against overhead per batch.
+    """
     rows: list[dict[str, object]] = []
     size = 0
     for item_bytes, row in items:
         rows.append(row)
-        size += item_bytes + 200
+        size += item_bytes + _ROW_OVERHEAD_BYTES
         if size >= max_bytes:
             yield pa.RecordBatch.from_pylist(rows, schema=schema)
             rows, size = [], 0

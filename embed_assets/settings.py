@@ -1,4 +1,4 @@
-"""Every knob, in one class, read once from the environment (prefix ``EMBED_``)."""
+"""All settings, read from environment variables with the prefix ``EMBED_``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _none_if_blank(value: object) -> object:
     return (value.strip() or None) if isinstance(value, str) else value
 
 
-def _as_delta_writes(value: object) -> object:
-    """Delta takes its options as text."""
+def _to_delta_text(value: object) -> object:
+    """Convert booleans and numbers to text, the only type of Delta's storage options."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, int | float) else value
@@ -39,21 +39,21 @@ AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
 
 
 class Settings(BaseSettings):
-    """What to embed, with which model, and where to keep it."""
+    """What to embed, with which model, and where to store the result."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     source: str = Field("landing", min_length=1, description="Folder or fsspec URL of the documents.")
     source_options: dict[str, JsonValue] = Field({}, description="JSON object of fsspec options for SOURCE.")
     lake: str = Field("lake", min_length=1, description="Folder or s3://, gs://, abfs:// root of the Delta tables.")
-    lake_options: dict[str, Annotated[str, BeforeValidator(_as_delta_writes)]] = Field(
+    lake_options: dict[str, Annotated[str, BeforeValidator(_to_delta_text)]] = Field(
         {}, description="JSON object of Delta storage options for LAKE."
     )
     partition_by: str = Field(
         "folder", pattern=r"^(folder|file|hash:[1-9]\d{0,5})$", description="folder, file or hash:N (N buckets)."
     )
     text_column: str = Field("text", min_length=1, description="Column of JSONL, CSV and Parquet that holds the text.")
-    id_column: str = Field("id", min_length=1, description="Column that names a row; without it the text's hash does.")
+    id_column: str = Field("id", min_length=1, description="Column that holds a row's id; default: a hash of its text.")
     title_column: str = Field("title", min_length=1, description="Column that holds a row's title, if it has one.")
     max_file_bytes: int = Field(
         64 << 20, ge=1, description="Larger files, or rows of JSONL, CSV and Parquet, are rejected (bytes)."
@@ -65,24 +65,22 @@ class Settings(BaseSettings):
         "fake:<dim>[@name][~texts_per_second].",
     )
     revision: str | None = Field(None, description="Revision of a Hub model: a commit hash, tag or branch.")
-    endpoint: str = Field("", description="With MODEL=openai:<name>: base URL of the server, as http://host:8080/v1.")
-    endpoint_concurrency: int = Field(4, ge=1, le=256, description="Requests that ENDPOINT gets at the same time.")
+    endpoint: str = Field("", description="With MODEL=openai:<name>: base URL, such as http://host:8080/v1.")
+    endpoint_concurrency: int = Field(4, ge=1, le=256, description="Concurrent requests to ENDPOINT.")
     endpoint_batch_texts: AutoInt = Field(
-        None, ge=1, description="Texts of a request to ENDPOINT at most; auto is what it says it takes, else 32."
+        None, ge=1, description="Most texts per request to ENDPOINT; auto is the limit it reports, else 32."
     )
-    endpoint_requests_per_minute: AutoInt = Field(
-        None, ge=1, description="Limit of requests to ENDPOINT; auto is none."
-    )
+    endpoint_requests_per_minute: AutoInt = Field(None, ge=1, description="Limit on requests to ENDPOINT; auto: none.")
     endpoint_tokens_per_minute: AutoInt = Field(None, ge=1, description="Limit on tokens to ENDPOINT; auto: none.")
     prompt: str | None = Field(
-        None, description="Put before every chunk: the name of one of the model's prompts, or the text itself."
+        None, description="Prefix of every chunk: the name of one of the model's prompts, or the text itself."
     )
-    query_prompt: str | None = Field(None, description="The same for search queries; default: the model's own.")
+    query_prompt: str | None = Field(None, description="Prefix of search queries; default: the model's own.")
     truncate_dim: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
-        None, ge=1, description="Keep the first so many dimensions and normalise again."
+        None, ge=1, description="Keep this many leading dimensions and normalise again."
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off for a reason.")
-    allow_pickled_weights: bool = Field(False, description="Load weights that are no safetensors: they can run code.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model; only for models you trust.")
+    allow_pickled_weights: bool = Field(False, description="Load weights that are not safetensors: they can run code.")
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps, ...")
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="Arithmetic of the model; auto is float32 on CPUs, bfloat16 on GPUs that have it."
@@ -96,16 +94,16 @@ class Settings(BaseSettings):
     )
     chunk_overlap_tokens: int = Field(0, ge=0, description="Tokens that a chunk repeats of the one before it.")
     reuse: Literal["partition", "table"] = Field(
-        "partition", description="Where a text's vector is looked for before it is embedded."
+        "partition", description="Where to look for an existing vector of a text before embedding it."
     )
     settle_seconds: float = Field(
-        5.0, ge=0, le=3600, description="Sensors leave files alone that changed less long ago (seconds)."
+        5.0, ge=0, le=3600, description="Sensors ignore files that changed within this time (seconds)."
     )
     max_rejected_percent: float = Field(20.0, ge=0, le=100, description="Limit of the check rejected_share (%).")
     max_duplicate_percent: float = Field(50.0, ge=0, le=100, description="Limit of the check duplicate_share (%).")
     max_truncated_percent: float = Field(5.0, ge=0, le=100, description="Limit of the check truncated_share (%).")
     name_prefix: str = Field(
-        "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Put before the assets' names: one corpus of several."
+        "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Prefix of the assets' names; tells several corpora apart."
     )
     compute: Literal["local", "ray"] = Field("local", description="Where the model runs: in this process, or on Ray.")
     ray_address: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
@@ -119,65 +117,65 @@ class Settings(BaseSettings):
         description="Copies of the model: N, MIN-MAX (Ray adds and removes), or auto: up to what fits the cluster.",
     )
     ray_gpus_per_replica: Annotated[float | None, BeforeValidator(_none_if_auto)] = Field(
-        None, ge=0, description="GPUs of a replica; 0.25 puts four on each; auto is 1 where there are GPUs."
+        None, ge=0, description="GPUs per replica; 0.25 puts four on each; auto is 1 where there are GPUs."
     )
     ray_cpus_per_replica: AutoInt = Field(
-        None, ge=1, description="CPUs of a replica; auto is 1 beside a GPU, else up to 4."
+        None, ge=1, description="CPUs per replica; auto is 1 with a GPU, else up to 4."
     )
     ray_wait_seconds: float = Field(
-        120.0, gt=0, description="How long to wait for the first replica's place on the cluster (seconds)."
+        120.0, gt=0, description="How long to wait for the cluster to place the first replica (seconds)."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _has_no_misspelt_names(cls, values: object) -> object:
-        # Misspelt, a setting would be taken for one that was not given: perhaps days of work in the wrong space.
+    def _reject_unknown_variables(cls, values: object) -> object:
+        # A misspelt variable would leave its setting at the default: possibly days of work in the wrong space.
         if wrong := describe_unknown_variables(os.environ):
             raise ValueError(wrong)
         return values
 
     @field_validator("source", "lake", "model")
     @classmethod
-    def _is_below_home(cls, place: str) -> str:
+    def _expand_home(cls, place: str) -> str:
         scheme = "file://" if place.startswith("file://") else ""
         path = place.removeprefix(scheme)
-        # Where there is no such user, it is a name like any other.
+        # expanduser leaves the path of an unknown user unchanged; Path.expanduser raises.
         return scheme + os.path.expanduser(path) if path.startswith("~") else place  # noqa: PTH111
 
     @field_validator("source", "lake", "endpoint")
     @classmethod
-    def _holds_no_login(cls, place: str) -> str:
+    def _reject_login(cls, place: str) -> str:
         if _LOGIN.search(place):
-            # The value itself must not be shown: it is about to be in logs, in the tables and in the UI.
-            raise PydanticCustomError("login", "a URL must not hold a login; put it into the environment")
+            # Do not include the value: the message ends up in logs and in the UI.
+            raise PydanticCustomError("login", "a URL must not hold a login; put it in the environment")
         return place
 
     @field_validator("ray_gpus_per_replica")
     @classmethod
-    def _is_share_or_whole(cls, gpus: float | None) -> float | None:
+    def _check_gpu_share(cls, gpus: float | None) -> float | None:
         if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError("must be a share of one GPU, or a whole number of them")
+            raise ValueError("must be a share of one GPU, or a whole number of GPUs")
         return gpus
 
     @field_validator("ray_replicas")
     @classmethod
-    def _is_range(cls, replicas: str) -> str:
+    def _check_replica_range(cls, replicas: str) -> str:
         least, _, most = replicas.partition("-")
         if most and int(least) > int(most):
-            raise ValueError("the least must not be above the most")
+            raise ValueError("the minimum must not exceed the maximum")
         return replicas
 
     @property
     def replica_range(self) -> tuple[int, int] | None:
-        """RAY_REPLICAS as numbers: at least and at most; None for auto."""
+        """RAY_REPLICAS as (minimum, maximum); None for auto."""
         if self.ray_replicas == "auto":
             return None
         least, _, most = self.ray_replicas.partition("-")
         return int(least), int(most or least)
 
     @model_validator(mode="after")
-    def _address_is_of_a_head(self) -> Settings:
-        # With local compute it is none of ours: Ray's own commands take other forms in RAY_ADDRESS.
+    def _check_ray_address(self) -> Settings:
+        # With local compute RAY_ADDRESS is not used, and Ray's own commands accept other forms in it.
         if self.compute == "ray" and "://" in (self.ray_address or ""):
             raise ValueError(
                 f"EMBED_RAY_ADDRESS, or else RAY_ADDRESS, must be host:port or auto, got {self.ray_address!r}; "
@@ -186,7 +184,7 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _overlap_is_smaller_than_chunk(self) -> Settings:
+    def _check_overlap(self) -> Settings:
         if self.chunk_tokens is not None and self.chunk_overlap_tokens >= self.chunk_tokens:
             raise ValueError(
                 f"CHUNK_OVERLAP_TOKENS must be smaller than CHUNK_TOKENS, "
@@ -197,24 +195,24 @@ class Settings(BaseSettings):
 
 _NAMES = tuple(Settings.model_fields)
 _VARIABLES = tuple(PREFIX + name.upper() for name in _NAMES)
-_SLIPS = frozenset(typos(_VARIABLES))
+_TYPOS = frozenset(typos(_VARIABLES))
 
 
 def describe_unknown_variables(environment: Mapping[str, str]) -> str:
-    """What is wrong with variables that are meant for us and name no setting, '' when nothing is.
+    """Describe the variables that look like settings but name none; '' if there are none.
 
-    Meant for us is what begins with ``EMBED_``, in whatever case, or is one slip of the finger off a setting's name.
+    A variable looks like a setting if it starts with ``EMBED_`` in any case, or is one typo away from a setting's name.
     """
     wrong = [
-        f"{name} is no setting{did_you_mean(name.upper(), _VARIABLES)}; correct or unset it"
+        f"{name} is not a setting{did_you_mean(name.upper(), _VARIABLES)}; correct or unset it"
         for name in sorted(environment)
-        if name.upper() not in _VARIABLES and (name.upper().startswith(PREFIX) or name.upper() in _SLIPS)
+        if name.upper() not in _VARIABLES and (name.upper().startswith(PREFIX) or name.upper() in _TYPOS)
     ]
     return "; ".join(wrong)
 
 
 def load_settings(**overrides: object) -> Settings:
-    """The settings of this process's environment, but for `overrides`.
+    """Load the settings from the environment; `overrides` take precedence.
 
     Raises ``SettingsError``: one line that names the variable, its value and the rule.
     """
@@ -222,9 +220,11 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError("; ".join(_describe(problem) for problem in error.errors())) from error
-    except PydanticSettingsError as error:  # which names the field of a value that is no JSON
+    except PydanticSettingsError as error:  # its message names the field whose value is not JSON
         field = next((name for name in _NAMES if f'"{name}"' in str(error)), "")
-        raise SettingsError(f'{PREFIX}{field.upper()} is no JSON; options are JSON objects, as {{"key": 1}}') from error
+        raise SettingsError(
+            f'{PREFIX}{field.upper()} is not valid JSON; options are JSON objects such as {{"key": 1}}'
+        ) from error
 
 
 def _describe(problem: object) -> str:
@@ -234,7 +234,7 @@ def _describe(problem: object) -> str:
         return message
     field = str(problem["loc"][0]).removeprefix("embed_")
     if problem["type"] == "extra_forbidden":
-        return f"{field!r} is no setting{did_you_mean(field, _NAMES)}; correct or remove it"
+        return f"{field!r} is not a setting{did_you_mean(field, _NAMES)}; correct or remove it"
     variable = f"{PREFIX}{field.upper()}"
     if problem["loc"][1:]:
         message = f"its {problem['loc'][1]!r}: {message}"
@@ -244,13 +244,13 @@ def _describe(problem: object) -> str:
 
 
 def local_path(location: str) -> Path | None:
-    """The path that `location` names on this machine, or None for a URL of another file system."""
+    """The local path of `location`, or None if it is a URL of another file system."""
     if location.startswith("file://"):
         return Path(location.removeprefix("file://"))
     return None if "://" in location else Path(location)
 
 
-def same_place(location: str) -> str:
-    """The one name of a place: an absolute path without links, or a URL without a slash at its end."""
+def canonical_location(location: str) -> str:
+    """Normalize a location for comparison: an absolute path without symlinks, or a URL without a trailing slash."""
     path = local_path(location)
     return str(path.absolute().resolve()) if path is not None else location.rstrip("/").replace("s3a://", "s3://")

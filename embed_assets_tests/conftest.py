@@ -142,7 +142,7 @@ def make_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 @pytest.fixture
 def bare_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project as cloned: no command was run in it."""
-    return make_project(tmp_path / "project", monkeypatch)
+    return make_project(tmp_path, monkeypatch)
 
 
 @pytest.fixture

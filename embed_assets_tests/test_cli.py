@@ -297,7 +297,8 @@ def test_a_lake_whose_folder_can_not_be_made(project: Project) -> None:
 
 
 @pytest.mark.parametrize("how", ["relative home", "broken yaml", "no folder"])
-def test_an_instance_that_can_not_be_opened(project: Project, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_an_instance_that_can_not_be_opened(bare_project: Project, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    project = bare_project
     if how == "relative home":
         monkeypatch.setenv("DAGSTER_HOME", "relative")
     elif how == "broken yaml":

@@ -178,6 +178,7 @@ def test_many_texts_are_tuned_for_first_and_few_are_not(
     assert np.abs(again.embed(texts).vectors - tuned.embed(texts).vectors).max() < 1e-5
 
 
+@pytest.mark.long
 def test_benchmark_compares_with_encode(tiny: Project) -> None:
     report = tiny.json("benchmark", str(tiny.landing), "--chunks", "8", "--rounds", "1")
     assert set(report["sets"]) == {"long", "short", "mixed"} and report["ceiling_gflops"] > 0

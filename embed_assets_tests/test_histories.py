@@ -55,11 +55,18 @@ def content(project: Project) -> list[str]:
     return sorted(str(row) for row in project.rows(*CONTENT.split()))
 
 
-@pytest.mark.parametrize(("seed", "reuse"), [(1, "partition"), (2, "table")])
-def test_any_history_ends_in_the_table_of_a_fresh_start(project: Project, seed: int, reuse: str) -> None:
+@pytest.mark.parametrize(
+    ("seed", "reuse", "rounds"),
+    [
+        (3, "table", 3),
+        pytest.param(1, "partition", 10, marks=pytest.mark.long),
+        pytest.param(2, "table", 10, marks=pytest.mark.long),
+    ],
+)
+def test_any_history_ends_in_the_table_of_a_fresh_start(project: Project, seed: int, reuse: str, rounds: int) -> None:
     rng = random.Random(seed)
     project.set(REUSE=reuse)
-    for round_number in range(10):
+    for round_number in range(rounds):
         for _ in range(rng.randint(0, 5)):
             change_corpus(project, rng)
         if rng.random() < 0.5:

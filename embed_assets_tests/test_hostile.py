@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from embed_assets_tests.conftest import Project
 from embed_assets_tests.hostile import write_hostile_corpus
+
+pytestmark = pytest.mark.long
 
 
 def test_two_hundred_hostile_files_are_all_accounted_for(project: Project) -> None:

@@ -50,6 +50,7 @@ def test_the_whole_pipeline_on_s3(stored: Project) -> None:
     assert not (stored.root / "lake").exists() and not (stored.root / "landing/a").exists()
 
 
+@pytest.mark.long
 def test_a_killed_sync_finds_its_windows_on_s3(stored: Project) -> None:
     import os
     import signal
@@ -70,6 +71,7 @@ def test_a_killed_sync_finds_its_windows_on_s3(stored: Project) -> None:
     assert not [file for file in pipeline.lake.storage.files("embeddings") if "_staging" in file.path]
 
 
+@pytest.mark.long
 def test_bad_weather_costs_time_only(stored: Project, server: int) -> None:
     """One request in ten fails: with an error, slowly, or cut off before or after it was done."""
     for key in "abc":

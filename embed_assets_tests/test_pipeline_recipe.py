@@ -52,6 +52,7 @@ def test_the_steps_in_order_then_again_from_the_cache(repository: Project) -> No
     assert json.loads((repository.root / "sync.json").read_text())["embedded"] == 0
 
 
+@pytest.mark.long
 def test_a_partition_that_fails_fails_the_step_and_the_next_run_does_only_that(repository: Project) -> None:
     assert step("sync", repository).returncode == 0
     damaged = next((repository.root / "lake/embeddings").glob("*/partition_key=b/*.parquet"))
@@ -69,6 +70,7 @@ def test_a_partition_that_fails_fails_the_step_and_the_next_run_does_only_that(r
     assert {key: row["state"] for key, row in found.items()} == {"a": "fresh", "b": "materialized", "c": "fresh"}
 
 
+@pytest.mark.long
 def test_tables_without_their_record_or_the_other_way_round_are_made_anew_not_believed(repository: Project) -> None:
     assert step("sync", repository).returncode == 0
     shutil.rmtree(repository.root / ".dagster")

@@ -76,7 +76,7 @@ def test_no_misspelt_name_passes_and_the_right_one_is_suggested(monkeypatch: pyt
         with pytest.raises(SettingsError) as caught:
             load_settings()
         monkeypatch.delenv(slip)
-        assert str(caught.value).startswith(f"{slip} is no setting")
+        assert str(caught.value).startswith(f"{slip} is not a setting")
         suggested += name in str(caught.value)
     assert suggested == len(SLIPS) > 1800
 
@@ -87,7 +87,9 @@ def test_no_misspelt_name_passes_and_the_right_one_is_suggested(monkeypatch: pyt
 )
 def test_other_wrong_names_do_not_pass_either(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(SettingsError, match=f"{name} is no setting .did you mean {meant or 'EMBED_MODEL'}") as caught:
+    with pytest.raises(
+        SettingsError, match=f"{name} is not a setting .did you mean {meant or 'EMBED_MODEL'}"
+    ) as caught:
         load_settings()
     assert "\n" not in str(caught.value)
 
@@ -107,7 +109,7 @@ def test_every_wrong_name_is_told_and_no_value_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_keywords_are_checked_as_well() -> None:
-    with pytest.raises(SettingsError, match=r"'chunk_tokenz' is no setting .did you mean chunk_tokens"):
+    with pytest.raises(SettingsError, match=r"'chunk_tokenz' is not a setting .did you mean chunk_tokens"):
         load_settings(chunk_tokenz=64)
 
 
@@ -119,7 +121,7 @@ def test_commands_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         [sys.executable, "-m", "embed_assets.cli", *command], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "error: EMBED_MODLE is no setting (did you mean EMBED_MODEL?); correct or unset it\n"
+    assert done.stderr == "error: EMBED_MODLE is not a setting (did you mean EMBED_MODEL?); correct or unset it\n"
 
 
 def test_definitions_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +129,7 @@ def test_definitions_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from embed_assets.definitions import defs"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "EMBED_CHUNK_TOKEN is no setting (did you mean EMBED_CHUNK_TOKENS?)" in done.stderr.splitlines()[-1]
+    assert "EMBED_CHUNK_TOKEN is not a setting (did you mean EMBED_CHUNK_TOKENS?)" in done.stderr.splitlines()[-1]
 
 
 def test_options_are_taken_as_they_are_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +151,7 @@ def test_options_of_a_wrong_kind_name_their_key(monkeypatch: pytest.MonkeyPatch)
 
 def test_options_that_are_no_json_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_SOURCE_OPTIONS", "anon=true, secret=xyz")
-    with pytest.raises(SettingsError, match="EMBED_SOURCE_OPTIONS is no JSON") as caught:
+    with pytest.raises(SettingsError, match="EMBED_SOURCE_OPTIONS is not valid JSON") as caught:
         load_settings()
     assert "xyz" not in str(caught.value)
 

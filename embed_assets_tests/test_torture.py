@@ -9,6 +9,8 @@ import pytest
 from embed_assets_tests.crowd import crowd
 from embed_assets_tests.torture import torture
 
+pytestmark = pytest.mark.long
+
 
 def test_killed_syncs_lose_at_most_a_window_and_leave_no_damage(tmp_path: Path) -> None:
     report = torture(tmp_path, kills=2, partitions=2, rows=200, texts_per_second=100, seed=3)

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 from embed_assets.corpus.listing import SourceFile, find, walk
 from embed_assets.errors import SettingsError, SourceError
 from embed_assets.records import hash_parts, hash_text
-from embed_assets.settings import Settings, local_path, same_place
+from embed_assets.settings import Settings, canonical_location, local_path
 
 ROOT_PARTITION = "_root"
 """Key of the partition of files that lie in no folder, with EMBED_PARTITION_BY=folder."""
@@ -253,7 +253,7 @@ def _check_overlap(source: str, lake: str) -> None:
     Such a source would embed its own output over and over. A folder next to the tables is fine, and so is a local lake
     inside the source, which is skipped.
     """
-    source_place, lake_place = (same_place(location) for location in (source, lake))
+    source_place, lake_place = (canonical_location(location) for location in (source, lake))
     folder = source_place.removeprefix(lake_place).strip("/").partition("/")[0]
     contains_lake = local_path(lake) is None and f"{lake_place}/".startswith(f"{source_place}/")
     if contains_lake or (f"{source_place}/".startswith(f"{lake_place}/") and folder in _LAKE_FOLDERS):

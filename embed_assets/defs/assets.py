@@ -1,5 +1,6 @@
-"""The one step that makes the three assets and asks their checks."""
-# No postponed annotations here: Dagster looks at the step's as they are.
+"""The multi-asset whose single step materializes the three assets and evaluates their checks."""
+# No `from __future__ import annotations`: Dagster inspects annotations as classes, see
+# https://github.com/dagster-io/dagster/issues/26837
 
 import contextlib
 from collections.abc import Iterator, Sequence, Set
@@ -10,7 +11,7 @@ from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import wait_until_settled
 from embed_assets.defs.checks import Checker, check_specs
 from embed_assets.defs.corpus_run import CorpusRun, describe
-from embed_assets.defs.dagster_internals import drop_unanswered, latest_answers
+from embed_assets.defs.dagster_internals import drop_planned_evaluations, latest_evaluations
 from embed_assets.defs.discovery import refuse_if_emptied
 from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.names import (
@@ -18,7 +19,7 @@ from embed_assets.defs.names import (
     ASSETS,
     AUTOMATED_TAG,
     CODE_TAG,
-    LASTING_TAG,
+    PERMANENT_FAILURE_TAG,
     POOL,
     SOURCE,
     Names,
@@ -35,9 +36,11 @@ from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.remote import open_compute
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-"""For what may pass: a store that hiccups, a device that was lost. What was embedded before is not done again.
+"""Retries of transient errors: a store that is briefly unavailable, a lost device. What was embedded is kept.
 
-Asked for by the step itself: given to Dagster, a policy would also start an interrupted step anew.
+Three attempts, waiting about 5 and 15 seconds: an outage that lasts longer is left to the automation condition. The
+step raises the retry itself, because with an in-process executor Dagster's own `retry_policy` also retries a step that
+was interrupted: https://github.com/dagster-io/dagster/issues/15026
 """
 
 
@@ -47,9 +50,9 @@ def build_corpus_assets(
     retries: dg.RetryPolicy = RETRIES,
     resource_keys: Set[str] = frozenset(),
 ) -> dg.AssetsDefinition:
-    """The multi-asset over `pipeline`. What happens is told to `observer`, or else to the run's log.
+    """Build the multi-asset over `pipeline`; progress goes to `observer`, or by default to the run's log.
 
-    Dagster sets up the resources of `resource_keys` before the step.
+    Dagster initializes the resources named in `resource_keys` before the step starts.
     """
     names = Names.of(pipeline)
 
@@ -63,9 +66,9 @@ def build_corpus_assets(
         backfill_policy=dg.BackfillPolicy.single_run(),
     )
     def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
-        """Read, chunk and embed what is missing or stale in the run's partitions, one after the other."""
+        """Read, chunk and embed whatever is missing or stale in the run's partitions, partition by partition."""
         try:
-            with _dropping_unanswered(context):
+            with _dropping_planned_evaluations(context):
                 run = _begin(context, pipeline, observer or RunObserver(LogSink(context.log)))
                 with contextlib.closing(run.recorder):
                     if not run.selected:
@@ -73,11 +76,11 @@ def build_corpus_assets(
                         return
                     run.materialize()
         except UserError as error:
-            _retry_if_it_helps(context, retries, [error])
-            raise dg.Failure(description=str(error)) from None  # its own cause is in its one line
+            _request_retry(context, retries, [error])
+            raise dg.Failure(description=str(error)) from None  # the message already names its cause
         if failures := run.failures:
-            _retry_if_it_helps(context, retries, list(failures.values()))
-            run.confirm_unmade(key for key in run.keys if key not in failures)
+            _request_retry(context, retries, list(failures.values()))
+            run.confirm_fresh(key for key in run.keys if key not in failures)
             raise dg.Failure(
                 description=f"{len(failures)} of {len(run.keys)} partitions failed, the others are materialized: "
                 + "; ".join(f"{key!r}: {describe(error)}" for key, error in failures.items())
@@ -87,32 +90,33 @@ def build_corpus_assets(
     return embed_corpus
 
 
-def _retry_if_it_helps(context: dg.AssetExecutionContext, retries: dg.RetryPolicy, errors: Sequence[Exception]) -> None:
-    """Have Dagster start the step again in a while, if any of the errors may pass and there is an attempt left."""
-    passing = [error for error in errors if is_retryable(error)]
-    if not passing:
-        context.instance.add_run_tags(context.run.run_id, {LASTING_TAG: "true"})
-    if passing and context.retry_number < retries.max_retries:
+def _request_retry(context: dg.AssetExecutionContext, retries: dg.RetryPolicy, errors: Sequence[Exception]) -> None:
+    """Raise ``RetryRequested`` if any of the errors is retryable and an attempt is left; tag the run if none is."""
+    retryable = [error for error in errors if is_retryable(error)]
+    if not retryable:
+        context.instance.add_run_tags(context.run.run_id, {PERMANENT_FAILURE_TAG: "true"})
+    if retryable and context.retry_number < retries.max_retries:
         seconds = retries.calculate_delay(context.retry_number + 1)
-        context.log.warning(f"{describe(passing[0])}; trying again in {seconds:.0f} s")
-        raise dg.RetryRequested(retries.max_retries, seconds) from UserError(describe(passing[0]))
+        context.log.warning(f"{describe(retryable[0])}; retrying in {seconds:.0f} s")
+        raise dg.RetryRequested(retries.max_retries, seconds) from UserError(describe(retryable[0]))
 
 
 def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> CorpusRun:
-    """List the source, read what is recorded, and note what the source has that was not observed yet."""
+    """Set up a run: list the source, load the recorded history, and record observations of what changed."""
     names = Names.of(pipeline)
     selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
     pipeline.lake.check_usable(pipeline.embeddings_table)
     pipeline = pipeline.calibrated() if selected else pipeline.refreshed()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
-    _ = pipeline.target  # with REUSE=table, texts may move out of a partition before another one takes them in
+    # Pin the vectors to reuse now: with REUSE=table, a text may leave one partition before another one takes it in.
+    _ = pipeline.target
     wanted = _partition_keys(context, names)
     before = Snapshot(pipeline.lake.session())
-    before.version(RAW)  # before the listing: what is written after it is noticed
+    before.version(RAW)  # pinned before the listing, to detect rows that another run writes after it
     listed = wait_until_settled(pipeline, context.partition_keys) if _is_automated(context) else None
     listed = pipeline.corpus.source.partitions() if listed is None else listed
     partitions = {key: listed.get(key, SourcePartition(key)) for key in wanted}
-    # Emptied partitions come last, so that their vectors can still be found by those their texts moved to.
+    # Emptied partitions come last: partitions that their texts moved to can still reuse their vectors.
     keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))
     history = load_history(context.instance, pipeline, keys)
     if ALLOW_EMPTY_TAG not in context.run.tags:
@@ -122,8 +126,8 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
         if history.version(SOURCE, key) != partitions[key].version:
             recorder.observed(partitions[key])
     checks = context.selected_asset_check_keys
-    # Who runs the checks alone wants to see that they were asked.
-    known = latest_answers(context.instance, context.run.run_id, checks, keys) if selected else {}
+    # A run of checks alone records every evaluation, so that the UI shows that they ran.
+    known = latest_evaluations(context.instance, context.run.run_id, checks, keys) if selected else {}
     checker = Checker(pipeline, names, recorder.checked, checks, known)
     return CorpusRun(
         pipeline=pipeline,
@@ -141,16 +145,19 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
 
 
 @contextlib.contextmanager
-def _dropping_unanswered(context: dg.AssetExecutionContext) -> Iterator[None]:
-    """Answers that did not change are not recorded again; Dagster must not take those for ones that are missing."""
+def _dropping_planned_evaluations(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """At the end of the run, drop its planned check evaluations that were not recorded because nothing changed.
+
+    Dagster would show them as skipped.
+    """
     try:
         yield
     finally:
-        drop_unanswered(context.instance, context.run.run_id, context.selected_asset_check_keys)
+        drop_planned_evaluations(context.instance, context.run.run_id, context.selected_asset_check_keys)
 
 
 def _only_check(run: CorpusRun) -> None:
-    """Ask the checks about the tables as they are."""
+    """Evaluate the selected checks on the tables as they are, without materializing anything."""
     for key in run.keys:
         statuses = partition_statuses(run.history, key, run.partitions[key].version, run.pipeline.code_versions)
         stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
@@ -160,7 +167,7 @@ def _only_check(run: CorpusRun) -> None:
 
 
 def _partition_keys(context: dg.AssetExecutionContext, names: Names) -> Sequence[str]:
-    """The run's partitions; all of them where it names none, as runs of checks alone do."""
+    """Keys of the run's partitions; all registered keys for a run without partitions, such as one of checks alone."""
     if context.has_partition_key or context.has_partition_key_range:
         return list(context.partition_keys)
     return list(context.instance.get_dynamic_partitions(names.partitions_name))

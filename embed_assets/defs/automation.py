@@ -1,7 +1,8 @@
-"""When Dagster starts runs by itself: whenever a partition is missing or stale, whatever the reason and however old.
+"""The automation condition that requests every partition that is missing or stale, whatever the reason.
 
-Dagster's own conditions react to events and forget what they missed: a backlog, a change of code while the daemon
-was down, a run that failed. This one looks at the state of every partition at every tick.
+Dagster's built-in conditions react to events and lose those that they miss: a backlog, a code change while the daemon
+was down, a failed run (https://github.com/dagster-io/dagster/issues/34067). This condition evaluates the state of every
+partition at every tick.
 """
 
 from __future__ import annotations
@@ -15,19 +16,31 @@ from dagster import AssetKey, DagsterInstance
 
 from embed_assets.corpus.source import has_same_files
 from embed_assets.defs.dagster_internals import latest_attempts
-from embed_assets.defs.names import ASSETS, AUTOMATED_TAG, CODE_TAG, DEPENDENCIES, LASTING_TAG, SOURCE, Names, code_tag
+from embed_assets.defs.names import (
+    ASSETS,
+    AUTOMATED_TAG,
+    CODE_TAG,
+    DEPENDENCIES,
+    PERMANENT_FAILURE_TAG,
+    SOURCE,
+    Names,
+    code_tag,
+)
 from embed_assets.defs.staleness import READ_EACH_TIME, History, Status, load_history, partition_statuses
 from embed_assets.records import slices
 from embed_assets.stages.pipeline import Pipeline
 
 _INTERVAL_SECONDS = 15
+"""Minimum time between ticks: with 10,000 unchanged partitions, one takes under a second on SQLite."""
 _SECONDS_BETWEEN_ATTEMPTS = 3600.0
-"""At what may pass: a store that is down, a machine that died."""
+"""Delay before a run is retried after a transient failure (a store that is down, a machine that died): shorter recovers
+sooner, longer starts fewer runs that fail again."""
 _RUNS_PER_QUERY = 500
+"""Old builds of SQLite take no more than 999 variables in a statement."""
 
 
 class StateReader:
-    """What is recorded at a tick, read once for the three assets; what did not change is kept for the next."""
+    """Reads the recorded state once per tick for all three assets, and keeps unchanged records for the next tick."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
@@ -36,7 +49,7 @@ class StateReader:
         self._attempts: dict[str, dict[str, Attempt]] = {}
 
     def history(self, instance: DagsterInstance, tick: object) -> History:
-        """The partitions' records."""
+        """The history of all partitions at this tick; `tick` is any object that identifies the tick."""
         if self._history is None or self._tick is not tick:
             self.pipeline = self.pipeline.refreshed()
             self._history = load_history(instance, self.pipeline, earlier=self._history)
@@ -44,7 +57,7 @@ class StateReader:
         return self._history
 
     def attempts(self, instance: DagsterInstance, asset: str) -> dict[str, Attempt]:
-        """The latest attempt to make each partition of an asset; call `history` first."""
+        """The latest attempt to materialize each partition of an asset, by key; call `history` first."""
         if asset not in self._attempts:
             names = Names.of(self.pipeline)
             found = latest_attempts(instance, names.key(asset))
@@ -60,26 +73,28 @@ class StateReader:
         return self._attempts[asset]
 
     def statuses(self, history: History, key: str) -> dict[str, Status]:
-        """The three assets' states, by what was observed last of the source."""
+        """The status of each of the three assets, judged by the latest observation of the source."""
         version = history.version(SOURCE, key)
         return partition_statuses(history, key, version, self.pipeline.code_versions)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The latest run that was to make a partition."""
+    """The latest run that planned to materialize a partition of an asset."""
 
     storage_id: int
-    """Of the event that says so."""
+    """Storage id of the event that recorded the plan."""
     run_id: str
     run: dg.RunRecord | None
+    """None if the run was deleted."""
 
-    def is_worth_another(self, status: Status, code: str, now: float) -> bool:
-        """Whether to try again although nothing changed since.
+    def may_retry(self, status: Status, code: str, now: float) -> bool:
+        """Whether to request the partition again although nothing changed since this attempt.
 
-        Not what a run gave up for good, or a person stopped, and for an hour not what failed otherwise. Nor what a run
-        looked at and left alone: it knew better. But what such a run made and was lost since; and after an hour what
-        must be read to know whether it changed.
+        False after a permanent failure or a canceled run. After any other failure, True once an hour has passed.
+        After a successful run, True only if rows went missing since, or hourly for a source that must be read to
+        detect changes: whatever else still looks stale, that run decided to leave alone. Always True if `code` differs
+        from the code of the run, or the run was deleted. `now` is in seconds since 1970.
         """
         if self.run is None:
             return True
@@ -89,19 +104,19 @@ class Attempt:
         is_long_ago = now - (self.run.end_time or self.run.update_timestamp.timestamp()) > _SECONDS_BETWEEN_ATTEMPTS
         if run.status == dg.DagsterRunStatus.SUCCESS:
             return status.state == "missing" or (READ_EACH_TIME in status.reasons and is_long_ago)
-        if run.status == dg.DagsterRunStatus.CANCELED or LASTING_TAG in run.tags:
+        if run.status == dg.DagsterRunStatus.CANCELED or PERMANENT_FAILURE_TAG in run.tags:
             return False
         return is_long_ago
 
 
 class _PartitionCondition(dg.AutomationCondition[AssetKey]):
-    """True for the partitions of which `holds` is."""
+    """Base of conditions that are decided partition by partition, by `holds`."""
 
     def __init__(self, reader: StateReader) -> None:
         self._reader = reader
 
     def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:
-        """Among the candidates, those for which it holds."""
+        """Select the candidate partitions for which the condition holds."""
         view, asset = context.asset_graph_view, context.key.path[-1]
         history = self._reader.history(view.instance, view)
         candidates = context.candidate_subset.expensively_compute_partition_keys()
@@ -110,24 +125,24 @@ class _PartitionCondition(dg.AutomationCondition[AssetKey]):
 
     @abstractmethod
     def holds(self, instance: DagsterInstance, history: History, asset: str, key: str) -> bool:
-        """Whether it is true of a partition."""
+        """Whether the condition is true of one partition of an asset."""
 
 
 class Unsynced(_PartitionCondition):
-    """True for partitions that are missing or stale, or will be once a changed document is read."""
+    """True for partitions that are missing or stale, or will be once changed documents are read."""
 
     @property
     def name(self) -> str:
-        """What the UI calls it."""
+        """Name of the condition in the UI."""
         return "unsynced"
 
     @property
     def description(self) -> str:
-        """What the UI says of it."""
+        """Description of the condition in the UI."""
         return "missing or stale, or made from documents that have changed"
 
     def holds(self, instance: DagsterInstance, history: History, asset: str, key: str) -> bool:
-        """Not fresh, or not for long."""
+        """Whether the partition is not fresh, or will not be once its documents are read again."""
         statuses = self._reader.statuses(history, key)
         if statuses[asset].state != "fresh":
             return True
@@ -136,9 +151,9 @@ class Unsynced(_PartitionCondition):
 
 
 def _has_new_documents(history: History, key: str) -> bool:
-    """Files came, went or changed their sizes, so that the documents will differ: all three assets go in one run.
+    """Whether files were added, removed or resized, so that the documents must differ: all three assets run together.
 
-    Where only times moved, the documents are read first, and nothing follows if they are the same.
+    If only modification times changed, raw_documents runs alone, and nothing follows if the text is the same.
     """
     record, version = history.record("raw_documents", key), history.version(SOURCE, key)
     if record is None or version is None:
@@ -147,46 +162,46 @@ def _has_new_documents(history: History, key: str) -> bool:
 
 
 class WorthAnAttempt(_PartitionCondition):
-    """True for partitions that were not tried yet with this code and this data, or may be tried again."""
+    """True for partitions not yet attempted with the current code and data, and for those that may be retried."""
 
     @property
     def name(self) -> str:
-        """What the UI calls it."""
+        """Name of the condition in the UI."""
         return "worth_an_attempt"
 
     @property
     def description(self) -> str:
-        """What the UI says of it."""
-        return "code or data changed since the latest attempt, or it failed an hour ago for a reason that may pass"
+        """Description of the condition in the UI."""
+        return "code or data changed since the latest attempt, or it failed over an hour ago with a retryable error"
 
     def holds(self, instance: DagsterInstance, history: History, asset: str, key: str) -> bool:
-        """Something is new since the latest attempt, or it is worth another."""
+        """Whether something was recorded since the latest attempt, or the attempt may be retried."""
         attempt = self._reader.attempts(instance, asset).get(key)
         if attempt is None:
             return True
         records = (history.record(a, key) for a in (SOURCE, asset, *DEPENDENCIES[asset]))
-        # What the attempt itself recorded is no news.
+        # Events that the attempt itself recorded are not a change.
         if any(r is not None and r.storage_id > attempt.storage_id and r.run_id != attempt.run_id for r in records):
             return True
         status = self._reader.statuses(history, key)[asset]
-        return attempt.is_worth_another(status, code_tag(self._reader.pipeline), time.time())
+        return attempt.may_retry(status, code_tag(self._reader.pipeline), time.time())
 
 
 def build_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:
-    """The condition of the three assets: unsynced, not under way, and not tried in vain on the same code and data."""
+    """Build the assets' condition: unsynced, not in progress, and not already attempted on the same code and data."""
     condition, names, reader = dg.AutomationCondition, Names.of(pipeline), StateReader(pipeline)
-    ours = dg.AssetSelection.assets(*(names.key(asset) for asset in ASSETS))
+    own_assets = dg.AssetSelection.assets(*(names.key(asset) for asset in ASSETS))
     return (
         Unsynced(reader)
         & ~condition.in_progress()
-        & ~condition.any_deps_in_progress().allow(ours)
-        & ~condition.any_deps_missing().allow(ours)
+        & ~condition.any_deps_in_progress().allow(own_assets)
+        & ~condition.any_deps_missing().allow(own_assets)
         & WorthAnAttempt(reader)
-    ).with_label("unsynced: missing or stale, not under way, not tried in vain on the same code and data")
+    ).with_label("unsynced: missing or stale, not in progress, not already attempted on the same code and data")
 
 
 def build_automation_sensor(names: Names) -> dg.AutomationConditionSensorDefinition:
-    """The sensor that evaluates the condition. On by default; it can be switched off in the UI."""
+    """Build the sensor that evaluates the condition; it is on by default and can be switched off in the UI."""
     return dg.AutomationConditionSensorDefinition(
         name=names.prefixed("unsynced"),
         target=[names.key(asset) for asset in ASSETS],
@@ -194,5 +209,5 @@ def build_automation_sensor(names: Names) -> dg.AutomationConditionSensorDefinit
         minimum_interval_seconds=_INTERVAL_SECONDS,
         use_user_code_server=True,
         run_tags={AUTOMATED_TAG: "true"},
-        description="Makes what is missing or stale: new and changed documents, changed settings, and any backlog.",
+        description="Materializes what is missing or stale: new and changed documents, changed settings, any backlog.",
     )

@@ -1,4 +1,4 @@
-"""Asset checks: the questions of `stages/checks.py` asked per partition, and whether a partition is fresh."""
+"""Asset checks: evaluates the checks of `stages/checks.py` per partition, plus a freshness check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from embed_assets.defs.dagster_internals import Answer
+from embed_assets.defs.dagster_internals import Evaluation
 from embed_assets.defs.names import Names
 from embed_assets.defs.staleness import READ_EACH_TIME, Status
 from embed_assets.errors import PartitionError
@@ -16,13 +16,13 @@ from embed_assets.stages.checks import CHECKS, Outcome, Subject, check
 from embed_assets.stages.pipeline import Pipeline
 
 FRESHNESS = "freshness"
-_FRESHNESS_DESCRIPTION = "Source, code and inputs are still those that the partition's three assets were made from."
+_FRESHNESS_DESCRIPTION = "Source, code and inputs are still those that the three assets were materialized from."
 _BLOCKING = {(check.asset, check.name) for check in CHECKS if check.is_blocking}
 
 
 def check_specs(names: Names) -> list[dg.AssetCheckSpec]:
-    """All checks, each with an answer per partition."""
-    questions = [(c.asset, c.name, c.description) for c in CHECKS]
+    """Specs of all checks, each partitioned like its asset."""
+    checks = [(c.asset, c.name, c.description) for c in CHECKS]
     return [
         dg.AssetCheckSpec(
             name,
@@ -31,44 +31,45 @@ def check_specs(names: Names) -> list[dg.AssetCheckSpec]:
             blocking=(asset, name) in _BLOCKING,
             partitions_def=names.partitions,
         )
-        for asset, name, description in [*questions, ("embeddings", FRESHNESS, _FRESHNESS_DESCRIPTION)]
+        for asset, name, description in [*checks, ("embeddings", FRESHNESS, _FRESHNESS_DESCRIPTION)]
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Checker:
-    """Asks a run's checks and records the answers."""
+    """Evaluates the checks that a run selected and records the evaluations that changed."""
 
     pipeline: Pipeline
     names: Names
     record: Callable[[dg.AssetCheckEvaluation], None]
+    """Callback that records one evaluation."""
     selected: Collection[dg.AssetCheckKey]
-    known: Mapping[tuple[dg.AssetCheckKey, str], Answer]
-    """The latest answers by check and partition. The same one is not recorded again."""
+    known: Mapping[tuple[dg.AssetCheckKey, str], Evaluation]
+    """The latest evaluation by check and partition; an identical one is not recorded again."""
 
     def check(self, asset: str, partition: PartitionSnapshot, stale: Mapping[str, Status]) -> None:
-        """Ask all selected checks of an asset about a partition, of whose assets `stale` are not fresh.
+        """Evaluate the selected checks of an asset on a partition; `stale` has the status of assets that are not fresh.
 
-        Raises ``PartitionError`` when a blocking one says no.
+        Raises ``PartitionError`` if a blocking check fails.
         """
         for name, outcome in self.outcomes(asset, partition, stale).items():
             if not outcome.passed and (asset, name) in _BLOCKING:
                 raise PartitionError(f"the check {name!r} of {asset} failed: {outcome.detail}")
 
     def outcomes(self, asset: str, partition: PartitionSnapshot, stale: Mapping[str, Status]) -> dict[str, Outcome]:
-        """The answers of the selected checks, by their names; those that changed are recorded."""
+        """Evaluate the selected checks of an asset, and record changed results: outcomes by check name."""
         target = self.pipeline.target
         subject = Subject(partition, target.table, target.prompt, self.pipeline.settings)
         outcomes = {
-            question.name: check(question, subject)
-            for question in CHECKS
-            if question.asset == asset and self._is_selected(asset, question.name)
+            spec.name: check(spec, subject)
+            for spec in CHECKS
+            if spec.asset == asset and self._is_selected(asset, spec.name)
         }
         if asset == "embeddings" and self._is_selected(asset, FRESHNESS):
             outcomes[FRESHNESS] = _freshness(stale)
         for name, outcome in outcomes.items():
             check_key = dg.AssetCheckKey(self.names.key(asset), name)
-            if self.known.get((check_key, partition.key)) == Answer(outcome.passed, outcome.detail):
+            if self.known.get((check_key, partition.key)) == Evaluation(outcome.passed, outcome.detail):
                 continue
             is_blocking = (asset, name) in _BLOCKING
             self.record(
@@ -93,6 +94,6 @@ def _freshness(stale: Mapping[str, Status]) -> Outcome:
     if not stale:
         return Outcome(True, "all three assets are fresh")
     if all(status.reasons == (READ_EACH_TIME,) for status in stale.values()):
-        return Outcome(True, f"all three assets are as fresh as can be told: {READ_EACH_TIME}")
+        return Outcome(True, f"all three assets are as fresh as can be determined: {READ_EACH_TIME}")
     found = "; ".join(f"{asset} is {status.state}: {', '.join(status.reasons)}" for asset, status in stale.items())
     return Outcome(False, f"{found}; materialize it or run 'embed-assets sync'")

@@ -1,4 +1,4 @@
-"""What the step does: bring a run's partitions up to date, one by one or several at once, and record what was made."""
+"""One run of the step: brings its partitions up to date and records each materialization."""
 
 from __future__ import annotations
 
@@ -25,45 +25,49 @@ from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.stages.chunks import materialize_chunks
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.embeddings import materialize_embeddings
-from embed_assets.stages.lanes import lanes_for
+from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.raw_documents import materialize_raw_documents
 
 _log = logging.getLogger(__name__)
 _WAIT_SECONDS = 2.0
+"""Timeout of a wait for partitions: how late messages of the compute are passed on at most."""
 
 
 @dataclass(slots=True)
 class _Task:
-    """A partition on its way through the stages."""
+    """A partition on its way through the three stages."""
 
     files: SourcePartition
     partition: PartitionSnapshot
     outcome: PartitionOutcome
     error: Exception | None = None
-    """Why reading or chunking it failed."""
+    """The error that reading or chunking raised."""
 
 
 @dataclass(slots=True)
 class CorpusRun:
-    """One run over some partitions and some of the three assets."""
+    """A run over some partitions and some of the three assets."""
 
     pipeline: Pipeline
     compute: Compute
-    """Where texts are embedded. It is closed when the partitions are done."""
+    """Where texts are embedded; closed when all partitions are done."""
     observer: RunObserver
     run_id: str
     recorder: Recorder
     metadata: MetadataWriter
     checker: Checker
     partitions: Mapping[str, SourcePartition]
+    """The run's partitions of the source, by key; one without files is empty."""
     before: Snapshot
-    """The lake when the source was listed."""
+    """The lake as it was when the source was listed."""
     keys: Sequence[str]
+    """Keys of the partitions, in the order in which they are processed."""
     selected: Sequence[str]
+    """Names of the assets to materialize."""
     failures: dict[str, Exception] = field(default_factory=dict)
-    """Why partitions failed, by key."""
+    """Errors of the partitions that failed, by key."""
 
     @property
     def history(self) -> History:
@@ -71,15 +75,15 @@ class CorpusRun:
         return self.recorder.history
 
     def materialize(self) -> None:
-        """Bring every partition up to date; afterwards `failures` has the errors of those that failed.
+        """Bring every partition up to date; afterwards `failures` holds the errors of those that failed.
 
-        While partitions are embedded, one or as many as `compute` likes, the next one is read and chunked by another
-        thread. All that is recorded is recorded by this one.
+        Up to `compute.partitions_in_flight` partitions are embedded at a time while another thread reads and chunks the
+        next one. Only the calling thread records. Raises ``ModelError`` or ``SettingsError`` if the model can't run.
         """
         self.observer.start({key: self.partitions[key].byte_size for key in self.keys})
         with (
             ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead,
-            lanes_for(self.compute) as lanes,
+            embedding_executor(self.compute) as lanes,
             contextlib.closing(self.compute),
         ):
             upcoming = ahead.submit(self._prepare, self.keys[0]) if self.keys else None
@@ -107,7 +111,7 @@ class CorpusRun:
                 self._fail(key, unwritten)
 
     def _lost(self) -> UserError | None:
-        """Why no text will be embedded any more."""
+        """The error that keeps the compute from embedding anything more; None while it is alive."""
         try:
             self.compute.require_alive()
         except UserError as error:
@@ -115,13 +119,13 @@ class CorpusRun:
         return None
 
     def _fail_all(self, keys: Iterable[str], error: UserError) -> None:
-        """There is no use in reading what can't be embedded."""
+        """Fail partitions without reading them, because nothing can be embedded any more."""
         for key in keys:
             with self._failing(key):
                 raise error
 
     def _end_finished(self, under_way: dict[Future[_Task], str], *others: Future[_Task]) -> None:
-        """Wait a while for a partition to be embedded, or one of the others; record what is."""
+        """Wait up to `_WAIT_SECONDS` for a partition to be embedded or one of `others`; record what finished."""
         finished, _ = wait([*under_way, *others], _WAIT_SECONDS, FIRST_COMPLETED)
         for line in self.compute.news():
             self.observer.news(line)
@@ -131,11 +135,11 @@ class CorpusRun:
 
     @contextlib.contextmanager
     def _failing(self, key: str) -> Iterator[None]:
-        """An error in here is the partition's, unless it is about the model."""
+        """Record an error raised inside as the partition's failure; errors of the model or the settings propagate."""
         try:
             yield
         except (ModelError, SettingsError):
-            raise  # a model that can't be loaded is no partition's fault
+            raise  # a model that can't be loaded affects every partition
         except Exception as error:
             if not isinstance(error, UserError):
                 trace = "".join(traceback.format_exception(error))
@@ -146,25 +150,28 @@ class CorpusRun:
         self.failures[key] = error
         self.observer.finished(PartitionOutcome(key, error=describe(error)))
 
-    def confirm_unmade(self, keys: Iterable[str]) -> None:
-        """Record again what this run planned for partitions and found to be fresh.
+    def confirm_fresh(self, keys: Iterable[str]) -> None:
+        """Record the latest materializations of partitions again that this run planned and found fresh.
 
-        After a run that failed, Dagster counts every partition it had planned and not seen as failed.
+        When a run fails, Dagster shows every partition that it planned and did not materialize as failed:
+        https://github.com/dagster-io/dagster/issues/28789
         """
         for key in keys:
             for asset in self.selected:
-                before = self.history.record(asset, key)  # of an earlier attempt of this run, perhaps
-                is_told = (asset, key) in self.recorder.recorded or (before and before.run_id == self.run_id)
-                if not is_told:
+                before = self.history.record(asset, key)  # perhaps from an earlier attempt of this run
+                is_recorded = (asset, key) in self.recorder.recorded or (before and before.run_id == self.run_id)
+                if not is_recorded:
                     self.recorder.confirm(asset, key)
 
     def outputs_for_downstream(self, in_run: Collection[dg.AssetKey]) -> Iterator[dg.MaterializeResult[None]]:
-        """Outputs, needed only when the same run also makes assets downstream of ours: else those are skipped.
+        """Yield outputs if the run also materializes assets downstream of these: Dagster would skip those without them
+        (https://github.com/dagster-io/dagster/issues/20520).
 
-        The events that they cause carry one version for all partitions, so ours are recorded again after them.
+        Dagster records an event for each output, with one data version for all partitions, so the partitions' own
+        events are recorded again after them.
         """
-        ours = {self.recorder.names.key(asset) for asset in (SOURCE, *ASSETS)}
-        if not set(in_run) <= ours:
+        own_assets = {self.recorder.names.key(asset) for asset in (SOURCE, *ASSETS)}
+        if not set(in_run) <= own_assets:
             for asset in self.selected:
                 yield dg.MaterializeResult(asset_key=self.recorder.names.key(asset))
             for key in self.keys:
@@ -172,12 +179,12 @@ class CorpusRun:
                     self.recorder.confirm(asset, key)
 
     def _prepare(self, key: str) -> _Task:
-        """Read and chunk a partition, as far as that is selected and due."""
+        """Read and chunk a partition where that is selected and due; an error is kept in the task."""
         files = self.partitions[key]
         task = _Task(files, self.before.begin(key, RAW), self.history.outcome(key, files.version))
         try:
             self._read_and_chunk(task)
-        except Exception as error:  # raised again by _begin, once what was made before it is recorded
+        except Exception as error:  # _begin raises it, after recording what was materialized before it
             task.error = error
         return task
 
@@ -192,7 +199,7 @@ class CorpusRun:
             _note("chunks", outcome, materialize_chunks(task.partition, corpus, provenance, outcome))
 
     def _begin(self, task: _Task, lanes: Executor) -> Future[_Task]:
-        """Record and check what was prepared, and have it embedded if that is selected and due."""
+        """Record and check what was prepared, and submit it for embedding if that is selected and due."""
         outcome = task.outcome
         for asset in outcome.replaced:
             self._record(asset, task)
@@ -202,12 +209,12 @@ class CorpusRun:
             done: Future[_Task] = Future()
             done.set_result(task)
             return done
-        if "chunks" not in outcome.reasons:  # made by another run: asked again whether they are worth embedding
+        if "chunks" not in outcome.reasons:  # chunks of another run: check them before embedding
             self.checker.check("chunks", task.partition, {})
         return lanes.submit(self._embed, task)
 
     def _embed(self, task: _Task) -> _Task:
-        """In a lane: what takes long."""
+        """Embed a partition's chunks; runs in a thread of `lanes`."""
         outcome = task.outcome
         made = materialize_embeddings(
             task.partition,
@@ -221,14 +228,17 @@ class CorpusRun:
         return task
 
     def _end(self, task: _Task) -> None:
-        """Record and check what was embedded."""
+        """Record and check a partition's embeddings, and report it as finished."""
         if "embeddings" in task.outcome.replaced:
             self._record("embeddings", task)
         task.partition.close()
         self.observer.finished(task.outcome)
 
     def _is_due(self, asset: str, outcome: PartitionOutcome) -> bool:
-        """The asset is selected, and missing or stale. Raises ``PartitionError`` when its inputs were never made."""
+        """Whether the asset is selected, and missing or stale.
+
+        Raises ``PartitionError`` if it is due and one of its inputs was never materialized.
+        """
         if asset not in self.selected:
             return False
         status = self._status(asset, outcome)
@@ -252,9 +262,9 @@ class CorpusRun:
         return Provenance(self.run_id, _inputs(asset, outcome), rewrite)
 
     def _record(self, asset: str, task: _Task) -> None:
-        """Record a materialization, then ask the asset's checks about it.
+        """Record a materialization, then evaluate the asset's checks on it.
 
-        Raises ``PartitionError`` when a blocking one says no.
+        Raises ``PartitionError`` if a blocking check fails; the partition is then recorded as damaged.
         """
         outcome = task.outcome
         self.recorder.materialized(
@@ -264,7 +274,7 @@ class CorpusRun:
             _inputs(asset, outcome),
             self.metadata.of(asset, task.partition, outcome, self.compute),
         )
-        # Only the check `freshness`, of embeddings, wants to know; what was made in this run is fresh.
+        # Only the freshness check of embeddings needs this; what this run materialized is fresh.
         others = [a for a in ASSETS if a not in outcome.reasons] if asset == "embeddings" else []
         stale = {a: s for a in others if (s := self._status(a, outcome)).state != "fresh"}
         try:
@@ -279,10 +289,10 @@ def _note(asset: str, outcome: PartitionOutcome, made: Replaced) -> None:
 
 
 def _inputs(asset: str, outcome: PartitionOutcome) -> dict[str, str]:
-    """Data versions of what the asset is made from."""
+    """Data versions of the asset's dependencies, by name."""
     return {dependency: outcome.versions[dependency] or "" for dependency in DEPENDENCIES[asset]}
 
 
 def describe(error: Exception) -> str:
-    """What a person is told of a partition's error."""
+    """The error as one line for logs and results, without secrets."""
     return str(error) if isinstance(error, UserError) else hide_secrets(f"{type(error).__name__}: {error}")

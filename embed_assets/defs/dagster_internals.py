@@ -1,4 +1,4 @@
-"""What is used of Dagster beside its public interface, all in one place, and the versions it was tested with."""
+"""Wraps every Dagster internal that the package uses, and refuses Dagster versions that it was not tested with."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from embed_assets.records import slices
 
 _TESTED = re.compile(r"1\.13\.(\d+)")
 _LEAST_PATCH = 6
-"""Before it, assets below ours were skipped in the same run."""
+"""Earlier patch releases skip assets downstream of the step in the same run."""
 
 
 def check_version(version: str) -> None:
-    """Raise ``SettingsError`` for a Dagster whose internals may be others."""
+    """Raise ``SettingsError`` for a Dagster version whose internals may differ."""
     found = _TESTED.match(version)
     if found is None or int(found[1]) < _LEAST_PATCH:
         raise SettingsError(
-            f"embed_assets needs Dagster 1.13.x from 1.13.{_LEAST_PATCH} on, whose internals it knows, got {version}; "
+            f"embed_assets needs Dagster 1.13.x, at least 1.13.{_LEAST_PATCH}, as it uses internals, got {version}; "
             "pip install 'dagster>=1.13.6,<1.14' 'dagster-webserver>=1.13.6,<1.14'"
         )
 
@@ -57,15 +57,16 @@ DATA_VERSION_TAG = "dagster/data_version"
 CODE_VERSION_TAG = "dagster/code_version"
 INPUT_VERSION_TAG = "dagster/input_data_version/"
 INPUT_POINTER_TAG = "dagster/input_event_pointer/"
-"""Storage id of the dependency's event that was the latest one: what Dagster's own staleness compares with."""
+"""Prefix of tags with the storage id of a dependency's latest event, which Dagster's own staleness check compares."""
 USER_PROVIDED_TAG = "dagster/data_version_is_user_provided"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 _IDS_PER_QUERY = 500
-"""SQLite takes no more than some thousand variables."""
+"""Old builds of SQLite take no more than 999 variables in a statement."""
 _PLANNED = "PLANNED"
-"""Status of a check that a run is to ask."""
+"""Status of a check evaluation that a run has planned and not recorded yet."""
 _REGISTER_ATTEMPTS = 20
+"""Each failed attempt means that another process added keys in between; a limit keeps a lasting error from looping."""
 _NUMBERS = ("IntMetadataEntryData", "FloatMetadataEntryData")
 
 __all__ = [
@@ -77,9 +78,9 @@ __all__ = [
     "RANGE_END_TAG",
     "RANGE_START_TAG",
     "USER_PROVIDED_TAG",
-    "Answer",
     "ConfigurableClassData",
     "DagsterSqliteStorage",
+    "Evaluation",
     "ExecutionPlan",
     "Executor",
     "InProcessExecutor",
@@ -89,13 +90,13 @@ __all__ = [
     "SerializableErrorInfo",
     "StoredEvent",
     "delete_value",
-    "drop_unanswered",
+    "drop_planned_evaluations",
     "error_of_run",
     "follow_default_limit",
     "free_slots",
     "holders_of_full_pool",
-    "latest_answers",
     "latest_attempts",
+    "latest_evaluations",
     "latest_event_ids",
     "raise_execution_interrupts",
     "read_events",
@@ -106,15 +107,16 @@ __all__ = [
 
 
 def error_of_run(event: dg.DagsterEvent) -> SerializableErrorInfo | None:
-    """Why a run failed as a whole, if the event says so; steps have failures of their own."""
+    """The error of a run failure event; None for any other event, step failures included."""
     is_of_run = event.event_type == DagsterEventType.RUN_FAILURE
     return event.job_failure_data.error if is_of_run else None
 
 
 def register_partitions(instance: DagsterInstance, name: str, keys: Sequence[str]) -> None:
-    """Add keys to dynamic partitions, those too that another process is adding at the same time.
+    """Add keys to dynamic partitions, even while another process adds the same ones.
 
-    Dagster looks which ones are new and then inserts them all, which fails as a whole when one is there by then.
+    Dagster selects the new keys and then inserts them in one statement, which fails if another process inserted one in
+    between. Raises ``sqlalchemy.exc.IntegrityError`` if that happens again and again.
     """
     for attempt in range(_REGISTER_ATTEMPTS):
         try:
@@ -128,31 +130,35 @@ def register_partitions(instance: DagsterInstance, name: str, keys: Sequence[str
 def latest_event_ids(
     instance: DagsterInstance, asset: AssetKey, keys: Collection[str] | None, observations: bool = False
 ) -> dict[str, int]:
-    """Storage id of the latest materialization (or observation) of each partition, in one query."""
+    """Storage ids of the latest materialization (or observation) of each partition, by key, in one query.
+
+    With `keys` None, those of all partitions.
+    """
     kind = DagsterEventType.ASSET_OBSERVATION if observations else DagsterEventType.ASSET_MATERIALIZATION
     return dict(instance.get_latest_storage_id_by_partition(asset, kind, None if keys is None else set(keys)))
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """What staleness needs of a materialization or observation."""
+    """The fields of a materialization or observation that staleness is computed from."""
 
     storage_id: int
     run_id: str
+    """'' if it was recorded outside of runs."""
     partition: str
     timestamp: float
-    """Seconds since 1970."""
+    """When it was recorded, in seconds since 1970."""
     tags: Mapping[str, str]
     numbers: Mapping[str, float]
-    """The metadata that are numbers."""
+    """Metadata entries that are numbers, by name."""
     texts: Mapping[str, str]
-    """Those that are plain text."""
+    """Metadata entries that are plain text, by name."""
 
 
 def read_events(instance: DagsterInstance, storage_ids: Sequence[int]) -> Iterator[StoredEvent]:
-    """The events with these ids, of partitions, as they are stored.
+    """Read the stored events of partitions with these ids. Raises ``SettingsError`` unless Dagster's storage is SQL.
 
-    Five times faster than Dagster's own reading, which makes an object of every entry of the metadata.
+    Five times faster than Dagster's own reader, which builds an object for every metadata entry.
     """
     table = SqlEventLogStorageTable
     with _sql_storage(instance).index_connection() as connection:
@@ -183,7 +189,7 @@ def _stored_event(storage_id: int, run_id: str, partition: str, entry: dict[str,
 
 
 def latest_attempts(instance: DagsterInstance, asset: AssetKey) -> dict[str, tuple[int, str]]:
-    """(storage id, run id) of the latest plan to materialize each partition."""
+    """(storage id, run id) of the latest planned materialization of each partition, by key."""
     kind = DagsterEventType.ASSET_MATERIALIZATION_PLANNED
     latest = instance.get_latest_storage_id_by_partition(asset, kind)
     runs = _run_ids(instance, sorted(latest.values()))
@@ -200,42 +206,43 @@ def _run_ids(instance: DagsterInstance, storage_ids: Sequence[int]) -> dict[int,
 
 
 def holders_of_full_pool(instance: DagsterInstance, pool: str) -> list[str]:
-    """Ids of the runs that hold a pool's places, if none is left and steps have to wait for one; else nothing."""
+    """Ids of the runs that hold slots of a pool, if it has none left and steps have to wait; else an empty list."""
     granularity = instance.get_concurrency_config().pool_config.pool_granularity
-    if granularity == PoolGranularity.RUN:  # then Dagster's queue alone minds the pool
+    if granularity == PoolGranularity.RUN:  # then Dagster's run queue enforces the limit
         return []
     info = instance.event_log_storage.get_concurrency_info(pool)
     return sorted(info.active_run_ids) if 0 < info.slot_count <= info.active_slot_count else []
 
 
 def follow_default_limit(instance: DagsterInstance, pool: str) -> None:
-    """Let a pool that has its limit from dagster.yaml take over a changed one.
+    """Apply a changed default limit of dagster.yaml to a pool that has no limit of its own.
 
-    Dagster does so itself, but with PostgreSQL it fails at it, and every run with it.
+    Dagster does so too, but on PostgreSQL its update fails, and so does every run that uses the pool:
+    https://github.com/dagster-io/dagster/issues/33552
     """
     default = instance.get_concurrency_config().pool_config.default_pool_limit
     for known in instance.event_log_storage.get_pool_limits():
         if known.name == pool and known.from_default and known.limit != default:
-            instance.event_log_storage.delete_concurrency_limit(pool)  # it is made anew when it is needed
+            instance.event_log_storage.delete_concurrency_limit(pool)  # Dagster creates it again when needed
 
 
 def free_slots(instance: DagsterInstance, run_id: str) -> None:
-    """Give back the slots of pools that a run holds."""
+    """Free all pool slots that a run holds."""
     instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 
 def write_value(instance: DagsterInstance, key: str, value: str) -> None:
-    """Keep a value in the instance, in the place of the one before."""
+    """Store a value in the instance, replacing the previous one."""
     instance.run_storage.set_cursor_values({key: value})
 
 
 def read_values(instance: DagsterInstance, keys: set[str]) -> Mapping[str, str]:
-    """The values that are kept of these keys."""
+    """The stored values of these keys; keys without a value are left out."""
     return instance.run_storage.get_cursor_values(keys) if keys else {}
 
 
 def delete_value(instance: DagsterInstance, key: str) -> None:
-    """Keep it no longer, which Dagster itself has no way to say."""
+    """Delete a stored value, for which Dagster has no method; does nothing if the run storage is not SQL."""
     storage = instance.run_storage
     sql = storage._storage.run_storage if isinstance(storage, LegacyRunStorage) else storage
     if isinstance(sql, SqlRunStorage):
@@ -244,42 +251,49 @@ def delete_value(instance: DagsterInstance, key: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a check said of a partition."""
+class Evaluation:
+    """The result of a check on a partition."""
 
     passed: bool
     description: str
+    """'' if the check gave none."""
 
 
-def latest_answers(
+def latest_evaluations(
     instance: DagsterInstance, run_id: str, checks: Collection[dg.AssetCheckKey], partitions: Sequence[str]
-) -> dict[tuple[dg.AssetCheckKey, str], Answer]:
-    """The latest answer of each check about each partition, unless a run that died was to give another since."""
+) -> dict[tuple[dg.AssetCheckKey, str], Evaluation]:
+    """The latest evaluation by check and partition, leaving out those of the run `run_id` itself.
+
+    Also left out is a pair that a run which died had planned to evaluate since.
+    """
     table, found = AssetCheckExecutionsTable, {}
-    by_place = {(check.asset_key.to_string(), check.name): check for check in checks}
+    by_name = {(check.asset_key.to_string(), check.name): check for check in checks}
     latest = (
         select(func.max(table.c.id))
-        .where(table.c.asset_key.in_({asset for asset, _ in by_place}), table.c.run_id != run_id)
+        .where(table.c.asset_key.in_({asset for asset, _ in by_name}), table.c.run_id != run_id)
         .group_by(table.c.asset_key, table.c.check_name, table.c.partition)
     )
     with _sql_storage(instance).index_connection() as connection:
         for keys in slices(partitions, _IDS_PER_QUERY):
             ids = latest.where(table.c.partition.in_(keys))
             columns = (table.c.asset_key, table.c.check_name, table.c.partition, table.c.evaluation_event)
-            is_answered = table.c.id.in_(ids) & (table.c.execution_status != _PLANNED)
-            for asset, name, key, event in connection.execute(select(*columns).where(is_answered)):
-                if (asset, name) in by_place:
-                    said = json.loads(event)["dagster_event"]["event_specific_data"]
-                    answer = Answer(bool(said["success"]), said.get("description") or "")
-                    found[by_place[asset, name], key] = answer
+            is_evaluated = table.c.id.in_(ids) & (table.c.execution_status != _PLANNED)
+            for asset, name, key, event in connection.execute(select(*columns).where(is_evaluated)):
+                if (asset, name) in by_name:
+                    data = json.loads(event)["dagster_event"]["event_specific_data"]
+                    evaluation = Evaluation(bool(data["success"]), data.get("description") or "")
+                    found[by_name[asset, name], key] = evaluation
     return found
 
 
-def drop_unanswered(instance: DagsterInstance, run_id: str, checks: Collection[dg.AssetCheckKey]) -> None:
-    """Let a run's checks that it planned and did not answer have the answers of before, instead of "skipped"."""
+def drop_planned_evaluations(instance: DagsterInstance, run_id: str, checks: Collection[dg.AssetCheckKey]) -> None:
+    """Delete the evaluations that a run planned and did not record, so that earlier ones stay current in the UI.
+
+    Dagster would show the checks as skipped; specs can't be optional: https://github.com/dagster-io/dagster/issues/28461
+    """
     table = AssetCheckExecutionsTable
     with _sql_storage(instance).index_connection() as connection:
         for check in checks:
             is_check = (table.c.asset_key == check.asset_key.to_string()) & (table.c.check_name == check.name)
-            is_open = (table.c.run_id == run_id) & (table.c.execution_status == _PLANNED)
-            connection.execute(table.delete().where(is_check & is_open))
+            is_planned = (table.c.run_id == run_id) & (table.c.execution_status == _PLANNED)
+            connection.execute(table.delete().where(is_check & is_planned))

@@ -1,4 +1,4 @@
-"""What the source has now: registered as partitions, and observed where it changed."""
+"""Discovery: registers the source's partitions with Dagster and records an observation of each that changed."""
 
 from __future__ import annotations
 
@@ -18,58 +18,61 @@ from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.records import slices
 
 KEYS_PER_ADD = 10_000
-"""Dagster's SQLite storage fails on more variables in one statement."""
+"""Dagster binds a variable per key and SQLite takes 32,766: https://github.com/dagster-io/dagster/issues/16260"""
 
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What listing the source showed."""
+    """The result of listing the source."""
 
     partitions: dict[str, SourcePartition]
-    """Every registered partition; those without files are empty."""
+    """All partitions by key; one without files is empty."""
     added: list[str]
+    """Keys that were not registered yet."""
     changed: list[str]
+    """Registered keys whose files changed."""
     emptied: list[str]
+    """Keys that have no files any more."""
 
 
 def list_partitions(instance: DagsterInstance, source: Source, names: Names) -> dict[str, SourcePartition]:
-    """All partitions, of the source and registered ones whose files are gone, by key; nothing is recorded."""
-    return with_gone_ones(instance, source.partitions(), names)
+    """The partitions of the source and the registered ones without files, by key; records nothing."""
+    return with_emptied_partitions(instance, source.partitions(), names)
 
 
-def with_gone_ones(
+def with_emptied_partitions(
     instance: DagsterInstance, listed: dict[str, SourcePartition], names: Names
 ) -> dict[str, SourcePartition]:
-    """The partitions of a listing, and the registered ones that it has not any more."""
-    gone = (key for key in instance.get_dynamic_partitions(names.partitions_name) if key not in listed)
-    return listed | {key: SourcePartition(key) for key in gone}
+    """Add to a listing, as empty partitions, the registered ones whose files are gone."""
+    emptied = (key for key in instance.get_dynamic_partitions(names.partitions_name) if key not in listed)
+    return listed | {key: SourcePartition(key) for key in emptied}
 
 
 def find_orphans(tables: Snapshot, table: TableSpec, known: Collection[str]) -> list[str]:
-    """Partitions that the lake has rows of and neither the source nor Dagster knows.
+    """Orphans: sorted keys of partitions with rows in the lake that are not among the `known` keys.
 
-    They are left alone: perhaps it is the source, or the lake, that is the wrong one.
+    They are reported and never dropped, because the source or the lake may be misconfigured.
     """
     found = set().union(*(tables.keys(spec) for spec in (RAW, CHUNK_TABLE, table)))
     return sorted(found - set(known))
 
 
 def refuse_if_emptied(source: Source, is_empty: bool, raw: Mapping[str, Record]) -> None:
-    """Raise ``SourceError`` when the source has no file any more, and the lake has documents of it.
+    """Raise ``SourceError`` if the source is empty but the lake holds documents, by the records of `raw`.
 
-    It may be a disk that is not mounted or a bucket emptied by mistake; believed, every partition would be dropped.
+    It may be a disk that is not mounted or a bucket emptied by mistake, and a run would drop every partition.
     """
     held = sum(bool(record.rows or record.counts.get("rejected")) for record in raw.values()) if is_empty else 0
     if held:
         raise SourceError(
-            f"the source {source.root!r} is empty, and {held} partitions hold documents of it; mount or fill it, or, "
-            "if all of them are to be dropped, run 'embed-assets sync --allow-empty'",
+            f"the source {source.root!r} is empty, and {held} partitions hold documents of it; mount or fill it, or "
+            "run 'embed-assets sync --allow-empty' to drop all of them",
             is_retryable=True,
         )
 
 
 def discover(instance: DagsterInstance, partitions: dict[str, SourcePartition], history: History) -> Discovery:
-    """Register new partitions and record an observation of each one whose files changed since the last one."""
+    """Register new partitions, and observe those whose files changed since their last observation."""
     names = history.names
     registered = set(instance.get_dynamic_partitions(names.partitions_name))
     added = [key for key in partitions if key not in registered]

@@ -1,4 +1,4 @@
-"""Dropping a partition for good: its rows in every table, and its key in Dagster."""
+"""Forgets a partition: deletes its rows from every table and its key from Dagster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from embed_assets.stages.pipeline import Pipeline
 
 
 def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
-    """Remove the partition's rows, of all spaces, and unregister its key; returns the number of tables it was in.
+    """Delete the partition's rows in all embedding spaces and unregister its key; returns the number of tables changed.
 
-    Old versions of the tables keep the rows until they are vacuumed. Raises ``PartitionError`` when there is no such
-    partition, or the source has files for it, which would bring it back.
+    Old table versions keep the rows until they are vacuumed. Raises ``PartitionError`` if the partition does not exist,
+    or if the source has files for it: the next run would bring it back.
     """
     names = Names.of(pipeline)
     pipeline.lake.check_owner()
@@ -29,7 +29,7 @@ def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
     tables = [RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in pipeline.lake.spaces())]
     partition = Snapshot(pipeline.lake).partition(key)
     for table in tables:
-        partition.state(table)  # if one is damaged, none is touched
+        partition.state(table)  # raises if a table is damaged, before any is changed
     emptied = sum(partition.replace(table, [], Provenance("forget")).is_committed for table in tables)
     registered = key in instance.get_dynamic_partitions(names.partitions_name)
     if registered:

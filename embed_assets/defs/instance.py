@@ -1,4 +1,4 @@
-"""The one Dagster instance that the UI, the command line and CI share."""
+"""Opens the Dagster instance that the UI, the command line and CI share."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from embed_assets.errors import SettingsError
 _NO_COMPUTE_LOGS = {
     "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
 }
-"""Dagster would take this process's stdout and stderr into files, and start helpers that mind Ctrl-C on their own."""
+"""Otherwise Dagster redirects this process's stdout and stderr to files and starts tail processes that handle Ctrl-C
+themselves; they can also lose a step's last lines: https://github.com/dagster-io/dagster/issues/23336"""
 
 
 @contextlib.contextmanager
 def open_instance() -> Iterator[DagsterInstance]:
-    """The instance of DAGSTER_HOME, or else of the ``dagster.yaml`` in the current folder.
+    """Open the instance of DAGSTER_HOME, or else of the ``dagster.yaml`` in the current folder.
 
-    Raises ``SettingsError`` when there is neither (a temporary one would forget everything), or it can't be opened,
-    read or written.
+    Raises ``SettingsError`` if there is neither (a temporary instance would lose all records), or if it can't be
+    opened, read or written.
     """
     home = Path(os.environ.get("DAGSTER_HOME") or Path.cwd()).expanduser()
     if os.environ.get("DAGSTER_HOME") and not (home.is_absolute() and home.is_dir()):
         raise SettingsError(f"DAGSTER_HOME must be an existing absolute folder, got {str(home)!r}; set or unset it")
     if not os.environ.get("DAGSTER_HOME") and not (home / "dagster.yaml").is_file():
         raise SettingsError(
-            f"there must be a dagster.yaml in the current folder or a DAGSTER_HOME, in {str(home)!r} is neither; "
+            f"there must be a dagster.yaml in the current folder or a DAGSTER_HOME, {str(home)!r} has neither; "
             "change to the project's folder or copy its dagster.yaml here"
         )
     with _opened(home) as instance:
@@ -62,6 +63,6 @@ def _opened(home: Path) -> DagsterInstance:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Of what is wrong with dagster.yaml, the details come after the heading.
+    # Errors in dagster.yaml have their details after a heading.
     reason = next((line for line in lines if line.startswith("Error 1:")), lines[0] if lines else "")
     return reason or type(error).__name__

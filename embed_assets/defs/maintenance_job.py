@@ -1,5 +1,6 @@
-"""Maintenance of the lake in Dagster's UI, and how long its files must be kept."""
-# No postponed annotations here: Dagster looks at the op's as they are.
+"""The maintenance job of the lake for Dagster's UI, and how long the lake's files must be retained."""
+# No `from __future__ import annotations`: Dagster inspects annotations as classes, see
+# https://github.com/dagster-io/dagster/issues/26837
 
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from embed_assets.lake.maintenance import Maintenance, maintain
 from embed_assets.stages.pipeline import Pipeline
 
 _MARGIN = timedelta(hours=24)
+"""Added to the age of the oldest run: longer protects slow runs and readers, shorter frees disk space sooner."""
 _UNFINISHED = (
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
@@ -22,26 +24,29 @@ _UNFINISHED = (
 
 
 class MaintenanceConfig(dg.Config):
-    """What to do."""
+    """Run configuration of the maintenance job."""
 
     dry_run: bool = Field(False, description="Only show what there is to do.")
     remove_spaces: list[str] = Field([], description="Embedding spaces, by name, whose tables are removed as well.")
 
 
 def retention(instance: dg.DagsterInstance) -> timedelta:
-    """How long files must be kept that no table names any more: longer than the longest run, which may use them."""
+    """How long unreferenced files must be kept: longer than the oldest unfinished run, which may still use them.
+
+    Zero if no run is unfinished.
+    """
     records = instance.get_run_records(dg.RunsFilter(statuses=list(_UNFINISHED)))
     starts = [record.start_time for record in records if record.start_time is not None]
     return timedelta(seconds=max(0.0, time.time() - min(starts))) + _MARGIN if starts else timedelta()
 
 
 def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
-    """A job that looks after the lake, and shows what it did as metadata of its only step."""
+    """Build the job that maintains the lake; its only step shows what it did as metadata."""
     names = Names.of(pipeline)
 
     @dg.op(name=names.prefixed("maintain_lake"), out=dg.Out(dg.Nothing))
     def maintain_lake(context: dg.OpExecutionContext, config: MaintenanceConfig) -> dg.Output[None]:
-        """Compact, vacuum and checkpoint the tables, and sweep what killed runs left."""
+        """Compact, vacuum and checkpoint the tables, and remove files that killed runs left behind."""
         try:
             pipeline.lake.check_owner()
             space = pipeline.refreshed().model.space.name
@@ -55,7 +60,7 @@ def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
 
     @dg.job(
         name=names.prefixed("maintain"),
-        description="Compacts, vacuums and checkpoints the tables, beside running jobs. `dry_run` only shows what for.",
+        description="Compacts, vacuums and checkpoints the tables; safe while jobs run. `dry_run` only reports.",
     )
     def maintain_job() -> None:
         maintain_lake()

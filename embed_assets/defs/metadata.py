@@ -1,4 +1,4 @@
-"""What a materialization's page shows: numbers, a summary in words, and pictures."""
+"""Metadata of a materialization for Dagster's UI: numbers, a summary in words, and pictures."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ MetadataValue: TypeAlias = int | float | str | dg.MetadataValue
 Metadata: TypeAlias = dict[str, MetadataValue]
 
 _MAPPED_VECTORS = 300
+"""About this many vectors are drawn on the map: more overlap in the small picture, and take longer to read."""
 _LEAST_DRAWN = 10
-"""Fewer chunks make no histogram and no map."""
+"""With fewer chunks, a histogram or a map shows nothing useful."""
 _LEAST_CHANGED = 0.1
-"""Share of a partition's rows; with fewer new ones the pictures look the same."""
+"""Share of a partition's rows that must change to draw the pictures again: with less, they look the same."""
 _MOST_WORKERS_SHOWN = 32
-"""Rows of the table of workers, the slowest first."""
+"""Rows of the table of workers, slowest first; more make the event larger."""
 _LEAST_BUSY_PERCENT = 70.0
+"""Below this utilization, the metadata advises fewer workers: higher advises it sooner."""
 _STARVED = (
-    "workers were busy {:.0f} % of the time: the run's process reads and chunks no faster, or there is little to do; "
+    "workers were busy {:.0f} % of the time: the run's process reads and chunks too slowly, or has little to embed; "
     "start fewer workers (EMBED_RAY_REPLICAS), or several runs at a time"
 )
 
 
 class MetadataWriter:
-    """Writes the metadata of a run's materializations."""
+    """Builds the metadata of a run's materializations."""
 
     def __init__(self, pipeline: Pipeline, history: History) -> None:
         self._pipeline, self._history = pipeline, history
         self._rows = {asset: state.rows if state else 0 for asset, state in history.tables.items()}
 
     def of(self, asset: str, partition: PartitionSnapshot, outcome: PartitionOutcome, compute: Compute) -> Metadata:
-        """Metadata of an asset's partition. All assets carry the numbers that the contract names; what is not theirs
-        is 0."""
+        """Metadata of one materialization. Every asset carries the same counts; those that do not apply to it are 0."""
         is_embeddings = asset == "embeddings"
-        work = outcome if is_embeddings else PartitionOutcome(outcome.key)  # what the model did is of the embeddings
+        work = outcome if is_embeddings else PartitionOutcome(outcome.key)  # only embeddings report the model's work
         report = compute.report if is_embeddings else None
         replaced = outcome.replaced[asset]
         metadata: Metadata = {
@@ -81,7 +82,7 @@ class MetadataWriter:
         return metadata
 
     def _is_worth_a_picture(self, outcome: PartitionOutcome) -> bool:
-        """There is something to see that the pictures of before do not show."""
+        """Whether the pictures would differ visibly from those of the previous materialization."""
         rows = outcome.replaced["embeddings"].rows
         if rows < _LEAST_DRAWN:
             return False
@@ -90,13 +91,13 @@ class MetadataWriter:
         return is_new or outcome.embedded + outcome.dropped >= _LEAST_CHANGED * rows
 
     def _total_rows(self, asset: str, outcome: PartitionOutcome) -> int:
-        """Rows of the whole table: as they were when the run began, and what the run changed."""
+        """Rows of the whole table: those at the start of the run plus what the run has changed so far."""
         before, rows = self._history.record(asset, outcome.key), outcome.replaced[asset].rows
         self._rows[asset] += rows - (before.rows if before else 0)
         return max(self._rows[asset], rows)
 
     def _pictures(self, partition: PartitionSnapshot) -> Metadata:
-        """The token lengths, and a sample of the vectors on a plane."""
+        """Draw the chunks' token lengths and a sample of the vectors on a plane; empty without chunks or vectors."""
         lengths: list[int] = []
         for batch in partition.rows(CHUNK_TABLE, ["token_count"]):
             lengths += batch.column("token_count").to_pylist()
@@ -107,7 +108,7 @@ class MetadataWriter:
         for batch in partition.rows(self._pipeline.embeddings_table, ["document_id", "embedding"]):
             wanted = range(-row % stride, batch.num_rows, stride)
             documents += [batch.column("document_id")[i].as_py() for i in wanted]
-            # Copies: a view of one vector would keep its whole batch in memory.
+            # Copy: a view of one vector would keep its whole batch in memory.
             vectors += [batch.column("embedding")[i].values.to_numpy().copy() for i in wanted]
             row += batch.num_rows
         if not lengths or not vectors:
@@ -120,7 +121,7 @@ class MetadataWriter:
 
 
 def engine_metadata(outcome: PartitionOutcome, info: EngineInfo, report: PoolReport | None) -> Metadata:
-    """What the engine did for a partition, how fast, on what; and if it embedded anything, what bounded it."""
+    """Tokens, speed and device of a partition's embedding; if it embedded anything, also bottlenecks and workers."""
     stats = outcome.engine
     metadata: Metadata = {
         "tokens": stats.tokens,
@@ -138,8 +139,8 @@ def engine_metadata(outcome: PartitionOutcome, info: EngineInfo, report: PoolRep
 
 
 def _speed(stats: EngineStats, report: PoolReport | None) -> float:
-    """Tokens per second: of the model in this process, or of all workers together."""
-    # With workers, the partition's own numbers have their seconds added up: an average, not what the cluster does.
+    """Tokens per second of the model in this process, or of all workers together."""
+    # With workers, a partition's stats sum up the seconds of all of them: an average worker, not the cluster.
     return round(stats.tokens_per_second if report is None else report.tokens_per_second, 1)
 
 
@@ -161,7 +162,7 @@ def _engine_details(outcome: PartitionOutcome, info: EngineInfo) -> Metadata:
 
 
 def _workers(report: PoolReport) -> Metadata:
-    """The workers that ran since the run began."""
+    """Metadata of the workers that ran since the run began."""
     rows = [
         dg.TableRecord(
             {"worker": w.address, "tokens": w.tokens, "tokens/s": w.tokens_per_second, "busy %": w.busy_percent}
@@ -182,7 +183,7 @@ def _workers(report: PoolReport) -> Metadata:
 
 
 def _summary(asset: str, outcome: PartitionOutcome, report: PoolReport | None) -> str:
-    """Why it ran and what came of it, in Markdown."""
+    """Markdown summary of why the asset ran and what changed."""
     replaced = outcome.replaced[asset]
     lines = [f"**Why:** {'; '.join(outcome.reasons[asset]) or 'asked for'}.", ""]
     if asset == "raw_documents":
@@ -202,7 +203,7 @@ def _summary(asset: str, outcome: PartitionOutcome, report: PoolReport | None) -
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held."""
+    """Peak resident memory of this process, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

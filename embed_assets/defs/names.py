@@ -1,4 +1,4 @@
-"""What a corpus is called in Dagster: its assets, partitions, step and sensors."""
+"""Names of a corpus in Dagster: assets, partitions, step, jobs, sensors and run tags."""
 
 from __future__ import annotations
 
@@ -12,64 +12,65 @@ from embed_assets.stages.pipeline import Pipeline
 
 SOURCE = "source_files"
 ASSETS = ("raw_documents", "chunks", "embeddings")
-"""In the order in which they are made."""
+"""In the order in which they are materialized."""
 DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "raw_documents": (SOURCE,),
     "chunks": ("raw_documents",),
-    # Embeddings show each chunk's title and uri, so they follow the documents as well.
+    # Embeddings carry their document's title and uri, so they depend on the documents as well.
     "embeddings": ("chunks", "raw_documents"),
 }
 POOL = "gpu"
-"""The pool that the step holds: one device, one step at a time."""
+"""The concurrency pool of the step: its limit is the number of devices, one step for each."""
 AUTOMATED_TAG = "embed_assets/automated"
-"""On runs that no person started."""
+"""Run tag: the automation condition requested this run."""
 CODE_TAG = "embed_assets/code_versions"
-"""On every run: what its code was, so that a change of it lifts a failure."""
+"""Run tag: the code versions of the run, so that changed code is attempted again after a failure."""
 ALLOW_EMPTY_TAG = "embed_assets/allow_empty"
-"""On runs that are to drop everything when the source is empty."""
-LASTING_TAG = "embed_assets/failed_for_good"
-"""On runs that failed for a reason that stays: trying again later would not help."""
+"""Run tag: drop all partitions if the source is empty."""
+PERMANENT_FAILURE_TAG = "embed_assets/failed_for_good"
+"""Run tag: the run failed with errors that are not retryable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Several corpora in one code location differ by their prefix; one alone needs none."""
+    """Dagster names of one corpus."""
 
     prefix: str = ""
+    """Tells several corpora in one code location apart; a single one needs none."""
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> Self:
-        """The names of a pipeline's corpus."""
+        """Names of a pipeline's corpus, by its setting `name_prefix`."""
         return cls(pipeline.settings.name_prefix)
 
     def key(self, asset: str) -> dg.AssetKey:
-        """Dagster's key of `source_files` or one of `ASSETS`."""
+        """Asset key of `source_files` or of one of `ASSETS`."""
         return dg.AssetKey([self.prefix, asset] if self.prefix else [asset])
 
     def user_string(self, asset: str) -> str:
-        """The same as Dagster writes it in tags and selections."""
+        """Asset key as Dagster writes it in tags and selections, such as `prefix/chunks`."""
         return self.key(asset).to_user_string()
 
     def prefixed(self, name: str) -> str:
-        """A name of Dagster's that must be unique in a code location or instance."""
+        """The name with the prefix, for names that must be unique in a code location or instance."""
         return f"{self.prefix}_{name}" if self.prefix else name
 
     @property
     def group(self) -> str:
-        """The assets' group."""
+        """Name of the asset group."""
         return self.prefix or "corpus"
 
     @property
     def partitions(self) -> dg.DynamicPartitionsDefinition:
-        """The corpus's partitions; which ones there are is kept in Dagster's instance."""
+        """Definition of the corpus's partitions; their keys are stored in the Dagster instance."""
         return dg.DynamicPartitionsDefinition(name=self.partitions_name)
 
     @property
     def partitions_name(self) -> str:
-        """Their name in the instance."""
+        """Name of the partitions definition, under which the instance stores the keys."""
         return self.prefixed("corpus")
 
 
 def code_tag(pipeline: Pipeline) -> str:
-    """The code versions of the three assets, as the value of `CODE_TAG`."""
+    """Value of `CODE_TAG`: the code versions of the three assets."""
     return ", ".join(pipeline.code_versions[asset] for asset in ASSETS)

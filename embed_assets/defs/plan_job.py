@@ -1,5 +1,6 @@
-"""The plan in Dagster's UI: what is missing or stale, why, and what it will cost."""
-# No postponed annotations here: Dagster looks at the op's as they are.
+"""The plan job for Dagster's UI: shows what is missing or stale, why, and what materializing it costs."""
+# No `from __future__ import annotations`: Dagster inspects annotations as classes, see
+# https://github.com/dagster-io/dagster/issues/26837
 
 import dagster as dg
 
@@ -8,15 +9,16 @@ from embed_assets.defs.sync import PartitionPlan, make_plan
 from embed_assets.stages.pipeline import Pipeline
 
 _SHOWN_PARTITIONS = 200
+"""Rows of the table at most: more make the event and its page in the UI larger."""
 
 
 def build_plan_job(pipeline: Pipeline) -> dg.JobDefinition:
-    """A job without a change: it counts, and shows the result as metadata of its only step."""
+    """Build a job that changes nothing: its only step counts, and shows the result as metadata."""
     names = Names.of(pipeline)
 
     @dg.op(name=names.prefixed("plan_partitions"), out=dg.Out(dg.Nothing))
     def plan_partitions(context: dg.OpExecutionContext) -> dg.Output[None]:
-        """Read and split what is missing or stale, and count what would be embedded."""
+        """Read and chunk what is missing or stale, and count what would be embedded."""
         made = make_plan(context.instance, pipeline, count=True)
         due = [plan for plan in made.partitions if not plan.is_fresh]
         estimates = [plan.estimate for plan in due if plan.estimate is not None]
@@ -43,7 +45,7 @@ def build_plan_job(pipeline: Pipeline) -> dg.JobDefinition:
 
 
 def _table(due: list[PartitionPlan], partitions: int) -> str:
-    """The partitions that are not fresh, as a table in Markdown."""
+    """Markdown table of the partitions that are not fresh; `partitions` is the number of all."""
     if not due:
         return f"All {partitions:,} partitions are fresh."
     lines = [

@@ -1,6 +1,8 @@
-"""Which process runs what: so that a run whose process died is ended, and gives back its place in the pool.
+"""Tracks which process executes which run, to fail runs whose process died and free their pool slots.
 
-Notes, heartbeats and their reader take no lock and need no daemon; they lie in the instance.
+Dagster does not check that the process of a run is alive, unless a run launcher started it:
+https://github.com/dagster-io/dagster/issues/4319. Process tags and heartbeats are stored in the instance, without
+locks and without a daemon.
 """
 
 from __future__ import annotations
@@ -28,59 +30,60 @@ from embed_assets.defs.dagster_internals import (
     holders_of_full_pool,
     raise_execution_interrupts,
 )
-from embed_assets.defs.heartbeat import SILENT_SECONDS, Silence, forget, heartbeat
+from embed_assets.defs.heartbeat import SILENT_SECONDS, HeartbeatMonitor, clear_heartbeat, heartbeat
 from embed_assets.defs.names import POOL
 
 PROCESS_TAG = "embed_assets/process"
+"""Run tag: the process that executes the run, as `this_process` names it."""
 _IS_LINUX = sys.platform.startswith("linux")
 _RUNNING = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 
 
 def this_process() -> str:
-    """This process among all that ever were: machine, its boot, process namespace, number and start."""
+    """Unique name of this process: host, boot id, pid namespace, pid and start time, separated by `|`."""
     pid = os.getpid()
     return "|".join((socket.gethostname(), *_SYSTEM, str(pid), _started(pid) or ""))
 
 
-def end_dead_runs(instance: DagsterInstance, silence: Silence, patience: float = SILENT_SECONDS) -> list[str]:
-    """Mark as failed the runs whose process is gone, and free what they hold; returns their ids.
+def end_dead_runs(instance: DagsterInstance, monitor: HeartbeatMonitor, patience: float = SILENT_SECONDS) -> list[str]:
+    """Mark runs as failed whose process is dead, and free their pool slots; returns their ids.
 
-    In this container that is seen at once; elsewhere, when the process was silent for `patience` seconds. Nobody else
-    does it for runs of the command line, nor for any after the whole node died.
+    A process of this container is checked directly; any other counts as dead after `patience` seconds without a
+    heartbeat. Dagster does not do this for runs of the command line, or for any run after its whole node died.
     """
     running = {run.run_id: run for run in instance.get_runs(dg.RunsFilter(statuses=_RUNNING))}
     processes = {run_id: tag for run_id, run in running.items() if (tag := _process_of(instance, run))}
-    silent = silence.listen(instance, set(processes.values()))
+    silent = monitor.seconds_silent(instance, set(processes.values()))
     ended: list[str] = []
     for run_id, process in processes.items():
         if not _is_gone(process) and silent[process] < patience:
             continue
         run = instance.get_run_by_id(run_id)
-        if run is not None and run.status in _RUNNING:  # and did not come to its end meanwhile
-            why = "is gone" if _is_gone(process) else f"was silent for {silent[process]:.0f} s"
+        if run is not None and run.status in _RUNNING:  # and did not end in the meantime
+            why = "is dead" if _is_gone(process) else f"was silent for {silent[process]:.0f} s"
             instance.report_run_failed(run, f"The process of the run ({process}) {why}.")
             free_slots(instance, run_id)
-            forget(instance, process)
+            clear_heartbeat(instance, process)
             ended.append(run_id)
     return ended
 
 
 def _process_of(instance: DagsterInstance, run: DagsterRun) -> str:
-    """The process that runs it; '' where it has none yet, or is not ours to look after."""
+    """Name of the process that executes a run; '' if it has none yet, or was not started by this package."""
     tag = run.tags.get(PROCESS_TAG, "")
     parent = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
-    # A retry has its parent's tags until it begins.
+    # A retry carries its parent's tags until it starts.
     return "" if tag.count("|") != 4 or (parent is not None and parent.tags.get(PROCESS_TAG) == tag) else tag
 
 
 def _is_gone(process: str) -> bool:
-    """Certainly: of other machines and containers, and of other boots of what may be this one, nothing is known."""
+    """Whether the process is certainly dead; False on another host, boot or container, which can't be checked."""
     host, boot, namespace, pid, started = process.split("|")
     return (host, boot, namespace) == (socket.gethostname(), *_SYSTEM) and _started(int(pid)) != started
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, by a clock that nobody sets if there is one; None for no such process."""
+    """Start time of a process, on Linux in clock ticks since boot, else in seconds since 1970; None if not running."""
     try:
         if _IS_LINUX:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -90,7 +93,7 @@ def _started(pid: int) -> str | None:
 
 
 def _system() -> tuple[str, str]:
-    """(the system's boot, the namespace of its process numbers); empty where there is no telling."""
+    """(boot id, pid namespace) of this system; empty strings where they are not available."""
     if not _IS_LINUX:
         return "", ""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").stat().st_ino)
@@ -100,26 +103,26 @@ _SYSTEM = _system()
 
 
 def wait_for_pool(instance: DagsterInstance, patience: float = SILENT_SECONDS) -> Iterator[str]:
-    """Return when the pool has a place; before that, yields once what is waited for.
+    """Block until the pool has a free slot; yields one message first if it has to wait.
 
-    Dagster itself keeps a core busy while a step waits for its pool.
+    Waiting here avoids Dagster's own wait, which keeps a CPU core busy while a step waits for its pool.
     """
     follow_default_limit(instance, POOL)
-    silence, is_told = Silence(), False
-    while holders := _holders(instance, silence, patience):
-        if not is_told:
-            is_told = True
+    monitor, is_announced = HeartbeatMonitor(), False
+    while holders := _holders(instance, monitor, patience):
+        if not is_announced:
+            is_announced = True
             described = ", ".join(_describe(instance, holder) for holder in holders)
-            yield f"waiting for the pool {POOL!r}, which is held by {described}"
+            yield f"waiting for the pool {POOL!r}, held by {described}"
         time.sleep(random.uniform(0.5, 2.0))
 
 
-def _holders(instance: DagsterInstance, silence: Silence, patience: float) -> list[str]:
-    end_dead_runs(instance, silence, patience)
+def _holders(instance: DagsterInstance, monitor: HeartbeatMonitor, patience: float) -> list[str]:
+    end_dead_runs(instance, monitor, patience)
     holders = holders_of_full_pool(instance, POOL)
     for run_id in holders:
         run = instance.get_run_by_id(run_id)
-        if run is None or run.is_finished:  # killed or canceled before it gave its place back
+        if run is None or run.is_finished:  # killed or canceled before it freed its slot
             free_slots(instance, run_id)
     return holders_of_full_pool(instance, POOL)
 
@@ -130,11 +133,11 @@ def _describe(instance: DagsterInstance, run_id: str) -> str:
     if not process:
         return f"the run {run_id}"
     host, *_ = process.split("|")
-    return f"the run {run_id} on {host!r} (taken for dead once it is silent for {SILENT_SECONDS / 60:.0f} minutes)"
+    return f"the run {run_id} on {host!r} (counts as dead after {SILENT_SECONDS / 60:.0f} minutes without a heartbeat)"
 
 
-class _OneProcess(InProcessExecutor):
-    """Notes which process it is, and waits for the pool without being busy, but not for the dead."""
+class _OneProcessExecutor(InProcessExecutor):
+    """Tags the run with its process, sends heartbeats, and waits for the pool while freeing slots of dead runs."""
 
     def execute(
         self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
@@ -151,5 +154,5 @@ class _OneProcess(InProcessExecutor):
 
 @dg.executor(name="one_process")
 def one_process_executor(init_context: dg.InitExecutorContext) -> Executor:
-    """Runs all steps in one process: the model is loaded once, whatever the number of partitions."""
-    return _OneProcess(RetryMode.ENABLED)
+    """Executes all steps in one process, so that the model is loaded once for any number of partitions."""
+    return _OneProcessExecutor(RetryMode.ENABLED)

@@ -1,4 +1,4 @@
-"""Following a run: what became of its partitions, how far it is, and when it will end."""
+"""Progress of a run: outcomes of its partitions, share done and estimated time left."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ from typing import Protocol
 from embed_assets.stages.outcome import PartitionOutcome, Progress
 
 _LEAST_SHARE = 0.01
-"""Before that much of a run is done, its speed says little of the rest."""
+"""Share of a run that must be done before its remaining time is estimated: less makes estimates erratic."""
 _SECONDS_BETWEEN_LINES = 10.0
+"""Least time between two progress lines in a run's log: shorter grows the event log of a long run."""
 
 
 class Sink(Protocol):
-    """Shows people what a run does. Called by several threads; must return quickly."""
+    """Displays a run's progress. Called from several threads, so it must return quickly."""
 
     def progress(self, line: str, share: float) -> None:
-        """How far the run is, in words and from 0 to 1; every few seconds, or after each window."""
+        """Report progress as text and as a share from 0 to 1; called every few seconds or after each window."""
         ...
 
     def news(self, line: str) -> None:
-        """Something about where the model runs."""
+        """Report a message about the compute, such as a lost worker."""
         ...
 
     def finished(self, outcome: PartitionOutcome, share: float) -> None:
-        """A partition is finished, or has failed."""
+        """Report a partition that finished or failed; `share` is that of the run, from 0 to 1."""
         ...
 
 
 class RunObserver:
-    """Hears of a run's progress, keeps the outcomes of its partitions, and tells a sink."""
+    """Collects the outcomes of a run's partitions and forwards its progress to a sink."""
 
     def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
         self.outcomes: dict[str, PartitionOutcome] = {}
-        """What became of the partitions so far, by key."""
+        """Outcomes of the partitions that finished or failed so far, by key."""
         self._sink, self._clock = sink, clock
         self._sizes: Mapping[str, int] | None = None
         self._shares: dict[str, float] = {}
-        """How much of each partition is done, from 0 to 1."""
+        """Share of each partition that is done, from 0 to 1, by key."""
         self._started = clock()
 
     def start(self, sizes: Mapping[str, int]) -> None:
-        """A run begins over partitions of these sizes, in bytes. A sync of several runs says so once, for all."""
+        """Start the clock over partitions of these sizes (bytes, by key).
+
+        Later calls are ignored, because a sync of several runs calls it first for all of them.
+        """
         if self._sizes is None:
             self._sizes, self._started = sizes, self._clock()
 
     def progress(self, key: str, progress: Progress) -> None:
-        """So much of a partition is embedded. From any thread."""
+        """Report how much of a partition is embedded; may be called from any thread."""
         self._shares[key] = progress.share
         remaining = self.remaining_seconds
         left = "" if remaining is None else f", about {_duration(remaining)} left"
@@ -59,20 +63,20 @@ class RunObserver:
         self._sink.progress(line, self.share)
 
     def news(self, line: str) -> None:
-        """Something about where the model runs."""
+        """Forward a message about the compute, such as a lost worker."""
         self._sink.news(line)
 
     def finished(self, outcome: PartitionOutcome) -> None:
-        """A partition is finished, or has failed."""
+        """Keep the outcome of a partition that finished or failed, and report it."""
         self._shares[outcome.key] = 1.0
-        # After a retry of the step, what the first attempt made is fresh.
+        # After a retry of the step, partitions that the first attempt materialized are fresh: keep their first outcome.
         if outcome.state != "fresh" or outcome.key not in self.outcomes:
             self.outcomes[outcome.key] = outcome
         self._sink.finished(outcome, self.share)
 
     @property
     def share(self) -> float:
-        """Share of the run's bytes that is done, from 0 to 1."""
+        """Share of the run that is done, from 0 to 1, weighted by bytes."""
         sizes = self._sizes or {}
         total = sum(sizes.values())
         done = sum(share * sizes.get(key, 0) for key, share in list(self._shares.items()))
@@ -80,30 +84,30 @@ class RunObserver:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Seconds until the end; None while too little is done to tell."""
+        """Estimated seconds until the run ends; None while too little is done for an estimate."""
         share = self.share
         return (self._clock() - self._started) * (1 - share) / share if share > _LEAST_SHARE else None
 
 
 class LogSink:
-    """Writes to the run's log: a line every few seconds, and one per partition."""
+    """Writes progress to the run's log: a line every few seconds, and one per partition."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._last_line = time.monotonic()
 
     def progress(self, line: str, share: float) -> None:
-        """A line, if the last one was a while ago."""
+        """Log the line, unless the last one is less than 10 seconds old."""
         if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._log.info(line)
 
     def news(self, line: str) -> None:
-        """A line."""
+        """Log the message."""
         self._log.info(line)
 
     def finished(self, outcome: PartitionOutcome, share: float) -> None:
-        """A line with the partition's numbers, or its error."""
+        """Log the partition's counts, or its error."""
         if outcome.error is not None:
             self._log.error(f"{outcome.key}: failed: {outcome.error}")
         else:

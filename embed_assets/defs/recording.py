@@ -1,6 +1,7 @@
-"""Telling Dagster what was materialized: one event per asset and partition, with versions, counts and provenance.
+"""Records materializations in Dagster: one event per asset and partition, with versions, counts and provenance.
 
-A range run has one data version for all its partitions unless the events are logged one by one, as here.
+The events are logged one by one because Dagster gives all partitions of a range run the same data version:
+https://github.com/dagster-io/dagster/issues/34013
 """
 
 from __future__ import annotations
@@ -30,39 +31,40 @@ from embed_assets.stages.outcome import PartitionOutcome
 Event = dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
 
 _MAX_PENDING = 64
+"""Events queued for the writer thread: more let a run get further ahead of its record, fewer make it wait sooner."""
 _PLAIN_VALUES = (dg.IntMetadataValue, dg.FloatMetadataValue, dg.TextMetadataValue)
-_CONFIRMED = "as it was before: said again for Dagster, because of the other partitions of this run"
+_CONFIRMED = "unchanged: recorded again for Dagster, because of the other partitions of this run"
 
 
 @dataclass(slots=True)
 class Recorder:
-    """Logs what happens to the partitions of a run, in the order in which it is told, by a thread of its own.
+    """Logs the events of a run's partitions in order, from a thread of its own.
 
-    With SQLite an event takes 10 to 15 ms, and a new partition has nine: as much time as small partitions need for all
-    else. `drain` waits until all is written.
+    On SQLite an event takes 10 to 15 ms, and a new partition has nine: as long as a small partition takes for all
+    else. `drain` waits until all events are written.
     """
 
     instance: DagsterInstance
     log: Callable[[Event], None]
-    """Takes an event into the run's log."""
+    """Callback that writes an event to the run's log."""
     history: History
-    """What was recorded before."""
+    """What was recorded before this run."""
     recorded: set[tuple[str, str]] = field(default_factory=set)
-    """The (asset, partition) pairs of which this run told a materialization."""
+    """The (asset, partition) pairs that this run recorded a materialization of."""
     _pointers: dict[tuple[str, str], int | None] = field(default_factory=dict)
-    """Storage ids of what was recorded since, None where it must be asked for. Only the thread looks at them."""
+    """Storage ids of events this run recorded, by (asset, partition); None until queried. Used by the thread only."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="record"))
     _pending: deque[Future[None]] = field(default_factory=deque)
     errors: dict[str, Exception] = field(default_factory=dict)
-    """Why the events of some partitions could not be written, by key; complete after `drain`."""
+    """Errors of partitions whose events could not be written, by key; complete after `drain`."""
 
     @property
     def names(self) -> Names:
-        """The corpus's."""
+        """Dagster names of the corpus."""
         return self.history.names
 
     def observed(self, partition: SourcePartition) -> None:
-        """Record which files a partition of the source has now."""
+        """Record an observation of the files that a partition of the source has now."""
 
         def record() -> None:
             self.log(observation(self.names, partition))
@@ -71,7 +73,7 @@ class Recorder:
         self._submit(partition.key, record)
 
     def checked(self, evaluation: dg.AssetCheckEvaluation) -> None:
-        """Record the answer of a check."""
+        """Record the evaluation of a check."""
         self._submit(evaluation.partition or "", lambda: self.log(evaluation))
 
     def materialized(
@@ -82,7 +84,7 @@ class Recorder:
         input_versions: Mapping[str, str],
         metadata: Metadata,
     ) -> None:
-        """Record that a partition of an asset was materialized, from these inputs."""
+        """Record that a partition of an asset was materialized from inputs of these data versions."""
         key, data_version = outcome.key, outcome.replaced[asset].data_version
         tags = {DATA_VERSION_TAG: data_version, CODE_VERSION_TAG: code_version, USER_PROVIDED_TAG: "true"}
 
@@ -100,22 +102,22 @@ class Recorder:
         self._submit(key, record)
 
     def damaged(self, asset: str, key: str) -> None:
-        """Record that what was made of a partition is not right, so that it is stale."""
+        """Record that a partition's rows are damaged, which makes it stale."""
         self._submit(key, lambda: self.log(damage(self.names, asset, key)))
 
     def drain(self) -> None:
-        """Wait until everything is written, or has failed."""
+        """Wait until every event is written or has failed."""
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
-        """Write what is left, and end the thread."""
+        """Write the remaining events and end the thread."""
         self._thread.shutdown()
 
     def confirm(self, asset: str, key: str) -> None:
-        """Record the latest materialization of a partition once more: of what it said, that which decides staleness.
+        """Record the latest materialization of a partition again, with its tags and plain metadata but no pictures.
 
-        Call `drain` first.
+        Does nothing if it was never materialized. Call `drain` first.
         """
         found = self.instance.get_latest_data_version_record(self.names.key(asset), partition_key=key)
         if found is not None and (made := found.asset_materialization) is not None:
@@ -126,7 +128,7 @@ class Recorder:
         def attempt() -> None:
             try:
                 record()
-            except Exception as error:  # it is the partition's failure, wherever the run is by now
+            except Exception as error:  # the failure of this partition, whichever one the run is at now
                 self.errors.setdefault(key, error)
 
         while self._pending and (len(self._pending) >= _MAX_PENDING or self._pending[0].done()):
@@ -144,7 +146,7 @@ class Recorder:
 
 
 def observation(names: Names, partition: SourcePartition) -> dg.AssetObservation:
-    """The event that says which files a partition has now."""
+    """Build the event that observes the files of a partition."""
     metadata: Metadata = {
         "files": len(partition.files),
         "bytes": partition.byte_size,
@@ -161,10 +163,10 @@ def observation(names: Names, partition: SourcePartition) -> dg.AssetObservation
 
 
 def damage(names: Names, asset: str, key: str) -> dg.AssetMaterialization:
-    """The event that says that a partition's rows are not right: no code has its version, so it is stale."""
+    """Build the event that marks a partition's rows as damaged: no code has its version, so the partition is stale."""
     return dg.AssetMaterialization(
         asset_key=names.key(asset),
         partition=key,
-        description="damaged rows were found; the next sync makes them anew",
+        description="damaged rows were found; the next sync rebuilds them",
         tags={DATA_VERSION_TAG: "damaged", USER_PROVIDED_TAG: "true", CODE_VERSION_TAG: REPAIR_CODE_VERSION},
     )

@@ -1,4 +1,4 @@
-"""Making damaged partitions stale, so that the next sync makes their rows anew."""
+"""Marks damaged partitions as stale, so that the next sync rebuilds their rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embed_assets.lake.verify import Gaps
 
 
 def mark_for_repair(instance: DagsterInstance, names: Names, damaged: Mapping[str, Gaps]) -> None:
-    """Record that what is damaged of these partitions has a state that no code makes."""
+    """Record the damaged assets of these partitions with a code version that no code has; `damaged` is by key."""
     for key, gaps in damaged.items():
         for asset in gaps.assets:
             instance.report_runless_asset_event(damage(names, asset, key))

@@ -1,4 +1,4 @@
-"""The assets as Dagster shows them: keys, dependencies, descriptions, columns and where those come from."""
+"""Asset specs for Dagster: keys, dependencies, descriptions, column schemas and column lineage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DESCRIPTIONS = {
     SOURCE: "The files of the corpus as their listing shows them. The sensor `arrivals`, `embed-assets discover` and "
     "every run observe them: a partition's data version is a hash over its paths, sizes and ETags or times.",
     "raw_documents": "One row per document: its text, where it was read, and a hash of its content. "
-    "What could not be read is in the table `rejected_documents`, with the reason.",
+    "Files and rows that could not be read are in the table `rejected_documents`, with the reason.",
     "chunks": "One row per chunk: a span of one document that fits the model, split at headings, blocks and sentences.",
     "embeddings": "One row per chunk with its unit-norm vector. Only texts that have no vector yet are embedded; "
     "each embedding space (model, prompt, dimension) has a table of its own.",
@@ -36,7 +36,7 @@ _LINEAGE: Mapping[str, Mapping[tuple[str, ...], tuple[tuple[str, str], ...]]] = 
     },
     "embeddings": {("is_truncated", "input_hash", "embedding"): (("chunks", "text"),)},
 }
-"""Per asset, groups of columns and the (asset, column) pairs that they are made from."""
+"""By asset, groups of columns with the (asset, column) pairs that they are computed from."""
 _COPIED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "raw_documents": (),
     "chunks": tuple(("raw_documents", column) for column in ("partition_key", "document_id")),
@@ -46,11 +46,11 @@ _COPIED: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("raw_documents", "title"),
     ),
 }
-"""Per asset, the (asset, column) pairs that are taken over as they are."""
+"""By asset, the (asset, column) pairs that are copied unchanged."""
 
 
 def asset_specs(pipeline: Pipeline) -> list[dg.AssetSpec]:
-    """The three assets of the step."""
+    """Specs of the three assets that the step materializes."""
     names, condition = Names.of(pipeline), build_condition(pipeline)
     tables = {"raw_documents": RAW, "chunks": CHUNK_TABLE, "embeddings": pipeline.embeddings_table}
     return [
@@ -77,7 +77,7 @@ def asset_specs(pipeline: Pipeline) -> list[dg.AssetSpec]:
 
 
 def source_spec(pipeline: Pipeline) -> dg.AssetSpec:
-    """The external asset that stands for the source."""
+    """Spec of the external asset that represents the source files."""
     names = Names.of(pipeline)
     return dg.AssetSpec(
         key=names.key(SOURCE),

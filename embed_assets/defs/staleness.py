@@ -1,7 +1,8 @@
-"""What is missing or stale, and why: the one place that decides it, for all partitions at once.
+"""Decides which partitions are missing, stale or fresh, and why.
 
-The facts come from Dagster's event log (the latest materialization of each partition of each asset) and from the
-tables' logs (which partitions have rows at all). `plan`, `sync` and the step itself ask here.
+The inputs are Dagster's event log (the latest materialization of each partition of each asset) and the tables'
+transaction logs (which partitions have rows). `plan`, `sync`, the sensors and the step all use this module and
+so agree.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionFiles, TableState
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
-from embed_assets.settings import same_place
+from embed_assets.settings import canonical_location
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 
 State = Literal["missing", "stale", "fresh"]
 
 REPAIR_CODE_VERSION = "needs-repair"
-"""Code version that `verify --repair` gives to what it found damaged: no code has it, so it is stale."""
+"""Code version recorded for damaged partitions: no code has it, so they are stale."""
 READ_EACH_TIME = "its source tells neither checksums nor times, so it is read each time"
 _KEYS_PER_QUERY = 500
+"""Old builds of SQLite take no more than 999 variables in a statement; for more keys, all partitions are queried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +45,28 @@ class Record:
     """The latest materialization of one partition of one asset, or observation of the source."""
 
     storage_id: int
+    """Id of the event in Dagster's event log; later events have larger ids."""
     data_version: str
     code_version: str
+    """'' for an event that a person reported."""
     input_versions: Mapping[str, str]
-    """Data version of each dependency when it was made."""
+    """Data version of each dependency at the time of materialization."""
     counts: Mapping[str, float]
-    """The numbers among its metadata."""
+    """Numeric metadata, by name."""
     table_id: str = ""
     """Delta's id of the table that the rows were written to."""
     data_files: str = ""
-    """Hash of the files that held its rows; none in records of before 0.2."""
+    """Hash of the files that held the rows; '' in records from before version 0.2."""
     source: str = ""
-    """Where documents were read; none for other assets, and in records of before 0.2."""
+    """Location that documents were read from; '' for other assets, and in records from before version 0.2."""
     run_id: str = ""
-    """The run that made it; none for what was recorded outside of runs."""
+    """The run that recorded it; '' if it was recorded outside of runs."""
     timestamp: float = 0.0
-    """When it was recorded, seconds since 1970."""
+    """When it was recorded, in seconds since 1970."""
 
     @property
     def rows(self) -> int:
-        """Rows that the partition had in the asset's table."""
+        """Number of rows that the partition had in the asset's table."""
         return int(self.counts.get("dagster/partition_row_count", 0))
 
 
@@ -72,22 +76,23 @@ class Status:
 
     state: State
     reasons: tuple[str, ...] = ()
+    """Why it is not fresh; empty if it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContentReader:
-    """Data versions of partitions as the tables have them; each is read once."""
+    """Computes data versions of partitions from the rows in the tables, reading each partition once."""
 
     tables: Snapshot
     specs: Mapping[str, TableSpec]
-    """By asset."""
+    """Tables by asset."""
     known: dict[tuple[str, str, str], str]
-    """Data versions by asset, partition and hash of its files."""
+    """Cache of data versions by asset, partition and hash of the partition's files."""
 
     def version(self, asset: str, key: str) -> str:
-        """The data version of what the asset's table holds of a partition; '' when that can't be read.
+        """The data version of the rows that the asset's table holds of a partition; '' if they can't be read.
 
-        Raises ``LakeError`` when the storage fails.
+        Raises ``LakeError`` for retryable errors of the storage.
         """
         place = (asset, key, self.tables.partition(key).state(self.specs[asset]).files_hash)
         if place not in self.known:
@@ -102,34 +107,34 @@ class ContentReader:
 
 @dataclass(frozen=True)
 class History:
-    """What is recorded of the partitions."""
+    """The recorded state of the partitions, and what the tables hold of them."""
 
     records: Mapping[str, Mapping[str, Record]]
-    """By asset, then partition."""
+    """Latest records by asset, then partition."""
     tables: Mapping[str, TableState | None] = field(default_factory=dict)
-    """By asset (and "rejected_documents"), what its table holds now."""
+    """Current state of the table of each asset, and of "rejected_documents"; None if it does not exist."""
     contents: ContentReader | None = None
-    """What the tables hold of partitions, for when their files do not tell."""
+    """Reads the tables' rows where their files alone do not decide whether they changed."""
     names: Names = field(default_factory=Names)
     source: str = ""
-    """Where documents are read now."""
+    """Location that documents are read from now."""
 
     def record(self, asset: str, key: str) -> Record | None:
-        """The latest record of a partition."""
+        """The latest record of a partition of an asset; None if there is none."""
         return self.records[asset].get(key)
 
     def version(self, asset: str, key: str) -> str | None:
-        """The data version of a partition, None when it was never made."""
+        """The recorded data version of a partition of an asset; None if there is none."""
         record = self.record(asset, key)
         return None if record is None else record.data_version
 
     def is_marked_for_repair(self, asset: str, key: str) -> bool:
-        """`verify --repair` found the partition's rows damaged, and it was not made since."""
+        """Whether the partition's rows were recorded as damaged and not materialized since."""
         record = self.record(asset, key)
         return record is not None and record.code_version == REPAIR_CODE_VERSION
 
     def outcome(self, key: str, source_version: str | None) -> PartitionOutcome:
-        """What doing nothing with a partition comes to: the versions and numbers that are recorded."""
+        """The outcome of leaving a partition as it is: its recorded versions and counts."""
         raw, chunks = self.record("raw_documents", key), self.record("chunks", key)
         counts = raw.counts if raw else {}
         return PartitionOutcome(
@@ -141,14 +146,15 @@ class History:
         )
 
     def status(self, asset: str, key: str, code_version: str, inputs: Mapping[str, str | None]) -> Status:
-        """State and reasons of a partition, given its dependencies' current data versions.
+        """The status of a partition of an asset, given the current data versions of its dependencies.
 
-        Missing: never materialized, or its rows are gone. Stale: its code or a dependency's data changed.
+        Missing: never materialized, or its rows are gone. Stale: its code or a dependency's data changed, or its rows
+        are damaged or were replaced. Raises ``LakeError`` for retryable errors of the storage.
         """
         record = self.record(asset, key)
         if record is None:
             return Status("missing", ("never materialized",))
-        # Another space's rows are in another table: only for its own code is this one's word of use.
+        # Each embedding space has its own table: this one says nothing about rows of another code version.
         if record.code_version == code_version and (loss := self._loss(asset, key, record)):
             return Status("missing", (loss,))
         if self.is_marked_for_repair(asset, key):
@@ -158,7 +164,7 @@ class History:
         reasons: list[str] = []
         if record.code_version == code_version and self._is_replaced(asset, key, record):
             reasons.append("its rows are not those that were recorded: somebody else replaced them")
-        if record.source and same_place(record.source) != same_place(self.source):
+        if record.source and canonical_location(record.source) != canonical_location(self.source):
             reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
@@ -172,7 +178,10 @@ class History:
         return Status("stale", tuple(reasons)) if reasons else Status("fresh")
 
     def _status_of_reported(self, record: Record, key: str, inputs: Mapping[str, str | None]) -> Status:
-        """Somebody reported that it is there (as the UI lets you): believed, as Dagster does, until inputs are made."""
+        """The status of a partition that a person reported as materialized, which the UI allows.
+
+        As in Dagster, it counts as fresh until one of its inputs is materialized.
+        """
         reasons: list[str] = []
         for dependency, version in inputs.items():
             made = self.record(dependency, key)
@@ -183,7 +192,7 @@ class History:
         return Status("stale", tuple(reasons)) if reasons else Status("fresh")
 
     def _loss(self, asset: str, key: str, record: Record) -> str:
-        """What the tables no longer hold of what was recorded, else ''."""
+        """Reason why recorded rows are lost from the tables; '' if none are."""
         table = self.tables[asset]
         if record.rows and (table is None or key not in table.partitions):
             return f"its {record.rows} rows are not in the table"
@@ -198,9 +207,9 @@ class History:
         return ""
 
     def _is_replaced(self, asset: str, key: str, record: Record) -> bool:
-        """The partition holds other rows than were recorded: of another corpus, another instance, another tool.
+        """Whether another writer (another corpus, Dagster instance or tool) replaced the recorded rows.
 
-        Compaction makes other files of the same rows, so where the files differ, their content decides.
+        Compaction rewrites the same rows into other files, so where the files differ, their content decides.
         """
         table = self.tables[asset]
         if table is None or not (record.data_files or record.table_id):
@@ -224,10 +233,10 @@ def load_history(
     earlier: History | None = None,
     tables: Snapshot | None = None,
 ) -> History:
-    """Everything recorded of the partitions (all of them by default), in a handful of queries, and what the lake
-    (as it is now, or as `tables` has it) holds of them.
+    """Load the records of the partitions in a handful of queries, and what the lake holds of them.
 
-    What `earlier` has already is not read again.
+    `keys` None loads all partitions, and `tables` None reads the lake as it is now. Records that `earlier` has already
+    are not read again. Raises ``LakeError`` if the tables can't be read.
     """
     names = Names.of(pipeline)
     known = earlier.records if earlier else {}
@@ -242,7 +251,7 @@ def load_history(
 def partition_statuses(
     history: History, key: str, source_version: str | None, code_versions: Mapping[str, str]
 ) -> dict[str, Status]:
-    """State and reasons of the three assets of a partition, each judged by its direct dependencies, as Dagster does."""
+    """Statuses of the three assets of a partition, each judged by its direct dependencies, as in Dagster."""
     versions = {asset: history.version(asset, key) for asset in ASSETS} | {SOURCE: source_version}
     return {
         asset: history.status(asset, key, code_versions[asset], {d: versions[d] for d in DEPENDENCIES[asset]})
@@ -257,11 +266,11 @@ def load_records(
     keys: Collection[str] | None,
     known: Mapping[str, Record],
 ) -> dict[str, Record]:
-    """The latest record of each partition of an asset (of all of them if `keys` is None), by key.
+    """The latest record of each partition of an asset (of all partitions if `keys` is None), by key.
 
-    Those in `known` that are still the latest are not read again.
+    May include more partitions than `keys`. Records in `known` that are still the latest are not read again.
     """
-    # A short list of keys narrows the query; a long one would exceed the database's number of variables.
+    # A short list of keys narrows the query; a long one would exceed the database's limit of variables.
     narrow = set(keys) if keys is not None and len(keys) <= _KEYS_PER_QUERY else None
     if narrow is not None and not narrow:
         return {}

@@ -1,8 +1,8 @@
-"""Dagster's records in SQLite, made for the first time by one process alone.
+"""Dagster's SQLite storage, with a lock so that only one process creates its databases.
 
-Dagster makes its databases when it first opens them, and processes that do so at once break each other's work, some
-of it for good (https://github.com/dagster-io/dagster/issues/27390). `dagster.yaml` names the storage in
-this module, so that all who open the instance (commands, webserver, daemon, code servers, runs) take turns.
+Dagster creates the databases when it first opens them. Processes that do so at the same time corrupt each other's work,
+sometimes permanently: https://github.com/dagster-io/dagster/issues/27390. `dagster.yaml` names this module's storage,
+so that every process that opens the instance (commands, webserver, daemon, code servers, runs) takes the lock.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from embed_assets.defs.dagster_internals import (
 
 _DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
 _LOCK_SECONDS = 120.0
-"""Making the databases takes a second; a process that holds the lock longer hangs."""
+"""Creating the databases takes about a second; a process that holds the lock this long hangs."""
 _BUSY_SECONDS = 30.0
+"""How long to wait for SQLite's own lock on a database: shorter fails beside a busy writer, longer delays an error."""
 
 
 class LockedSqliteStorage(DagsterSqliteStorage):
-    """Dagster's SQLite storage, with `prepare` before it is opened."""
+    """Dagster's SQLite storage, which calls `prepare` before it opens its databases."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         prepare(base_dir)
@@ -38,12 +39,12 @@ class LockedSqliteStorage(DagsterSqliteStorage):
 
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:
-        """As Dagster makes it from dagster.yaml: of `base_dir`."""
+        """Create the storage from its section in dagster.yaml, which holds `base_dir`."""
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
 def prepare_for(ref: InstanceRef) -> None:
-    """`prepare` what an instance keeps its records in, where that is Dagster's own SQLite storage."""
+    """Call `prepare` for an instance that uses Dagster's own SQLite storage; does nothing for any other storage."""
     data = ref.storage_data
     if data is not None and data.class_name == DagsterSqliteStorage.__name__:
         base_dir = data.config_dict["base_dir"]
@@ -51,17 +52,17 @@ def prepare_for(ref: InstanceRef) -> None:
 
 
 def prepare(base_dir: str) -> None:
-    """See to it that the databases in `base_dir` are there and whole; safe in any number of processes at once.
+    """Create missing databases in `base_dir` and repair existing ones; safe in any number of processes at once.
 
-    New ones are made beside it and moved to their place: a process that dies meanwhile leaves nothing half done.
-    Raises OSError (or ``filelock.Timeout``, which is one) and ``sqlite3.Error``.
+    New databases are created in a folder beside it and moved into place, so a process that dies leaves no partial one.
+    Raises ``OSError`` (``filelock.Timeout`` is one) or ``sqlite3.Error``.
     """
     root = Path(base_dir).absolute()
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock"), timeout=_LOCK_SECONDS):
         missing = [name for name in _DATABASES if not (root / name).exists()]
         for name in set(_DATABASES).difference(missing):
-            _mend(root / name)
+            _repair_revision(root / name)
         if not missing:
             return
         draft = root.with_name(f".{root.name}.new")
@@ -74,11 +75,11 @@ def prepare(base_dir: str) -> None:
         shutil.rmtree(draft)
 
 
-def _mend(database: Path) -> None:
-    """Drop the second revision that processes gave the database which made it at once.
+def _repair_revision(database: Path) -> None:
+    """Delete the extra schema revision that a database has if two processes created it at the same time.
 
-    One of them saw the other's new tables without a revision yet, took them for old ones and stamped them so; both
-    stamps together keep every later process from opening it.
+    One of them found the other's new tables without a revision, took them for old ones and stamped them as such. No
+    later process can open a database with two revisions.
     """
     with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_SECONDS)) as connection, connection:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():

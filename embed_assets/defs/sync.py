@@ -1,4 +1,4 @@
-"""`plan` and `sync`: what would run, and running it, in this process and with one model load."""
+"""`plan` and `sync`: determines what is not fresh, and materializes it in this process with one model load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from embed_assets.defs.dagster_internals import (
     SerializableErrorInfo,
     error_of_run,
 )
-from embed_assets.defs.discovery import discover, find_orphans, list_partitions, refuse_if_emptied, with_gone_ones
+from embed_assets.defs.discovery import (
+    discover,
+    find_orphans,
+    list_partitions,
+    refuse_if_emptied,
+    with_emptied_partitions,
+)
 from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
@@ -32,43 +38,47 @@ from embed_assets.stages.pipeline import Estimate, Estimator, Pipeline
 _log = logging.getLogger(__name__)
 
 _PROBE_TEXTS = 32
+"""Texts of a speed probe: more make the estimate steadier, fewer make `plan --count` faster."""
 _SILENT_CONSOLE = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-"""Runs still log to the instance; what a person sees on the console is the observer's business."""
+"""Run config that keeps Dagster's log off the console, where the observer shows progress, but in the instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionPlan:
-    """State of a partition, and what materializing it would come to."""
+    """Statuses of a partition's assets, and what materializing it would cost."""
 
     partition: SourcePartition
     statuses: Mapping[str, Status]
+    """Statuses of the three assets, by name."""
     estimate: Estimate | None = None
-    """None unless counting was asked for."""
+    """Chunks and tokens; None unless counting was requested."""
 
     @property
     def is_fresh(self) -> bool:
-        """Nothing would run."""
+        """Whether all assets of the partition are fresh, so that nothing would run."""
         return all(status.state == "fresh" for status in self.statuses.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a sync would do."""
+    """What a sync would materialize."""
 
     partitions: list[PartitionPlan]
-    """In order of their keys."""
+    """All partitions, sorted by key."""
     estimated_seconds: float | None = None
-    """How long the model would take; None unless counting was asked for."""
+    """Seconds the model would take; None unless counting was requested and a speed is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """What a sync came to."""
+    """The result of a sync."""
 
     partitions: dict[str, PartitionOutcome]
+    """Outcomes by key, sorted."""
     seconds: float
+    """Wall-clock time of the whole sync."""
     hidden: Sequence[str]
-    """Files and folders that were left out because their names begin with a dot."""
+    """Files and folders that were skipped because their names begin with a dot."""
 
     @property
     def failed(self) -> list[str]:
@@ -76,14 +86,14 @@ class SyncResult:
         return [key for key, result in self.partitions.items() if result.state == "failed"]
 
     def total(self, name: str) -> int:
-        """Sum of a number of `PartitionOutcome` over all partitions."""
+        """Sum of a count of `PartitionOutcome`, by its attribute name, over all partitions."""
         return sum(int(getattr(result, name)) for result in self.partitions.values())
 
 
 def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False) -> Plan:
-    """State, reasons and (with `count`) costs of every partition. Nothing is recorded.
+    """Statuses and (with `count`) costs of every partition. Nothing is recorded.
 
-    Counting reads and splits the stale partitions' documents, which takes a small part of the time of embedding them.
+    Counting reads and chunks the documents of stale partitions, in a fraction of the time that embedding them takes.
     """
     pipeline.lake.check_owner()
     partitions = list_partitions(instance, pipeline.corpus.source, Names.of(pipeline))
@@ -92,7 +102,7 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     plans = _plans(history, pipeline, partitions.values())
     if not count:
         return Plan(plans)
-    # In the order of sync, emptied partitions last: with REUSE=table, a text is embedded where it comes up first.
+    # Emptied partitions last, in the order of sync: with REUSE=table, the first partition with a text embeds it.
     estimator = Estimator.over(pipeline, tables)
     estimates = {
         plan.partition.key: _estimate(estimator, history, plan)
@@ -103,8 +113,10 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
 
 
 def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> float | None:
-    """How long the model would take for so many tokens: at the speed recorded last in this space, by the same kind of
-    compute, else at a probe's; None where that can't be told."""
+    """Seconds the model would take for this many tokens; None if no speed is known.
+
+    Uses the speed recorded last for this space and the same kind of compute, or else that of a probe.
+    """
     if not tokens:
         return 0.0
     records = history.records["embeddings"].values()
@@ -120,14 +132,16 @@ def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> flo
 
 
 def _probe_speed(pipeline: Pipeline) -> float:
-    """Tokens per second of the model on a few texts of about a chunk's length; 0 when it was not made yet, or runs
-    elsewhere."""
+    """Tokens per second of the model on a few texts of about a chunk's length.
+
+    Returns 0 if the model is not quantized yet, or does not run in this process.
+    """
     if not pipeline.model.is_calibrated or pipeline.settings.compute != "local":
         return 0.0
     words = pipeline.corpus.chunking.max_tokens // 2
     texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]
     embedder = pipeline.model.engine.embedder
-    embedder.embed(texts[:2])  # the first pass also sets up the device
+    embedder.embed(texts[:2])  # warm-up: the first pass also initializes the device
     probe = embedder.embed(texts)
     return probe.stats.tokens_per_second
 
@@ -140,22 +154,22 @@ def run_sync(
     only: Sequence[str] = (),
     allow_empty: bool = False,
 ) -> SyncResult:
-    """Discover, then materialize what is missing or stale (of the partitions in `only`, if there are any).
+    """Discover partitions, then materialize those that are missing or stale (if `only` has keys, only those).
 
-    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key in `only`,
-    ``SourceError`` for an empty source that had documents, unless `allow_empty`, and ``UserError`` when something is
-    wrong that is no partition's fault, as a model that can't be loaded.
+    `build` builds the definitions over an observer. A partition that fails does not stop the others. Raises
+    ``PartitionError`` for an unknown key in `only`, ``SourceError`` for an empty source that had documents unless
+    `allow_empty`, and ``UserError`` for errors that affect every partition, such as a model that can't be loaded.
     """
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
     listing = pipeline.corpus.source.listing()
-    partitions = with_gone_ones(instance, listing.partitions, Names.of(pipeline))
+    partitions = with_emptied_partitions(instance, listing.partitions, Names.of(pipeline))
     _check_known(only, partitions)
     tables = Snapshot(pipeline.lake)
     if orphans := find_orphans(tables, pipeline.embeddings_table, partitions):
         _log.warning(
-            "%d partitions of the lake are neither in the source nor in Dagster (%s): left alone; "
-            "'embed-assets forget KEY' removes one",
+            "%d partitions of the lake are neither in the source nor in Dagster (%s) and were not changed; "
+            "run 'embed-assets forget KEY' to remove one",
             len(orphans),
             ", ".join(map(repr, orphans[:5])),
         )
@@ -214,7 +228,7 @@ def _check_known(only: Sequence[str], partitions: Mapping[str, SourcePartition])
 
 
 def _ranges(registered: Sequence[str], keys: Collection[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """The keys as runs over neighbours in Dagster's order of partitions: (first, last, all)."""
+    """Group the keys into ranges of adjacent partitions in Dagster's order: (first, last, all keys of the range)."""
     due = set(keys)
     neighbours: list[str] = []
     for key in [*registered, None]:
@@ -226,7 +240,10 @@ def _ranges(registered: Sequence[str], keys: Collection[str]) -> Iterator[tuple[
 
 
 def _check_complete(observer: RunObserver, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:
-    """Raise what stopped a run before all partitions were done: an interrupt, or an error that is none of theirs."""
+    """Raise if a run stopped before all its partitions were done.
+
+    Raises ``KeyboardInterrupt`` after an interrupt, else ``UserError`` with the error that is not any partition's.
+    """
     failures = [event.step_failure_data for event in run.all_events if event.is_step_failure]
     errors = [failure.error for failure in failures if failure.error is not None]
     if any(error.cls_name == "DagsterExecutionInterruptedError" for error in errors):
@@ -239,15 +256,15 @@ def _check_complete(observer: RunObserver, keys: Sequence[str], run: dg.ExecuteI
     errors += [error for event in run.all_events if (error := error_of_run(event)) is not None]
     causes = dict.fromkeys(_causes(error) for error in errors)
     raise UserError(
-        f"the run {run.run_id} broke off: {'; '.join(causes) or 'no reason was recorded'}; its log in Dagster has the "
-        "trace, what was embedded before is kept"
+        f"run {run.run_id} stopped early: {'; '.join(causes) or 'no reason was recorded'}; its log in Dagster has the "
+        "traceback, and what was embedded before is kept"
     )
 
 
 def _causes(error: SerializableErrorInfo) -> str:
-    """The errors inside Dagster's own wrapping, the last one first, in one line."""
+    """Chain of errors in one line, outermost first, without Dagster's own wrappers."""
     chain = [error]
     while (cause := chain[-1].cause) is not None:
         chain.append(cause)
-    ours = [e for e in chain if not (e.cls_name or "").startswith("Dagster")] or chain[-1:]
-    return ", because of ".join(" ".join(e.message.split()) for e in ours)
+    causes = [e for e in chain if not (e.cls_name or "").startswith("Dagster")] or chain[-1:]
+    return ", because of ".join(" ".join(e.message.split()) for e in causes)

@@ -1,4 +1,4 @@
-"""The two things every model is behind: a `Backend` computes batches, an `Embedder` embeds windows of texts."""
+"""The interfaces every model implements: a `Backend` computes batches, an `Embedder` embeds windows of texts."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from embed_assets.engine.tokenization import TokenizedTexts
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Texts that are embedded together, prompt included: the unit of checkpointing and of distribution."""
+    """Texts that are embedded together: the unit of checkpointing and of distribution."""
 
     texts: Sequence[str]
+    """With the prompt in front of each."""
     hashes: Sequence[str] = ()
-    """Their input hashes, where somebody looks for the vectors by them."""
+    """Input hash of each text, where results are looked up by it; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedWindow:
-    """A window that was embedded."""
+    """A window and its results."""
 
     window: Window
     vectors: np.ndarray
     """float32, shape (texts, dimension), unit norm, in the order of the texts; zeros for rejected ones."""
     is_truncated: np.ndarray
-    """bool, shape (texts,)."""
+    """bool, shape (texts,): whether the text was longer than the model reads."""
     rejected: dict[int, str]
-    """Rows of texts the model gave no usable vector for, and why."""
+    """Row to reason, for texts without a usable vector."""
     stats: EngineStats
     staged_as: str | None = None
-    """Name under which a worker elsewhere has staged the vectors; they are not in `vectors` then."""
+    """Name under which a remote worker staged the vectors; `vectors` does not hold them in that case."""
 
 
 OnTick = Callable[[int, int], None]
-"""Called every few seconds with the texts and tokens of a partition that are done."""
+"""Progress callback, called every few seconds with the number of texts and of tokens embedded so far."""
 
 
 class Embedder(Protocol):
-    """A model that is ready."""
+    """A loaded model that embeds windows of texts."""
 
     @property
     def dimension(self) -> int:
@@ -52,55 +53,57 @@ class Embedder(Protocol):
         ...
 
     def embed_windows(self, windows: Iterable[Window], on_tick: OnTick) -> Iterator[EmbeddedWindow]:
-        """Embed the windows; they may come back in another order."""
+        """Yield each window with its vectors, not necessarily in the order of `windows`."""
         ...
 
 
 class Backend(Protocol):
-    """A model on its device."""
+    """A loaded model on its device, which computes one batch per call."""
 
     precision: str
+    """Arithmetic of the transformer, as in "bfloat16"."""
     dimension: int
     """Length of a vector."""
     layout: Layout
+    """How its batches are laid out."""
     workers: int
-    """Batches that are computed at the same time."""
+    """Number of batches computed concurrently, each in a thread."""
 
     @property
     def device(self) -> str:
-        """Where it computes, as in "cuda:0"."""
+        """Name of the device, as in "cuda:0"."""
         ...
 
     @property
     def name(self) -> str:
-        """Library and path, as in "torch-packed"."""
+        """Library and code path, as in "torch-packed"."""
         ...
 
     @property
     def cost(self) -> ModelCost:
-        """Arithmetic of a pass, for the roofline."""
+        """Arithmetic of a forward pass, for the roofline."""
         ...
 
     def enter_worker(self) -> None:
-        """Called once in each worker's thread, before its first batch."""
+        """Prepare a worker's thread; called once in each, before its first batch."""
         ...
 
     def new_buffer(self, rows: int) -> Any:
-        """Where a window's vectors are collected."""
+        """A buffer for the vectors of a window of `rows` texts."""
         ...
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any) -> None:
-        """Compute a batch, and put its vectors (not normalised) into its rows of `buffer`."""
+        """Compute a batch and write its vectors, not normalised, to its rows of `buffer`."""
         ...
 
     def fetch(self, buffer: Any) -> np.ndarray:
-        """The collected vectors, float32 of shape (rows, dimension), in main memory."""
+        """The vectors in `buffer`, in main memory: float32, shape (rows, dimension)."""
         ...
 
     def usage(self) -> GpuUsage | None:
-        """How busy the GPU is, where there is one."""
+        """How busy the GPU is; None without one."""
         ...
 
     def release_memory(self) -> None:
-        """Give back what a failed batch held."""
+        """Free what a failed batch still holds on the device."""
         ...

@@ -1,4 +1,4 @@
-"""Which texts go through the model together. Pure."""
+"""Plans which texts of a window go through the model together. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-_MOST_ROUNDING = 1 / 16
-"""A batch is widened to a multiple that the kernels like only if that adds at most this share of tokens."""
+_MAX_ROUNDING = 1 / 16
+"""A batch is widened to the kernels' favourite multiple only if that adds at most this share of padding.
+
+Always widening to a multiple of 8 would add 1 to 3 % to chunks, but 20 % to very short texts (simulated)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of a window that go through the model together."""
+    """Rows of a window that one forward pass computes."""
 
     rows: np.ndarray
     """int64 row numbers, longest text first."""
     width: int
-    """Tokens that every row is padded to; 0 when rows are packed one after the other without padding."""
+    """Tokens that every row is padded to; 0 when rows are packed end to end without padding."""
     tokens: int
-    """Tokens that the device computes, padding included."""
+    """Tokens that the device computes, including padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +29,24 @@ class Layout:
     """How a backend lays texts out in a batch."""
 
     is_packed: bool = False
-    """Texts one after the other, no padding; else a rectangle as wide as the longest."""
+    """True: texts end to end, without padding. False: a rectangle as wide as the longest text."""
     width_multiple: int = 1
-    """Rectangles whose width is a multiple of this are faster per token."""
+    """Widths that are a multiple of this are faster per token."""
     max_rows: int = 1 << 31
-    """Texts of a batch at most, whatever their tokens."""
+    """Maximum number of texts in a batch, whatever their tokens."""
 
     def width_of(self, longest: int) -> int:
-        """Width of a rectangle whose longest text has `longest` tokens."""
+        """Width in tokens of a rectangle whose longest text has `longest` tokens."""
         rounded = -(-longest // self.width_multiple) * self.width_multiple
-        return rounded if rounded - longest <= longest * _MOST_ROUNDING else longest
+        return rounded if rounded - longest <= longest * _MAX_ROUNDING else longest
 
 
 def plan_batches(lengths: np.ndarray, max_batch_tokens: int, layout: Layout) -> list[Batch]:
-    """Batches of one window: sorted by length, longest first, packed greedily under the token budget.
+    """Batches of one window: texts sorted by length, longest first, and filled greedily up to `max_batch_tokens`.
 
-    A rectangular batch costs ``rows x width`` tokens, a packed one the plain sum. Every row is in exactly one batch;
-    only a batch of one row may exceed the budget, and none exceeds the layout's rows. Equal inputs give equal plans.
-
-    `lengths` is an integer array of shape (texts,), in tokens.
+    `lengths` is an integer array of shape (texts,), in tokens. A rectangular batch costs ``rows x width`` tokens, a
+    packed one the sum of its lengths. Every row is in exactly one batch. Only a batch of one row may exceed the
+    budget, and no batch has more rows than the layout allows. Equal inputs give equal plans.
     """
     order = np.argsort(-lengths, kind="stable")
     return (
@@ -56,7 +57,10 @@ def plan_batches(lengths: np.ndarray, max_batch_tokens: int, layout: Layout) -> 
 
 
 def plan_part(rows: np.ndarray, lengths: np.ndarray, max_batch_tokens: int, layout: Layout) -> list[Batch]:
-    """The same for some rows of a window, whose numbers the batches keep. `lengths` are those of the whole window."""
+    """Batches of some rows of a window, planned as `plan_batches` plans a whole one.
+
+    `lengths` (tokens) are those of the whole window, and the batches hold the window's row numbers.
+    """
     return [replace(batch, rows=rows[batch.rows]) for batch in plan_batches(lengths[rows], max_batch_tokens, layout)]
 
 
@@ -64,7 +68,7 @@ def _padded(order: np.ndarray, lengths: np.ndarray, budget: int, layout: Layout)
     batches: list[Batch] = []
     start = 0
     while start < len(order):
-        # The first row is the longest, so it alone decides how many fit.
+        # Rows are sorted: the first is the longest, so it decides how many fit.
         longest = max(1, int(lengths[order[start]]))
         width = layout.width_of(longest)
         if width > budget:

@@ -1,4 +1,7 @@
-"""The engine against ``SentenceTransformer.encode``: one run, interleaved, medians, and how near the vectors are."""
+"""Benchmarks the engine against ``SentenceTransformer.encode``, for speed and for agreement of the vectors.
+
+All variants take turns in one process, so that a busy machine slows all of them; the medians are compared.
+"""
 
 from __future__ import annotations
 
@@ -28,31 +31,34 @@ if TYPE_CHECKING:
 
 BASELINE = "encode, batch 32"
 _ENCODE_BATCHES = (8, 16, 32, 64)
+"""Batch sizes tried for encode(), whose default is 32."""
 _BUDGETS = (1024, 512, 2048)
-"""The usual one first: another must be clearly faster."""
+"""Tokens per forward pass that are tried. The default comes first: another must be clearly faster to win."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to embed one set of texts."""
+    """Results of one variant on one set of texts."""
 
     name: str
     tokens_per_second: float
     ratio_to_encode: float
-    """To encode() at its default batch size."""
+    """Speed relative to encode() at its default batch size."""
     ratio_to_best_encode: float
-    """To encode() at the batch size that is fastest for this set."""
+    """Speed relative to encode() at its fastest batch size for this set."""
     cosine_min: float
-    """To encode()'s vectors."""
+    """Worst cosine to encode()'s vectors."""
     cosine_mean: float
+    """Mean cosine to encode()'s vectors."""
     gflops: float
+    """Billions of floating-point operations per second, without padding."""
     roofline_percent: float
-    """Of the float32 matrix product measured in the same run; int8 can be over 100."""
+    """Percentage of the float32 matrix product measured in the same run; int8 can exceed 100."""
 
 
 @dataclass(slots=True)
 class SetReport:
-    """Results of one set of texts."""
+    """Results of all variants on one set of texts."""
 
     texts: int
     tokens: int
@@ -61,16 +67,16 @@ class SetReport:
 
 @dataclass(slots=True)
 class Report:
-    """A whole benchmark."""
+    """Results of a benchmark."""
 
     model: str
     device: str
     rounds: int
     ceiling_gflops: float
-    """float32 matrix product, measured between the rounds."""
+    """Best float32 matrix product measured between the rounds."""
     sets: dict[str, SetReport]
     left_out: list[str]
-    """What could not be measured here, and why."""
+    """Variants that could not be measured here, and why."""
 
 
 def run_benchmark(
@@ -79,9 +85,10 @@ def run_benchmark(
     rounds: int,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Report:
-    """Measure every way on every set, on the CPU. The int8 model is calibrated on the first set, and forgotten after.
+    """Measure every variant on every set of texts, on the CPU.
 
-    Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` for a set without texts, or for a model
+    The int8 model is calibrated on the first set and discarded afterwards. `on_step` is called with a line about each
+    step. Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` for a set without texts or for a model
     whose files are not on this machine.
     """
     local = require_local(space, "a benchmark")
@@ -115,8 +122,8 @@ def _embedders(
 
         def int8() -> Backend:
             on_step("quantizing to int8")
-            made = quantize(space, texts[:CALIBRATION_TEXTS], [])
-            return load_int8_backend(space, made.xml, made.weights)
+            quantized = quantize(space, texts[:CALIBRATION_TEXTS], [])
+            return load_int8_backend(space, quantized.xml, quantized.weights)
 
         loaders |= {
             "openvino float32": lambda: load_openvino_backend(space, "float32"),
@@ -145,7 +152,7 @@ def _measure_set(
     on_step: Callable[[str], None],
 ) -> SetReport:
     trial = texts[::2]
-    on_step(f"{name}: looking for the best batch size and budgets")
+    on_step(f"{name}: finding the best batch size and budgets")
     best_batch = min(_ENCODE_BATCHES, key=lambda size: _seconds(lambda: _encode(model, trial, size))[0])
     for embedder in embedders.values():
         points = [measure_budget(embedder, trial, budget) for budget in _BUDGETS]

@@ -1,10 +1,9 @@
-"""What embedding a number of tokens takes on a device one does not have at hand: an estimate, from its data sheet.
+"""Estimates how long a device takes to embed a number of tokens, from its data sheet.
 
-A model's pass over a batch multiplies matrices, and moves what lies between the layers through the device's memory. On
-a GPU the two hardly overlap, so their times add up; of that sum, well-made engines reach about `_GPU_SHARE`. The
-estimate is within a tenth of what is published for bge-base on A10G and bge-large on L4 (Snowflake's and infinity's
-benchmarks), and 40 % above it for bge-base on H200. On CPUs it is the share of the cores' matrix product that this
-engine was measured to reach.
+A forward pass multiplies matrices and moves activations through the device's memory. On a GPU the two hardly overlap,
+so their times add up, and good engines reach about `_GPU_SHARE` of the resulting speed. The estimate is within a tenth
+of published figures for bge-base on A10G and bge-large on L4 (benchmarks of Snowflake and infinity), and 40 % above
+those for bge-base on H200. On CPUs it is the share of the cores' matrix product that this engine was measured to reach.
 """
 
 from __future__ import annotations
@@ -20,24 +19,27 @@ from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.errors import ModelError, SettingsError
 
 _GPU_SHARE = 0.8
+"""Share of the speed by data sheet that is assumed, which fits the published figures named above."""
 _BYTES_PER_WIDTH = 80
-"""A layer writes and reads about 40 numbers of 2 bytes per token and unit of width."""
+"""A layer writes and reads about 40 values of 2 bytes per token and unit of width."""
 _CPU_SHARE = 0.8
+"""Of the cores' matrix product: float32 was measured to reach 78 to 84 % on two cores of an AMD EPYC (Zen 4)."""
 _FEED_TOKENS_PER_SECOND = 500_000
-"""What one run's process chunks: `make bench` measured 480,000 on one core of an AMD EPYC (Zen 4), 620,000 on two."""
+"""What one run's process can chunk: `make bench` measured 480,000 on one core of an AMD EPYC (Zen 4), 620,000 on 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """A device's data sheet."""
+    """Figures from a device's data sheet."""
 
     name: str
     teraflops: float
-    """Dense, at half precision (CPU cores: at float32, measured)."""
+    """Dense, at half precision. For CPU cores: at float32, measured."""
     float32_teraflops: float
     gigabytes_per_second: float
-    """Of its memory; 0 for CPU cores, whose caches hold what lies between layers."""
+    """Memory bandwidth; 0 for CPU cores, whose caches hold the activations."""
     about: str
+    """Full name."""
 
 
 DEVICES = {
@@ -46,34 +48,38 @@ DEVICES = {
         DeviceSpec("T4", 65, 8.1, 320, "NVIDIA T4"),
         DeviceSpec("L4", 121, 30.3, 300, "NVIDIA L4"),
         DeviceSpec("A10", 125, 31.2, 600, "NVIDIA A10"),
-        DeviceSpec("A10G", 70, 35, 600, "NVIDIA A10G as AWS has it"),
+        DeviceSpec("A10G", 70, 35, 600, "NVIDIA A10G as AWS offers it"),
         DeviceSpec("A100", 312, 19.5, 2039, "NVIDIA A100 80 GB SXM"),
         DeviceSpec("H100", 989, 66.9, 3350, "NVIDIA H100 SXM"),
         DeviceSpec("CPU", 0.113, 0.113, 0, "one core of an AMD EPYC (Zen 4)"),
     )
 }
 _CPU_FACTORS = {"bfloat16": 1.87, "int8": 2.71}
-"""Against float32, on long chunks, by `embed-assets benchmark` on that core."""
+"""Speed relative to float32, on long chunks, measured by `embed-assets benchmark` on that core."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a job takes."""
+    """Estimated time and cost of a job."""
 
     device: str
+    """Short name of the device, as in "A100"."""
     about: str
+    """Full name of the device, and the number format."""
     devices: int
     tokens: int
     tokens_per_second: float
     """Of one device."""
     hours: float
-    """With all devices busy all the time."""
+    """Wall-clock time if all devices are always busy."""
     device_hours: float
+    """Summed over the devices."""
     runs: int
-    """Runs at a time that it takes to keep all devices busy, where documents are still to be read and chunked."""
+    """Concurrent runs needed to keep all devices busy while documents are still being read and chunked."""
     price_per_hour: float | None
-    """Of one device."""
+    """Of one device; None if not given."""
     cost: float | None
+    """Of the whole job, in the currency of the price; None without a price."""
 
 
 def estimate_capacity(
@@ -85,13 +91,18 @@ def estimate_capacity(
     devices: int = 1,
     price_per_hour: float | None = None,
 ) -> Capacity:
-    """What so many tokens, in texts of `mean_tokens` each, take on `devices` of the kind. Raises ``SettingsError``."""
+    """Estimate for `tokens` in texts of `mean_tokens` each, on `devices` devices of one kind.
+
+    Raises ``SettingsError`` for an unknown device, int8 on a GPU, or a model without files on this machine.
+    """
     spec = DEVICES.get(device.lower())
     if spec is None:
         known = ", ".join(spec.name for spec in DEVICES.values())
         raise SettingsError(f"--device must be one of {known}, got {device!r}; name the nearest one")
     if not cost.linear_weights:
-        raise SettingsError("a device's speed is that of a model whose files are here; set another EMBED_MODEL")
+        raise SettingsError(
+            "estimating a device's speed needs a model whose files are on this machine; set another EMBED_MODEL"
+        )
     operations = 2.0 * cost.linear_weights + 4.0 * cost.attention_width * mean_tokens
     if spec.gigabytes_per_second:
         speed, number_format = _gpu_speed(spec, cost, operations, precision)
@@ -114,7 +125,7 @@ def estimate_capacity(
 
 
 def _gpu_speed(spec: DeviceSpec, cost: ModelCost, operations: float, precision: str) -> tuple[float, str]:
-    """Tokens per second, and in which format."""
+    """Tokens per second of one GPU, and the number format."""
     if precision == "int8":
         raise SettingsError(
             f"EMBED_PRECISION=int8 runs on CPUs, got --device {spec.name}; set EMBED_PRECISION=auto, or --device CPU"
@@ -128,7 +139,10 @@ def _gpu_speed(spec: DeviceSpec, cost: ModelCost, operations: float, precision: 
 
 
 def cost_of_space(space: EmbeddingSpace) -> ModelCost:
-    """The arithmetic of the space's model, from its configuration: no weights are loaded. Raises ``ModelError``."""
+    """The arithmetic of the space's model, read from its configuration without loading weights.
+
+    All zeros for a model without files on this machine. Raises ``ModelError`` when the configuration can't be used.
+    """
     if not isinstance(space, LocalSpace):
         return ModelCost()
     import torch
@@ -145,6 +159,6 @@ def cost_of_space(space: EmbeddingSpace) -> ModelCost:
             return cost_of(make(config, **options))
     except Exception as error:
         raise ModelError(
-            f"the size of {space.model!r} can't be told from its config.json: {type(error).__name__}: {error}; "
+            f"the size of {space.model!r} can't be derived from its config.json: {type(error).__name__}: {error}; "
             "leave --device out"
         ) from error

@@ -1,8 +1,8 @@
-"""Texts to vectors: tokenize a window, sort and pack it, run the batches, put the rows back in order.
+"""Embeds windows of texts: tokenizes, sorts and packs each, runs its batches, and restores the order.
 
     caller reads ─▶ tokenizer thread ─▶ device thread: plan, run on the workers, fetch once ─▶ caller writes
 
-Two windows are under way at a time, so that reading, tokenizing and writing are done while the device computes.
+Two windows are in flight at a time, so that reading, tokenizing and writing overlap with the device's work.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ import numpy as np
 from embed_assets.engine.backend import Backend, EmbeddedWindow, OnTick, Window
 from embed_assets.engine.batching import Batch, plan_batches, plan_part
 from embed_assets.engine.metrics import EngineStats
-from embed_assets.engine.recovery import Outcome, Recovery, has_length
+from embed_assets.engine.recovery import Outcome, Recovery, is_normalizable
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
 from embed_assets.errors import EmbeddingError
 
 _log = logging.getLogger(__name__)
 
-WINDOWS_UNDER_WAY = 2
+WINDOWS_IN_FLIGHT = 2
+"""One on the device and one being read and tokenized; more would only hold more memory."""
 TICK_SECONDS = 2.0
+"""Often enough for a live display, seldom enough to cost nothing."""
 
 
 @dataclass(slots=True)
 class _Job:
-    """A window on its way over the device."""
+    """A window in flight, with its batches that are still to run."""
 
     window: Window
     tokens: TokenizedTexts
@@ -51,7 +53,7 @@ class _Job:
 
 
 class LocalEmbedder:
-    """A model that is ready to embed, in this process. Usable by one thread at a time."""
+    """Embeds texts in this process, over a loaded backend. Not thread-safe: one caller at a time."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class LocalEmbedder:
         backoff_seconds: float = 0.5,
     ) -> None:
         self.backend, self._max_seq_length = backend, max_seq_length
-        self._tokenizer = tokenizer.copy()  # other threads may use the original meanwhile
+        self._tokenizer = tokenizer.copy()  # other threads may be using the original
         self.max_batch_tokens = max_batch_tokens
         self._recovery = Recovery(backend, self._tokenizer.tokenize(["a"], max_seq_length), backoff_seconds)
         self._stop = threading.Event()
@@ -78,12 +80,12 @@ class LocalEmbedder:
         return self.backend.dimension
 
     def embed(self, texts: Sequence[str]) -> EmbeddedWindow:
-        """One unit-norm vector per text, prompt already included in the texts."""
+        """One unit-norm vector per text. The texts include the prompt. Raises what `embed_windows` raises."""
         [embedded] = self.embed_windows([Window(texts)])
         return embedded
 
     def embed_one(self, text: str) -> np.ndarray:
-        """The text's vector, shape (dimension,). Raises ``EmbeddingError`` when the model gives none."""
+        """The text's unit-norm vector, shape (dimension,). Raises ``EmbeddingError`` if the model rejects the text."""
         embedded = self.embed([text])
         if embedded.rejected:
             raise EmbeddingError(f"the text {text[:80]!r} could not be embedded: {embedded.rejected[0]}; change it")
@@ -92,39 +94,40 @@ class LocalEmbedder:
     def embed_windows(
         self, windows: Iterable[Window], on_tick: OnTick = lambda texts, tokens: None
     ) -> Iterator[EmbeddedWindow]:
-        """The vectors of each window, in order. While one is handed out, the next is on the device.
+        """Yield the vectors of each window, in order, while the next window is on the device.
 
-        The next window is asked for, in the caller's thread, while the one before is computed. Every `TICK_SECONDS`,
-        also in the caller's thread, `on_tick` hears how many texts and tokens are done. An error in any thread is
-        raised here as it was; leaving early, by an error or Ctrl-C, stops the threads after their present batch.
+        `windows` is advanced in the caller's thread while the previous window is computed. `on_tick` is called in the
+        caller's thread every `TICK_SECONDS`, with the number of texts and of tokens embedded so far. An error in any
+        thread is raised here unchanged. Closing the generator early, by an error or Ctrl-C, stops the threads after
+        their current batch.
         """
-        under_way: deque[Future[EmbeddedWindow]] = deque()
+        in_flight: deque[Future[EmbeddedWindow]] = deque()
         self._stop.clear()
         self._idle_since = None
         self._done_texts = self._done_tokens = 0
         try:
             for window in windows:
                 tokens = self._tokenizer_thread.submit(self._tokenizer.tokenize, window.texts, self._max_seq_length)
-                under_way.append(self._device_thread.submit(self._run, window, tokens))
-                if len(under_way) == WINDOWS_UNDER_WAY:
-                    yield self._awaited(under_way[0], on_tick)
-                    under_way.popleft()
-            while under_way:
-                yield self._awaited(under_way[0], on_tick)
-                under_way.popleft()
+                in_flight.append(self._device_thread.submit(self._run, window, tokens))
+                if len(in_flight) == WINDOWS_IN_FLIGHT:
+                    yield self._wait_for(in_flight[0], on_tick)
+                    in_flight.popleft()
+            while in_flight:
+                yield self._wait_for(in_flight[0], on_tick)
+                in_flight.popleft()
         finally:
             self._stop.set()
-            for future in under_way:
+            for future in in_flight:
                 if not future.cancel():
-                    future.exception()  # waits for the present batch, not for the window
+                    future.exception()  # waits for the current batch, not for the whole window
 
-    def _awaited(self, future: Future[EmbeddedWindow], on_tick: OnTick) -> EmbeddedWindow:
+    def _wait_for(self, future: Future[EmbeddedWindow], on_tick: OnTick) -> EmbeddedWindow:
         while not wait([future], TICK_SECONDS).done:
             on_tick(self._done_texts, self._done_tokens)
         return future.result()
 
     def _run(self, window: Window, tokenized: Future[TokenizedTexts]) -> EmbeddedWindow:
-        """In the device thread: one window from tokens to vectors."""
+        """Embed one window; runs in the device thread."""
         asked = time.perf_counter()
         tokens = tokenized.result()
         started = time.perf_counter()
@@ -133,9 +136,9 @@ class LocalEmbedder:
         job = _Job(window, tokens, self.backend.new_buffer(len(window.texts)), deque(batches))
         self._drain_on_workers(job)
         usage = self.backend.usage()
-        vectors = self._checked(job, self.backend.fetch(job.buffer))
+        vectors = self._normalized(job, self.backend.fetch(job.buffer))
         finished = time.perf_counter()
-        _log.debug("a window of %d texts is finished", len(window.texts))
+        _log.debug("finished a window of %d texts", len(window.texts))
         idle = 0.0 if self._idle_since is None else max(0.0, asked - self._idle_since)
         self._idle_since = finished
         stats = EngineStats(
@@ -162,7 +165,7 @@ class LocalEmbedder:
             raise errors[0]
 
     def _drain(self, job: _Job) -> None:
-        """Run batches until none is left, recovering from what can be recovered from."""
+        """Run batches until none is left, recovering from errors where that is possible."""
         try:
             while (batch := job.next_batch()) is not None:
                 if self._stop.is_set():
@@ -186,26 +189,26 @@ class LocalEmbedder:
                 self.max_batch_tokens = outcome.max_batch_tokens
                 job.batches = self._replanned(job)
             self._done_texts += len(batch.rows)
-            _log.debug("%d texts embedded", len(batch.rows))
+            _log.debug("embedded %d texts", len(batch.rows))
             self._done_tokens += int(tokens.lengths[batch.rows].sum())
 
     def _replanned(self, job: _Job) -> deque[Batch]:
-        """The batches still to run, under the smaller budget."""
+        """The remaining batches, planned again under the smaller budget."""
         if not job.batches:
             return job.batches
         rows = np.concatenate([batch.rows for batch in job.batches])
         return deque(plan_part(rows, job.tokens.lengths, self.max_batch_tokens, self.backend.layout))
 
-    def _checked(self, job: _Job, vectors: np.ndarray) -> np.ndarray:
-        """The vectors at unit length.
+    def _normalized(self, job: _Job, vectors: np.ndarray) -> np.ndarray:
+        """The vectors scaled to unit length: float32, shape (texts, dimension).
 
-        A text whose vector has no length, or no finite one, is tried alone, then rejected.
+        A text whose vector is zero or not finite is embedded once more on its own, then rejected; its row is zeros.
         """
-        for row in np.flatnonzero(~has_length(vectors)).tolist():
+        for row in np.flatnonzero(~is_normalizable(vectors)).tolist():
             if row not in job.rejected:
-                with contextlib.suppress(Exception):  # then its vector stays what it is, and it is rejected below
-                    vectors[row] = self._recovery.alone(job.window.texts, job.tokens, row)
-                if not has_length(vectors[row]):
+                with contextlib.suppress(Exception):  # the vector stays as it is, and is rejected below
+                    vectors[row] = self._recovery.embed_alone(job.window.texts, job.tokens, row)
+                if not is_normalizable(vectors[row]):
                     reason = f"the model's vector is zero or not finite in {self.backend.precision}"
                     self._recovery.check_health(
                         EmbeddingError(f"{reason} for any text; set another EMBED_PRECISION or EMBED_MODEL")

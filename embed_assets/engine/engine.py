@@ -1,4 +1,4 @@
-"""The engine of a space: loads the model when it is first needed, and finds its sweet spot when that pays."""
+"""Runs a space's model: loads it on first use, and tunes library and token budget when the job is large enough."""
 
 from __future__ import annotations
 
@@ -31,32 +31,37 @@ from embed_assets.engine.tuning import (
 from embed_assets.errors import SettingsError
 
 TUNE_FROM_TEXTS = 2000
-"""Fewer texts are embedded sooner than the sweet spot is found."""
+"""Smaller jobs finish before tuning would pay off."""
 _SAMPLE_TEXTS = 48
-"""Enough batches to tell budgets apart, few enough to take seconds."""
+"""Enough batches to tell budgets apart, few enough for tuning to take seconds and not a minute."""
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384, "mps": 4096, "endpoint": 16_384}
-"""Until tuned. On CPUs a small budget is fastest: activations stay in the caches."""
+"""Tokens per forward pass until tuned, by kind of device.
+
+On CPUs, 1,024 to 4,096 were measured faster than 16,384, as activations stay in the caches. 16,384 is the default of
+Text Embeddings Inference. The value for MPS is not measured: it trades launch overhead against memory.
+"""
 _FIRST_BUDGET = {"cpu": 512, "cuda": 4096, "mps": 1024}
+"""Where a sweep begins: below the defaults, so that it sees throughput rise before it levels off."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Where and how the model runs; as configured, while it is not loaded."""
+    """Where and how the model runs. Until it is loaded: as configured."""
 
     device: str
     precision: str
     max_batch_tokens: int
     backend: str = ""
-    """Library and path, once the model is loaded."""
+    """Library and code path; empty until the model is loaded."""
     ceiling_gflops: float = 0.0
-    """What the device multiplies at most, in billions of operations per second; 0 when not known."""
+    """The device's matrix-product ceiling, in billions of floating-point operations per second; 0 when not known."""
     dimension: int = 0
-    """Length of a vector, once the model is loaded."""
+    """Length of a vector; 0 until the model is loaded."""
 
 
 class Engine:
-    """One model on one device in one process."""
+    """One model on one device in one process. Loading is thread-safe."""
 
     def __init__(self, space: EmbeddingSpace, options: EngineOptions) -> None:
         self._space, self._options = space, options
@@ -68,7 +73,7 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        """Where and how the model runs."""
+        """Where and how the model runs, without loading it."""
         if self._embedder is None:
             return configured(self._options)
         backend = self._embedder.backend
@@ -83,14 +88,14 @@ class Engine:
 
     @property
     def embedder(self) -> LocalEmbedder:
-        """The model, loaded when first asked for. Raises ``ModelError`` or ``SettingsError`` when it can't be."""
+        """The model, loaded on first access. Raises ``ModelError`` or ``SettingsError`` when it can't be loaded."""
         with self._lock:
             if self._embedder is None:
                 self._embedder = self._load()
             return self._embedder
 
     def embedder_for(self, texts: Sequence[str], expected: int) -> LocalEmbedder:
-        """The model for about `expected` texts like `texts`: tuned first, once per machine, when they are many."""
+        """The model, for about `expected` texts like `texts`. For many texts it is tuned first, once per machine."""
         embedder = self.embedder
         if self._provider.libraries and self._tuned is None and expected >= TUNE_FROM_TEXTS:
             _log.info("finding the fastest library and budget for %s on this machine, once", self._space.name)
@@ -103,10 +108,11 @@ class Engine:
         is_full: bool = False,
         on_point: Callable[[str, Point], None] = lambda library, point: None,
     ) -> Tuning:
-        """Find the fastest library and budget for texts like `texts`, use them from now on, and remember them.
+        """Find the fastest library and token budget for texts like `texts`, switch to them, and cache them on disk.
 
-        A budget that is set is kept, and nothing remembered. Raises ``SettingsError`` without texts, or for a
-        model that no device of this machine runs.
+        A configured budget stays in force, and nothing is cached then. `is_full` sweeps beyond the best budget;
+        `on_point` is called with each library and measurement. Raises ``SettingsError`` without texts, or for a model
+        that does not run on this machine.
         """
         if not texts:
             raise SettingsError("tuning needs texts to measure with, got none; name a folder with documents")
@@ -115,7 +121,7 @@ class Engine:
                 f"tuning needs a model that runs on this machine, got EMBED_MODEL={self._space.model!r}; set another"
             )
         current = self.embedder
-        candidates = {_library(current): current} | dict(self._others(_library(current)))
+        candidates = {_library(current): current} | dict(self._alternatives(_library(current)))
         memory = {name: measure_memory(embedder, texts, self._device) for name, embedder in candidates.items()}
         points: dict[str, list[Point]] = {}
         for name, embedder in candidates.items():
@@ -160,35 +166,33 @@ class Engine:
 
     def _load(self) -> LocalEmbedder:
         if not self._provider.libraries:
-            return self._embedder_over(self._provider.load(self._space, self._options))
+            return self._new_embedder(self._provider.load(self._space, self._options))
         self._tuned = recall(self._key)
         library = "" if self._tuned is None else self._tuned.library
         backend = self._provider.load(self._space, replace(self._options, library=library))
         self._ceiling_gflops = self._device.ceiling_gflops(backend.precision)
-        embedder = self._embedder_over(backend)
+        embedder = self._new_embedder(backend)
         if self._tuned is not None and self._options.max_batch_tokens is None:
             embedder.max_batch_tokens = self._tuned.max_batch_tokens
         return embedder
 
-    def _others(self, present: str) -> Iterator[tuple[str, LocalEmbedder]]:
-        """The same model in the provider's other libraries, where they can run it and could be faster."""
+    def _alternatives(self, present: str) -> Iterator[tuple[str, LocalEmbedder]]:
+        """Name and embedder of each other library of the provider that can run the model and could be faster."""
         if self._device.kind != "cpu" or self._options.compiles or not has_openvino():
             return
         for library in self._provider.libraries:
             if library != present:
-                embedder = self._embedder_over(
-                    self._provider.load(self._space, replace(self._options, library=library))
-                )
-                if _library(embedder) == library:  # else that library can't run it
+                embedder = self._new_embedder(self._provider.load(self._space, replace(self._options, library=library)))
+                if _library(embedder) == library:  # otherwise the provider fell back to another library
                     yield library, embedder
 
-    def _embedder_over(self, backend: Backend) -> LocalEmbedder:
+    def _new_embedder(self, backend: Backend) -> LocalEmbedder:
         budget = self._options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, backend.device.partition(":")[0])
         return LocalEmbedder(backend, self._space.tokenizer, self._space.max_seq_length, budget)
 
 
 def configured(options: EngineOptions) -> EngineInfo:
-    """What is known before the model is loaded."""
+    """What is known about the engine before the model is loaded."""
     budget = options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, options.device.partition(":")[0])
     return EngineInfo(options.device, options.precision, budget)
 

@@ -1,4 +1,4 @@
-"""What went wrong in a forward pass, and whether trying again can help. Pure."""
+"""Classifies errors of a forward pass: out of memory, transient or permanent. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _OUT_OF_MEMORY = (
     "cublas_status_not_initialized",
     "cudnn_status_alloc_failed",
 )
-_CERTAIN = (
+"""Parts of the messages, in lower case, by which CUDA, MPS, cuBLAS, cuDNN and the CPU's allocators report it."""
+_PERMANENT = (
     UserError,
     TypeError,
     ValueError,
@@ -25,21 +26,22 @@ _CERTAIN = (
     AssertionError,
     ArithmeticError,
 )
-"""Errors of the program or its input: the same call fails again. A backend that raises ours has tried enough."""
+"""Errors of the program or its input: the same call fails again. A `UserError` comes from a backend that has
+already retried."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A device or the main memory was full: CUDA, MPS and the CPU's allocators say so in different words."""
+    """Whether the device or main memory was full, whichever allocator reports it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Trying again may help: the device or what lies between hiccuped."""
-    return isinstance(error, Exception) and not isinstance(error, _CERTAIN) and not is_out_of_memory(error)
+    """Whether a retry may help, as after a hiccup of the device or of the connection to it."""
+    return isinstance(error, Exception) and not isinstance(error, _PERMANENT) and not is_out_of_memory(error)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line."""
+    """Type and message of an error on one line of at most 500 characters, enough for a log or a table cell."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]

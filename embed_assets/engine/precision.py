@@ -1,19 +1,19 @@
-"""Which arithmetic the model runs in. Pure."""
+"""Chooses the precision a model runs in. Pure functions."""
 
 from __future__ import annotations
 
 from embed_assets.errors import SettingsError
 
 FLOAT16_MODELS = frozenset({"bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert", "mpnet"})
-"""Architectures whose activations stay far inside float16's range. Others overflow: Gemma, Qwen and their kin."""
+"""Architectures whose activations stay well within float16's range. Gemma, Qwen and their relatives overflow it."""
 
 
 def choose_precision(setting: str, device: str, capability: tuple[int, int] | None, model_type: str) -> str:
-    """ "float32", "bfloat16" or "float16" for a model of `model_type` on `device`.
+    """The precision that `setting` means for a model of `model_type` on `device`.
 
-    `capability` is CUDA's compute capability. "auto" is bfloat16 where CUDA has it in hardware (8.0 and later),
-    float16 on older GPUs for models known to stay in its range, float32 everywhere else; the checkpoint's own dtype
-    never decides. Raises ``SettingsError`` for what the device can't do.
+    "auto" becomes bfloat16 on GPUs that have it in hardware (CUDA `capability` 8.0 and later), float16 on GPUs from 7.0
+    on for models known to stay within its range, and float32 everywhere else; the checkpoint's own dtype plays no part.
+    Any other setting is returned unchanged. Raises ``SettingsError`` for float16 on a CPU.
     """
     on_cuda = device.startswith("cuda")
     if setting == "auto":

@@ -30,11 +30,11 @@ from embed_assets.engine.ray_cluster import (
     connect,
     disconnect,
     gave_up,
-    knock,
     list_nodes,
     lost,
     no_room,
     plan_replicas,
+    probe,
     workers_lost,
 )
 from embed_assets.engine.ray_feed import Feed, FeedStatus, WorkerState, feed_source
@@ -307,7 +307,7 @@ class RayPool:
         cluster, silent, seen = self._cluster, 0, time.monotonic()
         while not self._is_closed.wait(_POLL_SECONDS):
             try:
-                knock(cluster.address)
+                probe(cluster.address)
                 self._refresh()
                 self._put_late_again()
                 silent = 0

@@ -105,7 +105,7 @@ def _init(ray: Any, address: str | None) -> Any:
         if address is None:
             return ray.init(address="local", num_cpus=available_cores(), **quiet)
         if address != "auto":
-            knock(address)
+            probe(address)
         # Workers run this very code, wherever they are. A Ray job brings its own.
         shipped = None if _is_in_job() else {"py_modules": [str(Path(__file__).parent.parent)]}
         with_environment: dict[str, Any] = {"address": address, "runtime_env": shipped, **quiet}
@@ -155,7 +155,7 @@ def disconnect(seconds: float = 10.0) -> None:
     thread.join(seconds)
 
 
-def knock(address: str) -> None:
+def probe(address: str) -> None:
     """Raise OSError when nobody listens at the head's address.
 
     A call by Ray would wait for it for a minute, and then end this process.

@@ -1,5 +1,8 @@
-"""Recovering from a batch that failed, at the least cost: out of memory, it runs in smaller pieces; transient errors
-are retried; a text that the model can't take is found by bisection and left out."""
+"""Recovers from failed batches at the least cost.
+
+Out of memory: the batch runs in smaller pieces. Transient errors: it is retried. A text that the model can't embed: it
+is found by bisection and rejected.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +22,36 @@ from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import EmbeddingError
 
 _ATTEMPTS = 4
-_LONGEST_WAIT_SECONDS = 8.0
+"""With the default backoff, the waits add up to 3.5 s at most: enough for a hiccup, little lost on a lasting fault."""
+_MAX_WAIT_SECONDS = 8.0
+"""Limit of one wait: the device is idle meanwhile."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What running a batch came to."""
+    """The result of running a batch."""
 
     max_batch_tokens: int
-    """The budget; smaller than it was if memory ran out."""
+    """The token budget from now on; lower than before if memory ran out."""
     padded_tokens: int = 0
-    """Tokens the device computed."""
+    """Tokens that the device computed, including padding."""
     rejected: dict[int, str] = field(default_factory=dict)
-    """Rows without a vector, and why."""
+    """Row to reason, for texts without a vector."""
 
 
 class Recovery:
-    """Runs batches again that failed on a backend."""
+    """Re-runs batches that failed on a backend."""
 
     def __init__(self, backend: Backend, probe: TokenizedTexts, backoff_seconds: float) -> None:
-        """`probe` is a short text that any healthy model embeds."""
+        """`probe` is a short tokenized text that any healthy model can embed; `backoff_seconds` scales the waits."""
         self._backend, self._probe = backend, probe
         self._retrying = Retrying(
             stop=stop_after_attempt(_ATTEMPTS),
-            wait=wait_random_exponential(multiplier=backoff_seconds, max=_LONGEST_WAIT_SECONDS),
+            wait=wait_random_exponential(multiplier=backoff_seconds, max=_MAX_WAIT_SECONDS),
             retry=retry_if_exception(is_transient),
             before_sleep=lambda state: _log.warning(
-                "a batch failed and is tried again (attempt %d of %d): %s",
+                "a batch failed, retrying it (attempt %d of %d): %s",
                 state.attempt_number,
                 _ATTEMPTS,
                 state.outcome and reason_of(state.outcome.exception() or Exception()),
@@ -63,12 +68,12 @@ class Recovery:
         max_batch_tokens: int,
         failure: Exception,
     ) -> Outcome:
-        """Put the vectors of a batch, whose first attempt ended in `failure`, into `buffer`.
+        """Write the vectors of a batch, whose first attempt raised `failure`, to its rows of `buffer`.
 
-        Out of memory halves the budget and runs this batch again in pieces. Other errors are tried again with
-        exponential backoff and jitter, then the batch is bisected until the texts at fault are alone.
-        Raises the original error when the model itself is at fault, and ``EmbeddingError`` when there is not
-        enough memory for a single text.
+        Out of memory halves the budget and re-runs this batch in pieces. Transient errors are retried with exponential
+        backoff and jitter. After that, and after any other error, the batch is bisected to isolate the texts at fault.
+        Raises the original error when the model itself is at fault, and ``EmbeddingError`` when there is not enough
+        memory for a single text.
         """
         outcome = Outcome(max_batch_tokens)
         waiting = [batch]
@@ -101,8 +106,8 @@ class Recovery:
                 waiting += self._parts(tokens, part.rows[half:]) + self._parts(tokens, part.rows[:half])
         return outcome
 
-    def alone(self, texts: Sequence[str], tokens: TokenizedTexts, row: int) -> np.ndarray:
-        """The vector of one text in a batch of its own, shape (dimension,)."""
+    def embed_alone(self, texts: Sequence[str], tokens: TokenizedTexts, row: int) -> np.ndarray:
+        """The vector of one text, computed in a batch of its own: shape (dimension,), not normalised."""
         ids = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
         alone = TokenizedTexts(ids, np.array([0, len(ids)]), tokens.is_truncated[row : row + 1])
         buffer = self._backend.new_buffer(1)
@@ -111,12 +116,12 @@ class Recovery:
         return np.asarray(self._backend.fetch(buffer)[0])
 
     def check_health(self, error: Exception) -> None:
-        """Raise `error` if the model can't embed a harmless text either: then no text is to blame."""
+        """Raise `error` if the model can't embed a harmless text either, since then no text is to blame."""
         try:
-            vector = self.alone(["a"], self._probe, 0)
+            vector = self.embed_alone(["a"], self._probe, 0)
         except Exception:
             raise error from None
-        if not has_length(vector):
+        if not is_normalizable(vector):
             raise error
 
     def _attempt(
@@ -128,7 +133,7 @@ class Recovery:
         is_patient: bool,
         known: Exception | None,
     ) -> Exception | None:
-        """The error of running a part, None when it succeeds. `known` is how its first attempt ended already."""
+        """Run a part; returns its error, or None on success. `known` is the error of a first attempt already made."""
 
         def forward() -> None:
             nonlocal known
@@ -143,7 +148,8 @@ class Recovery:
             else:
                 forward()
         except Exception as error:
-            # The frames of the failed pass would hold its activations while a smaller one is tried.
+            # An error holds the frames of its traceback, and they hold the activations that a smaller batch needs room
+            # for: https://github.com/pytorch/pytorch/issues/27600.
             traceback.clear_frames(error.__traceback__)
             return error
         return None
@@ -151,17 +157,17 @@ class Recovery:
     def _smaller(self, tokens: TokenizedTexts, part: Batch, outcome: Outcome) -> list[Batch]:
         outcome.max_batch_tokens = max(1, min(outcome.max_batch_tokens, part.tokens // 2))
         _log.warning(
-            "out of memory with %d tokens; EMBED_MAX_BATCH_TOKENS is %d from now on",
+            "out of memory with %d tokens; EMBED_MAX_BATCH_TOKENS is %d for the rest of this process",
             part.tokens,
             outcome.max_batch_tokens,
         )
         return plan_part(part.rows, tokens.lengths, outcome.max_batch_tokens, self._backend.layout)
 
     def _parts(self, tokens: TokenizedTexts, rows: np.ndarray) -> list[Batch]:
-        """The rows as one batch."""
+        """The rows as one batch, or as few as the layout's maximum of rows allows."""
         return plan_part(rows, tokens.lengths, 1 << 62, self._backend.layout)
 
 
-def has_length(vectors: np.ndarray) -> np.ndarray:
-    """Which vectors, along the last axis, are finite and not zero: only those can be brought to unit length."""
+def is_normalizable(vectors: np.ndarray) -> np.ndarray:
+    """Whether each vector along the last axis is finite and not zero, and so can be scaled to unit length."""
     return np.asarray(np.isfinite(vectors).all(axis=-1) & vectors.any(axis=-1))

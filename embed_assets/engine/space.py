@@ -1,4 +1,4 @@
-"""An embedding space: everything that changes a vector, so that equal spaces have comparable, reusable vectors."""
+"""Defines an embedding space: everything that changes a vector. Equal spaces have comparable, reusable vectors."""
 
 from __future__ import annotations
 
@@ -14,40 +14,48 @@ from embed_assets.records import hash_parts
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """What the settings say of the model."""
+    """The settings that choose a model."""
 
     model: str
+    """EMBED_MODEL: a folder, a Hub id, or a name with a provider's prefix."""
     revision: str | None = None
+    """Branch, tag or commit on the Hub; None: the default branch."""
     prompt: str | None = None
+    """Text before every chunk, or the name of one of the model's prompts; None: the model's default."""
     query_prompt: str | None = None
+    """Text before every query, or the name of one of the model's prompts; None: the model's default."""
     truncate_dim: int | None = None
+    """Dimensions to keep; None: all."""
     trust_remote_code: bool = False
+    """Whether code inside the model's directory may run."""
     allow_pickled_weights: bool = False
+    """Whether pickled weights may be loaded, which can run code."""
     endpoint: str = ""
-    """Base URL of the server that has the model, for those that are on one."""
+    """Base URL of the server that runs the model; empty for models that run here."""
 
 
 @dataclass(frozen=True)
 class EmbeddingSpace:
-    """Everything that changes a vector, and nothing else: not the device, not the batch."""
+    """Everything that changes a vector, and nothing that does not, such as the device or the batch size."""
 
     model: str
     """The setting that names the model."""
     weights_hash: str
     tokenizer_hash: str
     modules_hash: str
-    """Architecture, pooling, dense layers, normalisation."""
+    """Hash over architecture, pooling, dense layers and normalisation."""
     max_seq_length: int
-    """Tokens the model reads, special tokens included."""
+    """Tokens that the model reads, including special tokens; the rest of a text is truncated."""
     prompt: str
-    """The exact string before every chunk."""
+    """The exact text put before every chunk."""
     query_prompt: str
-    """The exact string before a search query; not part of the fingerprint, for it changes no stored vector."""
+    """The exact text put before a search query. Not part of the fingerprint: it changes no stored vector."""
     truncate_dim: int | None
+    """Dimensions that are kept; None: all."""
     tokenizer_json: str = field(repr=False)
-    """Description of the tokenizer that texts are cut and counted with, as in a ``tokenizer.json``."""
+    """Contents of a ``tokenizer.json``: the tokenizer that cuts texts and counts tokens."""
     number_format: str = "float"
-    """"int8:<artifact hash>" for a quantized model."""
+    """"float", or "int8:<artifact hash>" for a quantized model."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,7 +72,7 @@ class EmbeddingSpace:
 
     @property
     def table_name(self) -> str:
-        """What of the model's setting names it."""
+        """The part of the model's setting that names its table."""
         return self.model.partition("~")[0].removeprefix("package:")
 
     @cached_property
@@ -73,18 +81,18 @@ class EmbeddingSpace:
         return ModelTokenizer.from_description(self.tokenizer_json, self.model)
 
     def quantized(self, artifact_hash: str) -> Self:
-        """The space of the model's int8 form that has this hash: its vectors are others, so it is another space."""
+        """The space of the int8 model with this hash. Its vectors differ, so it is a space of its own."""
         return replace(self, number_format=f"int8:{artifact_hash}")
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens that the prompt takes from every chunk: one more than it has alone, for where it joins the text."""
+        """Tokens that the prompt takes from every chunk: its own, and one more for the seam between prompt and text."""
         if not self.prompt:
             return 0
         return self.tokenizer.count([self.prompt])[0] - self.tokenizer.special_tokens + 1
 
     def describe(self) -> dict[str, str]:
-        """The full description, for the table's properties."""
+        """Table properties that describe the space, with keys that begin with ``embed_assets.``."""
         values = {
             "model": self.model.partition("~")[0],
             "fingerprint": self.fingerprint,
@@ -100,7 +108,7 @@ class EmbeddingSpace:
 
 
 def truncated_dimension(dimension: int, truncate_dim: int | None) -> int:
-    """The length of a vector after truncation. Raises ``SettingsError`` when there is not that much of it."""
+    """The length of a vector after truncation. Raises ``SettingsError`` when `truncate_dim` exceeds `dimension`."""
     if truncate_dim is not None and truncate_dim > dimension:
         raise SettingsError(
             f"TRUNCATE_DIM must be at most the model's {dimension} dimensions, got {truncate_dim}; "

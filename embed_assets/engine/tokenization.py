@@ -1,4 +1,4 @@
-"""The embedding model's tokenizer, without the model: counts and places of tokens, and flat id arrays."""
+"""Runs the embedding model's tokenizer without the model: token counts, token positions, and flat arrays of ids."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from tokenizers import Encoding, Tokenizer, models, pre_tokenizers, processors
 from embed_assets.errors import ModelError
 
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
+"""Code points of whitespace, up to the ideographic space (U+3000)."""
 _CHARACTERS_PER_TOKEN = 20
-"""More than any text has on average, so that a beginning of that length fills the model."""
+"""More than texts have on average, so that a prefix of this many characters per token fills the model."""
 _WORD_END = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
-"""Between two plain words: no normaliser or pattern looks across such a space."""
+"""The space between two plain words: no normalizer or pattern looks across it."""
 _BLOCK_TEXTS = 2048
-"""The library's encodings take about 100 bytes per token, so only so many texts' are alive at a time."""
+"""Texts encoded at a time: the library's encodings take about 100 bytes per token, so few are kept alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
-    """Token ids of several texts, one after the other."""
+    """Token ids of several texts, end to end."""
 
     ids: np.ndarray
-    """int32, shape (sum of lengths,)."""
+    """int32, shape (sum of lengths,): token ids."""
     offsets: np.ndarray
     """int64, shape (texts + 1,): text i has ``ids[offsets[i]:offsets[i + 1]]``."""
     is_truncated: np.ndarray
-    """bool, shape (texts,): tokens beyond the model's maximum were left out."""
+    """bool, shape (texts,): whether tokens beyond the model's maximum were dropped."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -41,16 +42,16 @@ class TokenizedTexts:
 
 
 class ModelTokenizer:
-    """A tokenizer of its own: no other code changes its truncation or padding.
+    """The model's tokenizer, as a private instance whose truncation and padding no other code changes.
 
-    The library runs on all cores and without holding Python's lock.
+    The library runs on all cores and releases the GIL.
     """
 
     def __init__(self, description: str) -> None:
-        """`description` is the text of a ``tokenizer.json``."""
+        """`description` is the contents of a ``tokenizer.json``."""
         self._description = description
         pre_tokenizer = json.loads(description).get("pre_tokenizer") or {}
-        # BERT's rules: words and punctuation marks stand alone, so text cut at whitespace gives the pieces' tokens.
+        # BERT splits at whitespace and punctuation first, so text cut at whitespace has the same tokens as the whole.
         self.splits_at_whitespace = bool(pre_tokenizer.get("type") == "BertPreTokenizer")
         self._may_cut_at_whitespace = _splits_words(pre_tokenizer)
         self._whole = Tokenizer.from_str(description)
@@ -59,29 +60,33 @@ class ModelTokenizer:
         self._cut = Tokenizer.from_str(description)
         self._cut.no_padding()
         self._max_length = 0
-        # Some tokenizers count the space before a word to its token, others do not.
+        # Some tokenizers count the space before a word as part of its token, others do not.
         probe = self._whole.encode("a b  c", add_special_tokens=False).offsets
         self._counts_spaces = any("a b  c"[start : start + 1] == " " for start, _ in probe)
         self.special_tokens = int(self._whole.num_special_tokens_to_add(is_pair=False))
 
     @classmethod
     def from_description(cls, description: str, model: str) -> ModelTokenizer:
-        """The tokenizer of `model`. Raises ``ModelError`` when the text describes none."""
+        """The tokenizer of `model`. Raises ``ModelError`` when `description` is not a valid tokenizer."""
         try:
             return cls(description)
         except Exception as error:  # the library raises plain Exception
             raise ModelError(
-                f"the tokenizer.json of {model!r} describes no tokenizer: {error}; save the model again"
+                f"the tokenizer.json of {model!r} is not a valid tokenizer: {error}; save the model again"
             ) from error
 
     def copy(self) -> ModelTokenizer:
-        """Another one for another thread: the library's tokenizers must not be shared while they are in use."""
+        """A copy for another thread.
+
+        A tokenizer of the library fails with "Already borrowed" when it is configured in one thread while it is in use
+        in another: https://github.com/huggingface/transformers/issues/47085.
+        """
         return ModelTokenizer(self._description)
 
     def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Per text an int32 array of shape (tokens, 2): code points where each token's visible part starts and ends.
+        """Per text, an int32 array of shape (tokens, 2): where each token's visible part starts and ends.
 
-        Special tokens are not among them.
+        Positions are code points. Special tokens are left out.
         """
         spans = [
             np.fromiter(chain.from_iterable(e.offsets), dtype=np.int32, count=2 * len(e)).reshape(-1, 2)
@@ -92,11 +97,11 @@ class ModelTokenizer:
         return [_without_leading_space(text, found) for text, found in zip(texts, spans, strict=True)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens per text, special tokens included, nothing truncated."""
+        """Number of tokens per text, including special tokens, without truncation."""
         return [len(e) for e in self._whole.encode_batch_fast(texts)] if texts else []
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> TokenizedTexts:
-        """Ids of each text, special tokens included, cut to `max_length` tokens as the model would."""
+        """Token ids of each text, including special tokens, truncated to `max_length` tokens as the model does it."""
         if max_length != self._max_length:
             self._cut.enable_truncation(max_length)
             self._max_length = max_length
@@ -114,10 +119,10 @@ class ModelTokenizer:
         return TokenizedTexts(flat, offsets, np.array(is_truncated, dtype=bool))
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encodings of the texts, each cut to the model's length.
+        """Encodings of the texts, each truncated to the model's length.
 
-        The library tokenizes a text to its end before it cuts. So only the beginning of a very long one is given to it;
-        if that was not enough to fill the model, all of it.
+        The library tokenizes a whole text before it truncates (https://github.com/huggingface/tokenizers/issues/1573).
+        So it gets only a prefix of a very long text, and all of it if the prefix was not enough to fill the model.
         """
         beginnings = [self._beginning(text) for text in texts]
         encodings = self._cut.encode_batch_fast(beginnings)
@@ -130,7 +135,7 @@ class ModelTokenizer:
         return encodings
 
     def _beginning(self, text: str) -> str:
-        """The text up to a space after a good many characters per token, if tokens never reach over a space."""
+        """A prefix, cut at a space, that surely fills the model; the whole text where tokens can span spaces."""
         enough = _CHARACTERS_PER_TOKEN * self._max_length
         if len(text) <= enough or not self._may_cut_at_whitespace:
             return text
@@ -139,7 +144,7 @@ class ModelTokenizer:
 
 
 def _splits_words(pre_tokenizer: dict[str, Any]) -> bool:
-    """Whether no token reaches from one word over a space into the next, by the kinds of pre-tokenizer."""
+    """Whether no token spans the space between two words, judged by the kind of pre-tokenizer."""
     kind = pre_tokenizer.get("type")
     if kind == "Sequence":
         return any(_splits_words(part) for part in pre_tokenizer.get("pretokenizers", ()))
@@ -151,7 +156,7 @@ def _splits_words(pre_tokenizer: dict[str, Any]) -> bool:
 
 
 def _without_leading_space(text: str, spans: np.ndarray) -> np.ndarray:
-    """The spans from their first visible character on; a token of spaces becomes empty, at its end."""
+    """The spans without leading whitespace, same shape. A token of nothing but whitespace becomes empty, at its end."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     places = np.where(np.isin(codes, _SPACES), len(codes), np.arange(len(codes)))
     following = np.append(np.minimum.accumulate(places[::-1])[::-1], len(codes))
@@ -160,8 +165,10 @@ def _without_leading_space(text: str, spans: np.ndarray) -> np.ndarray:
 
 
 def word_tokenizer_json() -> str:
-    """Description of a tokenizer for models that have none here: one token per word or punctuation mark, two special
-    tokens per text."""
+    """``tokenizer.json`` of a stand-in for models whose tokenizer is not on this machine.
+
+    It makes one token per word or punctuation mark, and adds two special tokens per text.
+    """
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(

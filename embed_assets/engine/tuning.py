@@ -1,4 +1,4 @@
-"""The sweet spot of a model on this machine: which library, and how many tokens per forward pass. Remembered."""
+"""Finds the fastest library and token budget per forward pass for a model on this machine, and caches the result."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from embed_assets.engine import remembered
+from embed_assets.engine import user_cache
 from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.hardware import Device
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.records import hash_parts
 
-LEAST_GAIN = 0.03
-"""A larger budget must bring that much more throughput, or the search ends."""
+MIN_GAIN = 0.03
+"""Relative gain in throughput a larger budget must bring. Less is not worth its memory, and ends the search."""
 MEMORY_SHARE = 0.8
-"""Of the free memory, what a batch may take."""
+"""Share of the free memory that batches may take; the rest is left to fragmentation and other processes."""
 LARGEST_BUDGET = 1 << 20
+"""Tokens at which a search ends where memory sets no limit."""
 _MEMORY_BUDGETS = (512, 4096)
+"""Tokens of the two memory probes: far enough apart to show a slope, small enough to fit any device."""
 _MEMORY_TEXTS = 16
 """Long texts per worker: enough to fill a batch of the larger budget."""
 _REPEATS = 3
+"""Passes per budget, for a median that one disturbed pass does not move."""
 _PROBE_SECONDS = 0.5
+"""Time per pass above which passes are dropped, so that slow models are tuned in seconds too."""
 _VERSION = "1"
+"""Part of the cache key: a new value discards cached tunings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What was found once and holds until model, device, precision or a library changes."""
+    """A tuning result, valid until model, device, precision or a library changes."""
 
     library: str
     """"torch" or "openvino"."""
@@ -40,20 +45,20 @@ class Tuned:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A straight line through two probes: what a batch of so many tokens needs at most."""
+    """Peak memory of a batch as a linear function of its tokens, fitted to two probes."""
 
     base_bytes: float
-    """Weights, libraries and all that does not grow with the batch."""
+    """Weights, libraries and everything else that does not grow with the batch."""
     bytes_per_token: float
 
     @classmethod
     def from_probes(cls, few: int, few_bytes: int, many: int, many_bytes: int) -> Memory:
-        """From the peaks of two batches of `few` and `many` tokens."""
+        """The line through the peaks, in bytes, of two batches of `few` and `many` tokens."""
         slope = max(0.0, (many_bytes - few_bytes) / (many - few))
         return cls(max(0.0, few_bytes - slope * few), slope)
 
     def fits(self, free_bytes: int | None, workers: int = 1) -> int:
-        """Most tokens of a batch when `workers` batches at a time share the free memory."""
+        """Maximum tokens of a batch when `workers` concurrent batches share the free memory; at least 1."""
         if free_bytes is None or self.bytes_per_token <= 0:
             return LARGEST_BUDGET
         return max(1, min(LARGEST_BUDGET, int(MEMORY_SHARE * free_bytes / self.bytes_per_token / workers)))
@@ -61,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One budget of a sweep."""
+    """Measurement of one budget in a sweep."""
 
     max_batch_tokens: int
     tokens_per_second: float
@@ -69,10 +74,10 @@ class Point:
 
 
 def sweet_spot(points: Sequence[Point]) -> Point:
-    """The smallest budget after which no larger one gained `LEAST_GAIN`. Raises ``ValueError`` without points."""
+    """The smallest budget after which no larger one gained `MIN_GAIN`. Raises ``IndexError`` without points."""
     best = points[0]
     for point in points[1:]:
-        if point.tokens_per_second > best.tokens_per_second * (1 + LEAST_GAIN):
+        if point.tokens_per_second > best.tokens_per_second * (1 + MIN_GAIN):
             best = point
     return best
 
@@ -80,9 +85,9 @@ def sweet_spot(points: Sequence[Point]) -> Point:
 def sweep(
     measure: Callable[[int], Point], first: int, largest: int, is_full: bool, on_point: Callable[[Point], None]
 ) -> list[Point]:
-    """Double the budget from `first` on, up to `largest`, until throughput gains less than `LEAST_GAIN`.
+    """Double the budget from `first` up to `largest` until throughput gains less than `MIN_GAIN`.
 
-    A full sweep goes two steps beyond that, to show the fall.
+    A full sweep goes two steps further, to show the decline. `on_point` is called with each measurement.
     """
     points: list[Point] = []
     budget, steps_without_gain = first, 0
@@ -98,22 +103,24 @@ def sweep(
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """All that a search found."""
+    """Everything that tuning measured."""
 
     library: str
-    """The fastest."""
+    """The fastest library."""
     spot: Point
+    """The best budget of that library."""
     points: dict[str, list[Point]]
     """The sweep of each library."""
     memory: dict[str, Memory]
+    """Memory needed with each library."""
     free_bytes: int | None
-    """Free on the device afterwards."""
+    """Free on the device after tuning; None where unknown."""
     workers: dict[str, int]
-    """Batches at the same time."""
+    """Concurrent batches with each library."""
 
 
 def measure_budget(embedder: LocalEmbedder, texts: Sequence[str], budget: int) -> Point:
-    """Throughput of `texts` with a budget: the median of a few passes."""
+    """Median throughput of a few passes over `texts` with a budget. Leaves the embedder's own budget unchanged."""
     before, embedder.max_batch_tokens = embedder.max_batch_tokens, budget
     speeds: list[float] = []
     padding = 0.0
@@ -129,7 +136,7 @@ def measure_budget(embedder: LocalEmbedder, texts: Sequence[str], budget: int) -
 
 
 def measure_memory(embedder: LocalEmbedder, texts: Sequence[str], device: Device) -> Memory:
-    """What batches need, from the peaks of two budgets over the longest texts."""
+    """Memory that batches need, from the peaks of two budgets over the longest texts."""
     wanted = _MEMORY_TEXTS * embedder.backend.workers
     longest = sorted(texts, key=len, reverse=True)[:wanted]
     longest *= -(-wanted // len(longest))
@@ -149,7 +156,7 @@ def measure_memory(embedder: LocalEmbedder, texts: Sequence[str], device: Device
 
 
 def tuning_key(space: EmbeddingSpace, device: Device, precision: str, compiles: bool = False) -> str:
-    """Equal exactly when what was found can be used again."""
+    """Cache key of a tuning: everything that can change which library and budget are fastest."""
     libraries = [f"{name} {_version(name)}" for name in ("torch", "transformers", "openvino", "embed-assets")]
     return hash_parts(
         (_VERSION, space.fingerprint, device.kind, device.description, precision, str(compiles), *libraries)
@@ -157,17 +164,17 @@ def tuning_key(space: EmbeddingSpace, device: Device, precision: str, compiles: 
 
 
 def recall(key: str) -> Tuned | None:
-    """What was found before, if it was on this machine."""
+    """The tuning cached on this machine for `key`; None when there is none."""
     try:
-        values = json.loads(remembered.recall("tuning", f"{key}.json") or "")
+        values = json.loads(user_cache.read("tuning", f"{key}.json") or "")
         return Tuned(str(values["library"]), int(values["max_batch_tokens"]), float(values["tokens_per_second"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def remember(key: str, tuned: Tuned) -> None:
-    """Keep it for the next process."""
-    remembered.keep("tuning", f"{key}.json", json.dumps(asdict(tuned)))
+    """Cache a tuning for later processes."""
+    user_cache.write("tuning", f"{key}.json", json.dumps(asdict(tuned)))
 
 
 def _version(name: str) -> str:

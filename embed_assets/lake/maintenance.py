@@ -1,4 +1,4 @@
-"""Keeping the tables small and quick: what could be tidied up, and tidying it up, beside any number of running jobs."""
+"""Compact, vacuum and checkpoint the tables and remove leftovers of killed runs; safe while other runs are active."""
 
 from __future__ import annotations
 
@@ -25,35 +25,41 @@ from embed_assets.records import slices, utc_now
 from embed_assets.settings import local_path
 
 RETENTION = timedelta(hours=168)
-"""Files that no version needs any more are kept so long: Delta's own default, for readers and runs that use them."""
+"""How long unreferenced files are kept for readers and runs that still use them. It is Delta's own default.
+Vacuuming files that are younger than the longest run makes the table unreadable once that run commits."""
 _CHECKPOINT_COMMITS = 10
+"""Commits since the last checkpoint that justify a new one. Fewer mean faster opening, more mean less rewriting."""
 _PARTITIONS_PER_COMPACTION = 1000
+"""Partitions per compaction commit. More mean fewer commits, but a conflict with another run is more likely."""
 _COMPACTION_ATTEMPTS = 5
-_UNPACKED = 8
-"""How much larger rows are when unpacked, at most usually: it bounds what a reader holds."""
+"""Attempts after conflicts, before the partitions are split into smaller groups."""
+_EXPANSION = 8
+"""Assumed ratio of a row's size in memory to its compressed size; it keeps row groups small, since readers
+hold a whole one. A higher ratio makes them smaller than necessary, a lower one may cost readers memory."""
 _ABANDONED = re.compile(r"\.(parquet|json|arrow|crc)#\d+$")
-"""Names of files that were being written to a local disk when their process died; nothing else removes them."""
+"""Names of temporary files that object_store leaves on a local disk when its process is killed; neither it nor vacuum
+removes them: https://github.com/apache/arrow-rs-object-store/issues/137"""
 _FOLDERS = ("raw_documents", "rejected_documents", "chunks", "embeddings", "models")
-"""What is ours in the lake's folder; the documents may lie beside it."""
+"""Folders to sweep. Nothing else below the lake's root belongs to the lake: the documents may be stored there too."""
 
 
 @dataclass(slots=True)
 class TableWork:
-    """What there is to do for a table, or what was done."""
+    """Maintenance work that a table needs, or that was done."""
 
     table: str
     partitions_to_compact: int = 0
-    """Partitions with several small files."""
+    """Partitions with more than one small file."""
     files_to_compact: int = 0
     files_to_vacuum: int = 0
-    """Files that no version within the retention needs."""
+    """Files that no version within the retention period refers to."""
     commits_since_checkpoint: int = 0
     stale_windows: int = 0
-    """Staged windows of killed runs."""
+    """Staged windows left by killed runs."""
     left_alone: int = 0
-    """Of `partitions_to_compact`, those that other runs kept writing to."""
+    """How many of `partitions_to_compact` were skipped because other runs kept writing to them."""
     error: str = ""
-    """Why the table could not be looked after."""
+    """Why maintenance of the table failed; empty if it did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +68,9 @@ class Space:
 
     name: str
     bytes: int
-    """Of all its files, old versions included."""
+    """Size of all files of its table, old versions included."""
     is_current: bool
-    """The settings' own."""
+    """Whether it is the space of the current settings."""
 
 
 @dataclass(slots=True)
@@ -78,14 +84,14 @@ class Maintenance:
     removed_spaces: list[str] = field(default_factory=list)
 
     def use_of(self, space: Space) -> str:
-        """What is, or was, done with a space."""
+        """Status of a space: 'removed', 'in use' or 'not in use'."""
         if space.name in self.removed_spaces:
             return "removed"
         return "in use" if space.is_current else "not in use"
 
     @property
     def failed(self) -> list[TableWork]:
-        """Tables that could not be looked after."""
+        """Tables whose maintenance failed."""
         return [work for work in self.tables if work.error]
 
 
@@ -97,10 +103,11 @@ def maintain(
     remove: Sequence[str] = (),
     on_table: Callable[[str], None] = lambda table: None,
 ) -> Maintenance:
-    """Compact, vacuum, checkpoint, sweep, and remove the spaces named in `remove`; with `dry_run` only say what for.
+    """Compact, vacuum and checkpoint all tables, and remove leftover files and the spaces named in `remove`.
 
-    `current` is the space in use, which can't be removed. `retention` is never less than `RETENTION`, and must be
-    longer than the longest run. Raises ``LakeError`` for a space that is not there or in use.
+    With `dry_run` nothing is changed and the result lists what there is to do. `current` is the space in use, which
+    can't be removed. `retention` is raised to `RETENTION` if it is less, and must be longer than the longest run.
+    `on_table` is called with each table's path. Raises ``LakeError`` if a space to remove does not exist or is in use.
     """
     retention = max(retention, RETENTION)
     spaces = lake.spaces()
@@ -111,7 +118,7 @@ def maintain(
         on_table(table.path)
         work = TableWork(table.path)
         try:
-            if _look_after(lake, table, retention, dry_run, work):
+            if _maintain_table(lake, table, retention, dry_run, work):
                 done.tables.append(work)
         except LakeError as error:
             work.error = str(error)
@@ -135,8 +142,8 @@ def _check_removable(lake: Lake, spaces: Sequence[str], current: str, names: Seq
             raise LakeError(f"there is no space {name!r} in the lake {lake.root!r}, only {', '.join(spaces) or 'none'}")
 
 
-def _look_after(lake: Lake, table: TableSpec, retention: timedelta, dry_run: bool, work: TableWork) -> bool:
-    """Fill in what there is to do for a table, and do it; False when there is no such table."""
+def _maintain_table(lake: Lake, table: TableSpec, retention: timedelta, dry_run: bool, work: TableWork) -> bool:
+    """Record in `work` what a table needs, and do it unless `dry_run`. Returns False if the table does not exist."""
     delta = lake.open(table)
     if delta is None:
         return False
@@ -163,7 +170,7 @@ def _look_after(lake: Lake, table: TableSpec, retention: timedelta, dry_run: boo
 
 
 def _small_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> dict[str, list[DataFile]]:
-    """The small files of each partition that has more than one."""
+    """The small files of each partition that has more than one, by partition key."""
     found = {
         key: [file for file in files if file.byte_size < TARGET_FILE_BYTES // 2]
         for key, files in files_by_partition(lake.root, table, delta).items()
@@ -172,13 +179,14 @@ def _small_files(lake: Lake, table: TableSpec, delta: DeltaTable) -> dict[str, l
 
 
 def _compact(lake: Lake, table: TableSpec, keys: Sequence[str], small: dict[str, list[DataFile]]) -> int:
-    """Merge the partitions' small files; returns how many partitions were left alone, since others write to them.
+    """Merge the partitions' small files. Returns the number of partitions skipped because other runs write to them.
 
-    A commit to one of the partitions meanwhile makes this one fail, never the other way round: rows are not lost.
+    A concurrent commit to one of the partitions makes the compaction fail, never the other way round, so no rows are
+    lost.
     """
     files = [file for key in keys for file in small[key]]
     packed = sum(file.byte_size for file in files) // max(1, sum(file.rows for file in files))
-    row_bytes = max(1, _UNPACKED * packed)
+    row_bytes = max(1, _EXPANSION * packed)
     for _ in range(_COMPACTION_ATTEMPTS):
         with lake_errors(f"the table {table.path!r} can't be compacted", lake.root):
             delta = DeltaTable(lake.uri(table), storage_options=lake.options or None)
@@ -193,12 +201,16 @@ def _compact(lake: Lake, table: TableSpec, keys: Sequence[str], small: dict[str,
             return 0
     if len(keys) == 1:
         return 1
-    # The fewer partitions at a time, the fewer others there are to get into the way.
+    # Smaller groups conflict with fewer concurrent runs.
     return sum(_compact(lake, table, part, small) for part in slices(keys, max(1, len(keys) // 10)))
 
 
 def _vacuum(delta: DeltaTable, retention: timedelta, dry_run: bool) -> list[str]:
-    """Files removed, those too that no commit ever named: what runs that died had written."""
+    """Names of the files that were removed, or would be.
+
+    `full` includes orphans: files of killed runs that no commit refers to. The default mode finds none of them, and
+    misses some removed files too: https://github.com/delta-io/delta-rs/issues/3644
+    """
     return list(delta.vacuum(retention_hours=int(retention.total_seconds() // 3600), dry_run=dry_run, full=True))
 
 
@@ -208,20 +220,20 @@ def _last_checkpoint(lake: Lake, table: TableSpec) -> int:
         with lake_errors(f"the checkpoint of {table.path!r} can't be read", lake.root):
             return int(json.loads(lake.storage.read(f"{table.path}/_delta_log/_last_checkpoint"))["version"])
     except (LakeError, ValueError, KeyError):
-        return 0  # there is none, or none that can be read: one is made
+        return 0  # none exists or it is unreadable: create one
 
 
 def _abandoned_files(lake: Lake, age: timedelta) -> Iterator[str]:
     root = local_path(lake.root)
     if root is None:
-        return  # object stores show no file before it is complete
+        return  # object stores list a file only once it is complete
     before = (utc_now() - age).timestamp()
     walks = (os.walk(root / folder) for folder in _FOLDERS)
     for folder, _, names in itertools.chain.from_iterable(walks):
         for name in names:
             if _ABANDONED.search(name):
                 path = Path(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                with contextlib.suppress(FileNotFoundError):  # the upload has finished since
                     if path.lstat().st_mtime < before:
                         yield str(path)
 
@@ -232,7 +244,7 @@ def _size(lake: Lake, space: str) -> int:
 
 
 def _remove_space(lake: Lake, space: str) -> None:
-    """Its log first: a table that is half removed is no table."""
+    """Remove the space's table, its log first: without a log, leftover data files are not read as a table."""
     folder = f"embeddings/{space}"
     with lake_errors(f"the space {space!r} can't be removed", lake.root):
         for part in (f"{folder}/_delta_log", folder):

@@ -1,4 +1,4 @@
-"""Quantized models in the lake, beside the spaces they make: one Delta table each, written once, by one commit."""
+"""Store quantized models in the lake: one Delta table per model, written once, in a single commit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from embed_assets.errors import LakeError
 from embed_assets.lake.tables import Lake, lake_errors
 
 _PART_BYTES = 16 << 20
+"""Bytes of a file per row. It bounds what a reader or writer holds per row; smaller parts mean more rows."""
 _SCHEMA = pa.schema(
     [
         pa.field("file", pa.string(), False),
@@ -21,7 +22,7 @@ _SCHEMA = pa.schema(
 
 
 def read_model(lake: Lake, name: str) -> dict[str, bytes] | None:
-    """The files of the model `name` by their names, or None when it was not made yet."""
+    """Contents of the model's files by file name, or None if the model is not in the lake. Raises ``LakeError``."""
     delta = lake.open_path(_path(name))
     if delta is None:
         return None
@@ -34,12 +35,15 @@ def read_model(lake: Lake, name: str) -> dict[str, bytes] | None:
 
 
 def keep_model(lake: Lake, name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Keep the files of the model `name`; returns the files that are kept, which are others' if they were first."""
+    """Store a model's files by file name. Returns the stored files: those of another process if it was first.
+
+    Raises ``LakeError`` if they can't be written.
+    """
     uri = f"{lake.root}/{_path(name)}"
     try:
         with lake_errors(f"the model {_path(name)!r} can't be written", lake.root):
             reader = pa.RecordBatchReader.from_batches(_SCHEMA, _parts(files))
-            # Version 0 of a table can be made only once, however many try.
+            # Only one process can commit version 0 of a table.
             write_deltalake(uri, reader, mode="error", name=_path(name), storage_options=lake.options or None)
     except LakeError:
         if (kept := read_model(lake, name)) is None:

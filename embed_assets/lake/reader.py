@@ -1,4 +1,4 @@
-"""Reading an open Delta table: its rows as streams of Arrow batches, and what its log tells without them."""
+"""Read an open Delta table: its rows as a stream of Arrow batches, or row counts and file names from its log alone."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from embed_assets.records import CONTENT_COLUMNS, ContentVersion, hash_parts
 
 
 def files_hash(names: Iterable[str]) -> str:
-    """Of a partition's files. No file is written twice, so the same names are the same rows."""
+    """Hash of a partition's file names, in any order. Files are never rewritten, so equal names mean equal rows."""
     return hash_parts(sorted(names))
 
 
 def read_table(
     root: str, table: TableSpec, delta: DeltaTable, columns: Sequence[str], where: str | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The columns of an open table's rows for which the SQL `where` is true, batch by batch, in no particular order.
+    """Batches with `columns` of an open table's rows, in no particular order.
 
-    `root` is the lake's, for messages. Raises ``LakeError`` when a file can't be read.
+    `where` is an SQL predicate that filters rows; `root` is the lake's root, for error messages. Raises ``LakeError``
+    if a file can't be read.
     """
     schema = pa.schema([table.schema.field(name) for name in columns])
-    # A table that was made before a column was there has null in it.
+    # Tables created before a column was introduced read as null in it.
     absent = {f.name for f in table.extra}.difference(columns_of(delta).names) if table.extra else set()
     present = [name for name in columns if name not in absent]
     with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", root):
         for batch in pa.RecordBatchReader.from_stream(delta.scan(present, where)):
             if batch.num_rows:
-                # Delta's engine answers with string views and nullable fields.
+                # delta-rs returns string views and nullable fields: cast to our schema.
                 arrays = [
                     pa.nulls(batch.num_rows, f.type) if f.name in absent else batch.column(f.name).cast(f.type)
                     for f in schema
@@ -42,7 +43,7 @@ def read_table(
 
 
 def content_of(root: str, table: TableSpec, delta: DeltaTable | None, key: str) -> str:
-    """Hash of what an open table (None: there is no table) holds of a partition: its data version."""
+    """Data version of a partition, the hash of its rows. `delta` is the open table, or None if it does not exist."""
     columns = CONTENT_COLUMNS[table.kind]
     content = ContentVersion(columns)
     if delta is not None:
@@ -53,33 +54,33 @@ def content_of(root: str, table: TableSpec, delta: DeltaTable | None, key: str) 
 
 @dataclass(frozen=True, slots=True)
 class PartitionFiles:
-    """What a table's log alone tells of a partition."""
+    """Summary of a partition, from the table's log alone."""
 
     rows: int = 0
     files: str = files_hash(())
-    """Hash of the names of its files: while it is the same, so are the rows."""
+    """Hash of its file names: as long as it is unchanged, so are the rows."""
     written_at: float = 0.0
-    """When the newest of them was written, by its writer's clock, seconds since 1970."""
+    """When its newest file was written, by the writer's clock, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableState:
-    """What a table's log alone tells."""
+    """Summary of a table, from its log alone."""
 
     id: str
-    """Delta's own id of the table: another lake's table has another one."""
+    """Delta's unique table id; it differs between lakes."""
     version: int
     partitions: Mapping[str, PartitionFiles]
-    """Those that have rows, by their keys."""
+    """Partitions with rows, by key."""
 
     @property
     def rows(self) -> int:
-        """Of all partitions."""
+        """Rows of all partitions."""
         return sum(partition.rows for partition in self.partitions.values())
 
 
 def table_state(root: str, table: TableSpec, delta: DeltaTable) -> TableState:
-    """What the log of an open table tells of its partitions."""
+    """Summary of an open table and its partitions, from its log alone."""
     partitions = {
         key: PartitionFiles(
             sum(file.rows for file in files),
@@ -92,18 +93,18 @@ def table_state(root: str, table: TableSpec, delta: DeltaTable) -> TableState:
 
 
 class DataFile(NamedTuple):
-    """A file of rows that a version of a table has."""
+    """A data file of a table version."""
 
     partition_key: str
     path: str
     byte_size: int
     rows: int
     written_at_ms: int
-    """By its writer's clock, milliseconds since 1970."""
+    """When it was written, by the writer's clock, in milliseconds since 1970."""
 
 
 def files_by_partition(root: str, table: TableSpec, delta: DeltaTable) -> Mapping[str, list[DataFile]]:
-    """The files of an open table by partition, from its log alone. A partition without rows has no entry."""
+    """Data files of an open table by partition key, from its log alone. Partitions without rows have no entry."""
     with lake_errors(f"the table {table.path!r} can't be read", root):
         actions = pa.table(delta.get_add_actions(flatten=True))
     found: defaultdict[str, list[DataFile]] = defaultdict(list)
@@ -116,25 +117,26 @@ def files_by_partition(root: str, table: TableSpec, delta: DeltaTable) -> Mappin
 
 @dataclass(frozen=True, slots=True)
 class PartitionState:
-    """Names of the files that hold a partition's rows. None is written twice: the same names are the same rows."""
+    """The files that hold a partition's rows. Files are never rewritten, so equal names mean equal rows."""
 
     table: TableSpec
     version: int | None
-    """Of the table; None when it does not exist."""
+    """Version of the table; None if it does not exist."""
     files: frozenset[str] = frozenset()
+    """File names, without folders."""
 
     @property
     def files_hash(self) -> str:
-        """As `PartitionFiles.files`."""
+        """Hash of the file names, comparable to `PartitionFiles.files`."""
         return files_hash(self.files)
 
 
 def state_of(delta: DeltaTable, table: TableSpec, key: str) -> PartitionState:
-    """The files that hold a partition's rows in an open table."""
+    """The files that hold a partition's rows in an open table, at its version."""
     files = frozenset(map(_file_name, delta.file_uris(file_pruning_predicate=partition_predicate(key))))
     return PartitionState(table, int(delta.version()), files)
 
 
 def _file_name(path: str) -> str:
-    """Unique by itself; how the folders before it are escaped differs."""
+    """The last part of a path. It is unique by itself, and escaping of the folders before it differs between APIs."""
     return path.rpartition("/")[2]

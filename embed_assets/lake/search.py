@@ -1,4 +1,4 @@
-"""Exact nearest neighbours: a scan over the vectors in batches that keeps the best so far."""
+"""Exact nearest-neighbour search: scan all vectors in batches and keep the best `k`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from embed_assets.lake.tables import TableSpec, is_one_of
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """One chunk that is near the query."""
+    """One chunk that matches the query."""
 
     score: float
-    """Cosine similarity."""
+    """Cosine similarity to the query, from -1 to 1."""
     partition_key: str
     document_id: str
     chunk_id: str
@@ -25,10 +25,10 @@ class SearchResult:
 
 
 def search(tables: Snapshot, table: TableSpec, query: np.ndarray, k: int) -> list[SearchResult]:
-    """The `k` chunks whose unit-norm vectors are nearest to the query's, shape (dimension,), best first.
+    """The `k` chunks nearest to the unit-norm vector `query`, shape (dimension,), best first.
 
-    One pass over (chunk_id, embedding); the texts are fetched for the winners only, from the same version of the
-    table. Equal scores are ordered by id. Without a table for the space there are none.
+    One pass reads ids and vectors; texts are then fetched for the results only, from the same version of the table.
+    Ties are ordered by chunk id. Returns an empty list if the space has no table.
     """
     best: list[tuple[float, str, str]] = []
     for batch in tables.rows(table, ["chunk_id", "partition_key", "embedding"]):
@@ -40,7 +40,7 @@ def search(tables: Snapshot, table: TableSpec, query: np.ndarray, k: int) -> lis
         best = sorted(best, key=lambda hit: (-hit[0], hit[1], hit[2]))[:k]
     if not best:
         return []
-    # Named partitions are all that is read of the texts.
+    # Naming the partitions limits the second read to their files.
     keys_of_best, ids_of_best = {key for _, _, key in best}, {chunk_id for _, chunk_id, _ in best}
     wanted = f"{is_one_of('partition_key', sorted(keys_of_best))} AND {is_one_of('chunk_id', sorted(ids_of_best))}"
     columns = ["chunk_id", "partition_key", "document_id", "uri", "heading_path", "text"]

@@ -1,27 +1,43 @@
-"""The lake as one piece of work sees it: every table stays at the version it had when it was first read.
+"""A consistent view of the lake: every table stays at the version it had when it was first read.
 
-A reader makes a `Snapshot` and drops it. A run makes a `PartitionSnapshot` per partition: it reads rows, and replaces
-them unless another run was faster. There is no lock and no clock in that. The snapshot knows which files hold the rows
-it read, and looks again after it has opened the table it writes to and before it commits. Whoever replaces the inputs
-after that look still has its own commit to the same partition ahead of it, and wins; whoever did it before is seen.
+A reader opens a `Snapshot` and closes it. A run opens a `PartitionSnapshot` per partition to read rows and to replace
+them, unless another run replaced them first. Concurrency control is optimistic, without locks and clocks. The snapshot
+remembers which files held the rows it read (the baseline) and compares them again right before each commit, with the
+output table already open at its newest version. A run that replaced the inputs before that check is detected. A run
+that replaces them after it has yet to commit its own output to the same partition, so the newer rows win.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError
 
 from embed_assets.errors import LakeError, SupersededError
 from embed_assets.lake.reader import PartitionState, TableState, content_of, read_table, state_of, table_state
 from embed_assets.lake.tables import Handle, Lake, TableSpec, lake_errors, partition_predicate
-from embed_assets.lake.writer import Provenance, Replaced, SpooledRows, commit_rows, spool_rows
+from embed_assets.lake.writer import (
+    TARGET_FILE_BYTES,
+    Provenance,
+    Replaced,
+    SpooledRows,
+    commit_properties,
+    rows_to_write,
+    spool_rows,
+    writer_properties,
+)
+
+_COMMIT_ATTEMPTS = 20
+"""Each waits longer than the one before: in all about half a minute of others' commits to the same partition."""
 
 
 class Snapshot:
-    """The lake's tables. Each is opened when it is first asked for. Usable by one thread at a time."""
+    """The lake's tables, each opened on first access. Not thread-safe."""
 
     def __init__(self, lake: Lake) -> None:
         self.lake = lake
@@ -34,21 +50,21 @@ class Snapshot:
         self.close()
 
     def close(self) -> None:
-        """Leave the open tables to the lake, for the next snapshot of its session."""
+        """Return the open tables to the lake, which may reuse them for its session's next snapshot."""
         for handle in self._handles.values():
             if handle is not None:
-                self.lake.give_back(handle)
+                self.lake.release(handle)
         self._handles.clear()
 
     def table(self, table: TableSpec) -> DeltaTable | None:
-        """The open table, or None when it did not exist. Raises ``LakeError`` when it is damaged."""
+        """The open table, or None if it did not exist on first access. Raises ``LakeError`` if it is damaged."""
         if table.path not in self._handles:
-            self._handles[table.path] = self.lake.take(table.path)
+            self._handles[table.path] = self.lake.acquire(table.path)
         handle = self._handles[table.path]
         return None if handle is None else handle.delta
 
     def refreshed(self, table: TableSpec) -> DeltaTable | None:
-        """The table at its newest version, where it stays from now on."""
+        """The table, or None, after moving it to its newest version, where it stays."""
         handle = self._handles.get(table.path)
         if handle is None:
             self._handles.pop(table.path, None)
@@ -57,16 +73,16 @@ class Snapshot:
         return self.table(table)
 
     def keep(self, table: TableSpec, delta: DeltaTable) -> None:
-        """Go on with a table that was created meanwhile."""
+        """Use `delta`, a table that was just created, for `table` from now on."""
         self._handles[table.path] = Handle(table.path, delta, int(delta.version()))
 
     def version(self, table: TableSpec) -> int | None:
-        """The table's commit number, or None when it does not exist."""
+        """The table's version (commit number), or None if it does not exist."""
         delta = self.table(table)
         return None if delta is None else int(delta.version())
 
     def state(self, table: TableSpec) -> TableState | None:
-        """What the table's log tells of all its partitions, or None when it does not exist."""
+        """Summary of the table and its partitions, from its log alone, or None if it does not exist."""
         delta = self.table(table)
         return None if delta is None else table_state(self.lake.root, table, delta)
 
@@ -76,73 +92,77 @@ class Snapshot:
         return set() if state is None else set(state.partitions)
 
     def rows(self, table: TableSpec, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """The columns of all rows for which the SQL `where` is true, batch by batch, in no particular order.
+        """Batches with `columns` of the table's rows, in no particular order.
 
-        None when the table does not exist. Raises ``LakeError`` when it can't be read.
+        `where` is an SQL predicate that filters rows. Yields nothing if the table does not exist. Raises ``LakeError``
+        if it can't be read.
         """
         delta = self.table(table)
         if delta is not None:
             yield from read_table(self.lake.root, table, delta, columns, where)
 
     def content(self, table: TableSpec, key: str) -> str:
-        """Hash of what the table holds of a partition: its data version."""
+        """Data version of a partition in the table: the hash of its rows."""
         return content_of(self.lake.root, table, self.table(table), key)
 
     def partition(self, key: str) -> PartitionSnapshot:
-        """One partition of these tables."""
+        """The partition `key` of this snapshot; it shares the snapshot's open tables."""
         return PartitionSnapshot(self, key)
 
     def begin(self, key: str, *tables: TableSpec) -> PartitionSnapshot:
-        """A partition to work on, in a snapshot of its own, that counts as superseded when another run replaced its
-        rows in `tables` since this snapshot was made."""
+        """The partition `key` in a new snapshot, to be materialized.
+
+        Its baseline for `tables` is taken from this snapshot, so that the work counts as superseded if another run has
+        replaced the partition's rows in them since.
+        """
         work = PartitionSnapshot(Snapshot(self.lake), key)
         for table in tables:
-            work.expect(self.partition(key).state(table))
+            work.set_baseline(self.partition(key).state(table))
         return work
 
 
 class PartitionSnapshot:
-    """One partition of a snapshot: its rows, the files that hold them, and replacing them."""
+    """One partition of a snapshot. Reads its rows, and replaces them if no other run did meanwhile."""
 
     def __init__(self, tables: Snapshot, key: str) -> None:
         self.tables, self.key = tables, key
-        self._states: dict[str, PartitionState] = {}
+        self._baselines: dict[str, PartitionState] = {}
 
     @property
     def lake(self) -> Lake:
-        """The lake that the partition is in."""
+        """The lake of the snapshot."""
         return self.tables.lake
 
     def close(self) -> None:
-        """As `Snapshot.close`."""
+        """Return the snapshot's open tables to the lake."""
         self.tables.close()
 
     def rows(self, table: TableSpec, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The columns of the partition's rows, as `Snapshot.rows` gives them."""
+        """Batches with `columns` of the partition's rows. Raises ``LakeError`` if they can't be read."""
         return self.tables.rows(table, columns, partition_predicate(self.key))
 
     def count(self, table: TableSpec) -> int:
-        """Rows of the partition."""
+        """Number of the partition's rows in a table."""
         return sum(batch.num_rows for batch in self.rows(table, [table.schema.names[0]]))
 
     def state(self, table: TableSpec) -> PartitionState:
-        """The files that hold the partition's rows, as this work knows them."""
-        if table.path not in self._states:
-            self._states[table.path] = self._state_of(table, self.tables.table(table))
-        return self._states[table.path]
+        """The baseline for a table: the files that held the partition's rows when this work first looked."""
+        if table.path not in self._baselines:
+            self._baselines[table.path] = self._state_of(table, self.tables.table(table))
+        return self._baselines[table.path]
 
-    def expect(self, state: PartitionState) -> None:
-        """Take `state` for what this work knows of a table."""
-        self._states[state.table.path] = state
+    def set_baseline(self, state: PartitionState) -> None:
+        """Make `state` the baseline for its table: later changes to other files count as made by another run."""
+        self._baselines[state.table.path] = state
 
-    def observe(self, table: TableSpec) -> None:
-        """Take what the table has now for what this work knows of it."""
-        self.expect(self._state_of(table, self.tables.refreshed(table)))
+    def reset_baseline(self, table: TableSpec) -> None:
+        """Move the table to its newest version and make that the baseline."""
+        self.set_baseline(self._state_of(table, self.tables.refreshed(table)))
 
     def require_current(self, *tables: TableSpec) -> None:
-        """Raise ``SupersededError`` when another run replaced the partition's rows in one of the tables.
+        """Raise ``SupersededError`` if another run replaced the partition's rows in one of the tables.
 
-        Compaction, which makes other files of the same rows, replaces nothing.
+        Moves the tables to their newest version. Compaction, which rewrites files with the same rows, is not an error.
         """
         for table in tables:
             before = self.state(table)
@@ -151,15 +171,17 @@ class PartitionSnapshot:
             if now.version != before.version and now.files != before.files and not self._is_compacted(before, delta):
                 raise SupersededError(
                     f"partition {self.key!r}: another run replaced its {table.path} while this one worked on "
-                    "the older ones, so its own were not written; the newer ones stand, see 'embed-assets plan'",
+                    "the older ones, so its own were not written; run 'embed-assets plan' to see what is left to do",
                     is_retryable=True,
                 )
-            self._states[table.path] = now
+            self._baselines[table.path] = now
 
     @contextlib.contextmanager
     def watched(self, *tables: TableSpec) -> Iterator[None]:
-        """Report an error as ``SupersededError`` if another run replaced the partition's rows in one of the tables:
-        that is its cause."""
+        """Turn errors into ``SupersededError`` if another run replaced the partition's rows in one of the tables.
+
+        Rows that change while they are read may cause any kind of error.
+        """
         for table in tables:
             self.state(table)
         try:
@@ -172,7 +194,7 @@ class PartitionSnapshot:
             except SupersededError:
                 raise
             except LakeError:
-                raise error from None  # what can't be compared does not explain it
+                raise error from None  # no comparison, so no better explanation
             raise
 
     def replace(
@@ -183,33 +205,59 @@ class PartitionSnapshot:
         check: Callable[[], None] = lambda: None,
         dimension: int | None = None,
     ) -> Replaced:
-        """Make `batches` the rows of the partition, atomically, and leave every other partition alone.
+        """Atomically replace the partition's rows in `table` with `batches`. Other partitions are not affected.
 
-        The rows are first spooled to a local file, so that the commit is short and a failure while they are made
-        changes nothing. No commit is made when the table holds the same content already, unless the provenance says
-        `rewrite`. `check` raises when the rows must not be written any more; it is asked right before every attempt to
-        commit, once the table is at its newest version: a later commit to the partition makes the attempt fail.
-        `dimension` is that of the vectors of a table that is created. Raises ``LakeError`` when it can't be written.
+        The rows are first spooled to a local file, so that the commit is short and a failure while they are computed
+        changes nothing. Nothing is committed if the table has the same content already, unless `provenance.rewrite`.
+        `check` is called right before every commit attempt, with the table at its newest version, and raises if the
+        rows must no longer be written; a later commit to the partition makes the attempt fail. `dimension` is the
+        vector length if the table has to be created. Raises ``LakeError`` if the rows can't be written.
         """
         with spool_rows(table, self.key, batches) as rows:
             delta = self.tables.refreshed(table)
             if delta is None and not rows.count:
                 return Replaced(rows.data_version, 0, False, PartitionState(table, None))
-            if delta is not None and not provenance.rewrite and self._holds(table, rows.data_version):
+            if delta is not None and not provenance.rewrite and self._has_content(table, rows.data_version):
                 return self._replaced(table, delta, rows, is_committed=False)
             if delta is None:
                 delta = self.lake.create(table, dimension)
                 self.tables.keep(table, delta)
-            commit_rows(self.lake.root, delta, rows, provenance, check)
+            self._commit(delta, rows, provenance, check)
             return self._replaced(table, delta, rows, is_committed=True)
 
-    def _replaced(self, table: TableSpec, delta: DeltaTable, rows: SpooledRows, is_committed: bool) -> Replaced:
-        self._states[table.path] = self._state_of(table, delta)
-        table_id = str(delta.metadata().id)
-        return Replaced(rows.data_version, rows.count, is_committed, self._states[table.path], table_id)
+    def _commit(self, delta: DeltaTable, rows: SpooledRows, provenance: Provenance, check: Callable[[], None]) -> None:
+        """Replace the rows in one commit, retrying when another process committed a conflicting change.
 
-    def _holds(self, table: TableSpec, data_version: str) -> bool:
-        """The table has this content. Files that can't be read hold nothing, and are replaced."""
+        Afterwards `delta` is at the commit's version.
+        """
+        table, row_bytes = rows.table, max(1, rows.byte_size // max(1, rows.count))
+        for attempt in range(_COMMIT_ATTEMPTS):
+            check()
+            with lake_errors(f"partition {self.key!r} of the table {table.path!r} can't be written", self.lake.root):
+                try:
+                    write_deltalake(
+                        delta,
+                        rows_to_write(rows, delta),
+                        mode="overwrite",
+                        predicate=partition_predicate(self.key),
+                        target_file_size=TARGET_FILE_BYTES,
+                        writer_properties=writer_properties(table, row_bytes),
+                        commit_properties=commit_properties(rows, provenance),
+                    )
+                    return
+                except CommitFailedError:  # another process replaced or compacted the same partition
+                    if attempt == _COMMIT_ATTEMPTS - 1:
+                        raise
+                    time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
+                    delta.update_incremental()
+
+    def _replaced(self, table: TableSpec, delta: DeltaTable, rows: SpooledRows, is_committed: bool) -> Replaced:
+        self.set_baseline(self._state_of(table, delta))
+        table_id = str(delta.metadata().id)
+        return Replaced(rows.data_version, rows.count, is_committed, self._baselines[table.path], table_id)
+
+    def _has_content(self, table: TableSpec, data_version: str) -> bool:
+        """Whether the partition's rows have this data version. False if unreadable, so that they are replaced."""
         try:
             return self.tables.content(table, self.key) == data_version
         except LakeError:
@@ -222,7 +270,7 @@ class PartitionSnapshot:
             return state_of(delta, table, self.key)
 
     def _is_compacted(self, before: PartitionState, now: DeltaTable | None) -> bool:
-        """Both versions of the table have the same content."""
+        """Whether the partition's rows are the same as before, in other files."""
         if before.version is None:
             return False
         table, root = before.table, self.lake.root

@@ -1,4 +1,4 @@
-"""Windows that are embedded but not yet committed: what survives a kill."""
+"""Stage embedded windows before they are committed, so that a killed run loses little work."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _log = logging.getLogger(__name__)
 
 _HASH = re.compile("[0-9a-f]{32}")
 STALE_WINDOWS = timedelta(days=2)
-"""A killed run is started again before that, or never."""
+"""Age at which a window counts as left by a killed run that nobody will resume. Longer keeps more files
+around, shorter may mean embedding texts again."""
 
 
 class Staging:
-    """The windows of one partition, of the model whose table it is.
+    """Staged windows of one partition in one embedding space.
 
-    One Arrow file per window under the table's ``_staging/``, which Delta's readers and vacuum leave alone. A file is
-    there whole or not at all, and named after its partition. Rows are found by their input hash, so that windows of
-    an attempt with other inputs are of use as far as texts are the same.
+    Each window is an Arrow file, written atomically, under the table's ``_staging/``, which Delta's readers and vacuum
+    ignore; its name starts with a hash of the partition key. Rows are looked up by input hash, so vectors of unchanged
+    texts are reused even if the other inputs have changed since.
     """
 
     def __init__(self, lake: Lake, table: TableSpec, key: str) -> None:
@@ -37,14 +38,14 @@ class Staging:
         self._known: set[str] = set()
 
     def write(self, batch: pa.RecordBatch, name: str | None = None) -> None:
-        """Keep a window, whole or not at all; written again under the same name, it takes the first's place."""
+        """Stage a window atomically, under a new name or, overwriting, under `name`. Raises ``LakeError``."""
         path = self._path(name or uuid.uuid4().hex)
         with lake_errors(f"the window {path!r} can't be staged", self._lake.root):
             self._lake.storage.write(path, bytes_of(batch))
         self._known.add(path)
 
     def read_window(self, name: str) -> pa.RecordBatch:
-        """The window of that name. Raises ``LakeError`` where there is none, or it is damaged."""
+        """The window `name`. Raises a retryable ``LakeError`` if it is missing or damaged."""
         path = self._path(name)
         with lake_errors(f"the staged window {path!r} can't be read", self._lake.root):
             try:
@@ -63,7 +64,7 @@ class Staging:
         return f"{self._folder}/{self._name}-{name}.arrow"
 
     def read(self) -> Iterator[pa.RecordBatch]:
-        """All windows kept by earlier attempts at the partition; those that are damaged are as good as none."""
+        """All windows staged by earlier attempts at this partition. Damaged ones are skipped with a warning."""
         with lake_errors(f"the staged windows in {self._folder!r} can't be read", self._lake.root):
             for file in self._lake.storage.files(self._folder):
                 if not file.path.startswith(f"{self._folder}/{self._name}"):
@@ -80,7 +81,7 @@ class Staging:
                     )
 
     def clear(self) -> None:
-        """Forget the windows that were read or written here: they are committed."""
+        """Delete the windows read or written through this object, after their rows were committed."""
         with lake_errors(f"the staged windows in {self._folder!r} can't be removed", self._lake.root):
             for path in self._known:
                 self._lake.storage.delete(path)
@@ -88,14 +89,14 @@ class Staging:
 
 
 def stale_windows(lake: Lake, table: TableSpec, age: timedelta = STALE_WINDOWS) -> list[StoredFile]:
-    """Windows that were written so long ago: of killed runs after which nothing needed them."""
+    """Windows of a table older than `age`: leftovers of killed runs. Raises ``LakeError``."""
     before = utc_now() - age
     with lake_errors(f"the staged windows of {table.path!r} can't be listed", lake.root):
         return [file for file in lake.storage.files(_folder(table)) if file.modified_at < before]
 
 
 def remove_windows(lake: Lake, windows: Iterable[StoredFile]) -> None:
-    """Remove some of `stale_windows`."""
+    """Delete windows returned by `stale_windows`. Raises ``LakeError``."""
     with lake_errors("stale staged windows can't be removed", lake.root):
         for file in windows:
             lake.storage.delete(file.path)
@@ -106,7 +107,7 @@ def _folder(table: TableSpec) -> str:
 
 
 def bytes_of(batch: pa.RecordBatch) -> bytes:
-    """A batch as the bytes of an Arrow file: columns are buffers in it, vectors little-endian float32."""
+    """The batch as an Arrow IPC stream, which stores vectors as little-endian float32."""
     buffer = io.BytesIO()
     with pa.ipc.new_stream(buffer, batch.schema) as stream:
         stream.write_batch(batch)
@@ -114,7 +115,7 @@ def bytes_of(batch: pa.RecordBatch) -> bytes:
 
 
 def batches_of(data: bytes) -> list[pa.RecordBatch]:
-    """The batches of a window's bytes; all of them or an error."""
+    """The batches in the bytes of a window. Raises ``ValueError`` or ``pa.ArrowException`` if anything is damaged."""
     with pa.ipc.open_stream(io.BytesIO(data)) as stream:
         batches = list(stream)
     for batch in batches:
@@ -122,5 +123,5 @@ def batches_of(data: bytes) -> list[pa.RecordBatch]:
             raise ValueError(f"its columns are {batch.schema.names}")
         batch.validate(full=True)
         if not all(map(_HASH.fullmatch, batch.column("input_hash").to_pylist())):
-            raise ValueError("it has hashes that are none")
+            raise ValueError("it has malformed input hashes")
     return batches

@@ -1,4 +1,4 @@
-"""Files beside the tables, on the lake's own storage: found with the credentials and options that the tables use."""
+"""Read, write and list plain files on the lake's storage, with the same credentials and options as the tables."""
 
 from __future__ import annotations
 
@@ -29,25 +29,28 @@ _CLIENT_OPTIONS = frozenset(
         "user_agent",
     }
 )
-"""Options of the HTTP client; Delta takes them among those of the store."""
-_from_url: Any = from_url  # typed per store, which is not known here
+"""Options of the HTTP client. Delta accepts them among the store's options, obstore takes them separately."""
+_from_url: Any = from_url  # overloaded per store type, which is only known at run time
 _PREFIXES = ("aws_", "azure_", "google_")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file as its listing shows it."""
+    """A file in a listing."""
 
     path: str
-    """Below the lake's root."""
+    """Path relative to the lake's root."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified_at: datetime
+    """Modification time, timezone-aware."""
 
 
 class Storage:
-    """The lake's storage. A file is written whole or not at all, and reading one that is gone raises
-    FileNotFoundError; other errors are those that `lake_errors` knows."""
+    """Files below the lake's root. Writes are atomic.
+
+    Reading a missing file raises ``FileNotFoundError``. Other errors are of the types that `lake_errors` converts.
+    """
 
     def __init__(self, root: str, options: Mapping[str, str]) -> None:
         self._root, self._options, self._path = root, options, local_path(root)
@@ -60,31 +63,31 @@ class Storage:
 
     @property
     def _is_absent(self) -> bool:
-        """A local lake that was not made yet, and is not made by looking."""
+        """Whether this is a local lake whose folder does not exist yet. Listing must not create it."""
         return self._path is not None and not self._path.is_dir()
 
     def read(self, path: str) -> bytes:
-        """A file's content."""
+        """The content of a file."""
         return bytes(obstore.get(self._store, path).bytes())
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        """Make `data` the file's content; folders are made as need be."""
+        """Write or overwrite a file. Missing folders are created."""
         obstore.put(self._store, path, data)
 
     def delete(self, path: str) -> None:
-        """Remove a file, if it is there."""
+        """Delete a file if it exists."""
         with contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, path)
 
     def files(self, folder: str) -> Iterator[StoredFile]:
-        """All files below a folder, in no particular order; none when it does not exist."""
+        """All files below a folder, at any depth, in no particular order; none if it does not exist."""
         if self._is_absent:
             return
         for batch in obstore.list(self._store, folder):
             yield from (StoredFile(str(f["path"]), int(f["size"]), f["last_modified"]) for f in batch)
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders in a folder, sorted."""
+        """Sorted names of the folders directly inside a folder."""
         if self._is_absent:
             return []
         found = obstore.list_with_delimiter(self._store, folder)["common_prefixes"]
@@ -92,7 +95,7 @@ class Storage:
 
 
 def _remote_store(root: str, options: Mapping[str, str]) -> Any:
-    """The store of a URL, with those of Delta's options that are about the store or its client."""
+    """An obstore store for a URL, given those of Delta's options that obstore knows."""
     plain = {name: _without_prefix(name) for name in options}
     client = {plain[name]: _value(value) for name, value in options.items() if plain[name] in _CLIENT_OPTIONS}
     others = {name: value for name, value in options.items() if plain[name] not in _CLIENT_OPTIONS}
@@ -111,11 +114,11 @@ def _without_prefix(name: str) -> str:
 
 
 def _is_known(root: str, name: str, value: str) -> bool:
-    """The option is of the store's, not one that Delta alone has (as on how to commit)."""
+    """Whether the store knows the option. Some are Delta's own, such as those about how to commit."""
     try:
         _from_url(root, config={name: value})
     except UnknownConfigurationKeyError:
         return False
     except BaseError:
-        pass  # it is known, and not enough by itself
+        pass  # known, but not sufficient on its own
     return True

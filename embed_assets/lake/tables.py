@@ -1,4 +1,4 @@
-"""The Delta tables: where they are, how they are created and opened, and the one place that writes predicates."""
+"""Locate, create, open and validate the Delta tables, and build SQL predicates for them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
-_DRAWING = re.compile("\x1b\\[[0-9;]*m|↳")
+_TREE_MARKUP = re.compile("\x1b\\[[0-9;]*m|↳")
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 _ALTER_ATTEMPTS = 20
-_MOST_UPDATES = 50
-"""A commit to a table of 1,500 files takes 9 ms right after it was opened, 16 ms after 60 updates, and opening it 12 to
-22 ms."""
+"""Attempts to change a table's metadata while other runs commit to it; each one only rereads the log."""
+_MAX_UPDATES = 50
+"""Updates of an open table before it is reopened. Measured on a table of 1,500 files: a commit takes 9 ms right after
+opening and 16 ms after 60 updates; opening takes 12 to 22 ms."""
 _UNUSABLE = re.compile(r"[\[\]^|\\\x00-\x1f\x7f\ud800-\udfff]")
-"""Characters that no place of a table may have: Delta's library panics, or writes a table and can't find it again."""
+"""Characters that a lake's location must not contain: delta-rs panics, or writes a table that it then can't find."""
 _UNUSABLE_IN_PATHS = re.compile(r"%[0-9A-Fa-f]{2}")
-"""Taken for an escape, once or twice, so that it is written to one folder and read from another."""
+"""delta-rs decodes these as escapes, once or twice, and so writes to one folder and reads from another."""
 _UNUSABLE_IN_URLS = re.compile(r"[?#]")
-"""The end of the path, as in a browser: 'lake#1' and 'lake#2' would be one lake."""
+"""These end a URL's path: 'lake#1' and 'lake#2' would be the same lake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,15 @@ class TableSpec:
     kind: str
     """Key of `SCHEMAS`."""
     space: str = ""
-    """Name of the embedding space, for embeddings."""
+    """Name of the embedding space; empty except for embeddings."""
     properties: Mapping[str, str] = field(default_factory=dict)
-    """Written when the table is created."""
+    """Delta table properties, written when the table is created."""
     extra: tuple[pa.Field, ...] = ()
-    """Columns beside those of its kind. A table that was made without them gets them, null in the rows it has."""
+    """Columns in addition to those of `kind`. Older tables get them added, null in existing rows."""
 
     @property
     def path(self) -> str:
-        """Place below the lake's root."""
+        """Path relative to the lake's root."""
         return f"{self.kind}/{self.space}" if self.space else self.kind
 
     @property
@@ -71,37 +72,38 @@ class TableSpec:
 RAW = TableSpec("raw_documents")
 REJECTED = TableSpec("rejected_documents")
 CHUNK_TABLE = TableSpec("chunks")
-_OWNED = (RAW, REJECTED)
-"""The tables that say whose the lake is. They are written first: one of them is there as soon as anything is."""
+_OWNER_TABLES = (RAW, REJECTED)
+"""Tables that record which corpus the lake belongs to. They are written first, so a lake with tables has one."""
 
 
 def partition_predicate(key: str) -> str:
-    """SQL that is true of the rows of one partition, whatever characters are in its key."""
+    """SQL predicate for the rows of one partition. The key may contain any characters."""
     return f"partition_key = {quoted(key)}"
 
 
 def is_one_of(column: str, values: Iterable[str]) -> str:
-    """SQL that is true where a string column has one of the values, of which there must be one."""
+    """SQL predicate for rows whose string column has one of the values. There must be at least one value."""
     return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
 def quoted(value: str) -> str:
-    """A SQL string literal."""
+    """`value` as an SQL string literal."""
     return "'" + value.replace("'", "''") + "'"
 
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """An open table, and the version at which it was opened."""
+    """An open table that a lake's session can reuse."""
 
     path: str
     delta: DeltaTable
     opened_at: int
+    """Version at which it was opened."""
 
     @property
-    def is_worn(self) -> bool:
-        """It is quicker to open the table anew than to go on with this: each update makes the next commit slower."""
-        return int(self.delta.version()) - self.opened_at > _MOST_UPDATES
+    def should_reopen(self) -> bool:
+        """Whether reopening the table is faster than reusing it: each update slows down later commits."""
+        return int(self.delta.version()) - self.opened_at > _MAX_UPDATES
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,19 @@ class Lake:
     options: dict[str, str] = field(default_factory=dict, repr=False)
     """Delta storage options."""
     owner: Owner = field(default_factory=Owner)
-    """The corpus that is to be in it."""
+    """The corpus that the lake is expected to belong to."""
     _idle: list[Handle] | None = field(default=None, compare=False, repr=False)
-    """Open tables that nobody uses at present; None where none are kept."""
+    """Open tables that are not in use, for reuse; None outside a session."""
 
     def session(self) -> Lake:
-        """This lake, for the time of a run: it keeps tables open for the next snapshot."""
+        """A copy of this lake that keeps tables open between snapshots, for the duration of a run."""
         return replace(self, _idle=[])
 
-    def take(self, path: str) -> Handle | None:
-        """The table below the root at its newest version, for one user; None when it does not exist."""
+    def acquire(self, path: str) -> Handle | None:
+        """The table at `path` below the root, at its newest version, for exclusive use; None if it does not exist.
+
+        Raises ``LakeError`` if it is damaged.
+        """
         idle = self._idle or []
         for handle in [handle for handle in idle if handle.path == path]:
             try:
@@ -134,18 +139,18 @@ class Lake:
         return None if delta is None else Handle(path, delta, int(delta.version()))
 
     def refresh(self, handle: Handle) -> None:
-        """Bring an open table up to date."""
+        """Move an open table to its newest version. Raises ``LakeError``."""
         with self._table_errors(handle.path):
             handle.delta.update_incremental()
 
-    def give_back(self, handle: Handle) -> None:
-        """Take an open table back that its user has done with."""
-        if self._idle is not None and not handle.is_worn:
+    def release(self, handle: Handle) -> None:
+        """Return a table from `acquire`, for reuse within a session."""
+        if self._idle is not None and not handle.should_reopen:
             self._idle.append(handle)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Lake:
-        """The lake that the settings name; nothing is created yet. Raises ``SettingsError`` or ``LakeError``."""
+        """The lake of the settings. Creates nothing. Raises ``SettingsError`` or ``LakeError``."""
         path = local_path(settings.lake)
         scheme = settings.lake.partition("://")[0] if path is None else ""
         if scheme and scheme not in _SCHEMES:
@@ -156,26 +161,29 @@ class Lake:
         root = str(path.absolute()) if path is not None else settings.lake.rstrip("/")
         others = _UNUSABLE_IN_URLS if path is None else _UNUSABLE_IN_PATHS
         if found := _UNUSABLE.search(root) or others.search(root):
-            # https://github.com/delta-io/delta-rs/issues/1156 and its relatives
+            # https://github.com/delta-io/delta-rs/issues/1156 and similar issues
             raise SettingsError(
                 f"Delta's library can't keep tables in a place with {found[0]!r} in its name, got EMBED_LAKE={root!r}; "
-                "set EMBED_LAKE to another one"
+                "set EMBED_LAKE to another location"
             )
         return cls(root, settings.lake_options, Owner.from_settings(settings))
 
     def uri(self, table: TableSpec) -> str:
-        """Where the table lies."""
+        """Path or URL of the table."""
         return f"{self.root}/{table.path}"
 
     def open(self, table: TableSpec, version: int | None = None) -> DeltaTable | None:
-        """The table at a version, by default its newest, or None when it does not exist yet.
+        """The table at `version`, by default the newest, or None if it does not exist.
 
-        Raises ``LakeError`` when it is damaged.
+        Raises ``LakeError`` if it is damaged.
         """
         return self.open_path(table.path, version)
 
     def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
-        """The table at `path` below the root, as `open` gives it."""
+        """The table at `path` below the root, at `version` or its newest, or None if it does not exist.
+
+        Raises ``LakeError`` if it is damaged.
+        """
         with self._table_errors(path):
             try:
                 return DeltaTable(f"{self.root}/{path}", version, self.options or None)
@@ -183,13 +191,14 @@ class Lake:
                 return None
 
     def create(self, table: TableSpec, dimension: int | None = None) -> DeltaTable:
-        """The table, created if need be. Safe when several processes do it at once.
+        """Create the table unless it exists, and return it. Safe when several processes do so at once.
 
-        The dimension of an embeddings table is a constraint: rows with another length can't be committed.
+        `dimension`, for embeddings, becomes a table constraint: vectors of another length can't be committed. Raises
+        ``LakeError`` if the table can't be created or belongs to another corpus.
         """
         configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties, **self.owner.properties}
         if dimension is not None:
-            # Constraints need writer version 3, and only here, at creation, are they set without a race.
+            # Constraints need writer version 3. Setting them at creation avoids a race with other writers.
             configuration |= {
                 "delta.constraints.dimension": f"cardinality(embedding) = {dimension}",
                 "delta.minWriterVersion": "3",
@@ -198,8 +207,8 @@ class Lake:
         with lake_errors(f"the table {table.path!r} can't be created", self.root):
             if has_orphaned_data(self.storage, table.path):
                 raise LakeError(
-                    f"the table {self.uri(table)!r} has data files and no _delta_log, so it is no table any more; "
-                    "restore its _delta_log from a backup, or move the folder away and sync, which makes it anew"
+                    f"the table {self.uri(table)!r} has data files and no _delta_log, so it can't be read; restore its "
+                    "_delta_log from a backup, or move the folder away and sync, which rebuilds the table"
                 )
             made = DeltaTable.create(
                 self.uri(table),
@@ -211,17 +220,17 @@ class Lake:
                 storage_options=self.options or None,
                 raise_if_key_not_exists=False,
             )
-        self._check_owner_of(made)  # another corpus may have made it at the same time
+        self._check_owner_of(made)  # another corpus may have created it at the same time
         return made
 
     @contextlib.contextmanager
     def _table_errors(self, path: str) -> Iterator[None]:
-        """Say what is wrong with the table's log, if it is that."""
+        """Turn errors about a table into ``LakeError``, with a diagnosis if its log is damaged."""
         try:
             with lake_errors(f"the table {path!r} can't be opened", self.root):
                 yield
         except LakeError as error:
-            with contextlib.suppress(OSError, BaseError):  # then the library's own reason must do
+            with contextlib.suppress(OSError, BaseError):  # if the diagnosis fails, report the original error
                 if problem := diagnose_log(self.storage, path):
                     raise self._damaged(path, problem) from error
             raise
@@ -230,19 +239,21 @@ class Lake:
         return LakeError(f"the table {path!r} in the lake {self.root!r} is damaged: {problem}")
 
     def check_usable(self, embeddings: TableSpec) -> None:
-        """Raise ``LakeError`` now rather than once per partition when the lake is another corpus's, a table in it is
-        damaged or another one than expected, or (where it is local) nothing can be written to it."""
+        """Check the lake before a run, so that problems are reported once instead of once per partition.
+
+        Also records the owner and adds new columns to tables created by older versions. Raises ``LakeError`` if a local
+        lake is not writable, the lake belongs to another corpus, or a table is damaged or not the expected one.
+        """
         self._check_writable()
         self.check_owner()
         self.check_tables(embeddings)
         if self.owner.source:
-            self._take_over()
+            self._claim()
         for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
             self._add_columns(table)
 
     def check_tables(self, embeddings: TableSpec) -> None:
-        """Raise ``LakeError`` when a table lacks columns, or an entry of its log is empty, or the space's table is of
-        another space."""
+        """Raise ``LakeError`` if a table lacks columns, has an empty commit, or is of another embedding space."""
         for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
             if (delta := self.open(table)) is None:
                 continue
@@ -260,7 +271,10 @@ class Lake:
                     )
 
     def _check_columns(self, table: TableSpec, delta: DeltaTable) -> None:
-        """Columns that somebody added stay, null in the rows we write; those that may be null can be added by us."""
+        """Raise ``LakeError`` if a required column is missing or a foreign one can't be null.
+
+        Nullable foreign columns are kept, null in the rows we write; our own nullable columns can still be added.
+        """
         stored, ours = columns_of(delta), table.schema
         lost = [column.name for column in ours if column.name not in stored.names and not column.nullable]
         foreign = [column.name for column in stored if column.name not in ours.names and not column.nullable]
@@ -272,7 +286,7 @@ class Lake:
             )
 
     def _add_columns(self, table: TableSpec) -> None:
-        """Give a table that was made by older code the columns that are new, without writing a row."""
+        """Add columns that a table created by an older version lacks. Changes only metadata."""
         delta = self.open(table) if table.extra else None
         if delta is None:
             return
@@ -285,50 +299,53 @@ class Lake:
         self._alter(delta, f"the columns of {table.path!r} can't be added", add_missing)
 
     def check_owner(self) -> None:
-        """Raise ``LakeError`` when the lake is another corpus's."""
-        for table in _OWNED:
+        """Raise ``LakeError`` if the lake belongs to another corpus."""
+        for table in _OWNER_TABLES:
             if (delta := self.open(table)) is not None:
                 self._check_owner_of(delta)
 
     def _check_owner_of(self, delta: DeltaTable) -> None:
         owner = Owner.of(delta)
-        if self.owner.is_at_odds_with(owner):
+        if self.owner.conflicts_with(owner):
             raise LakeError(
                 f"a lake holds one corpus, {self.root!r} has that of {owner}, got {self.owner}: they would replace "
-                "each other's partitions; set EMBED_LAKE to a lake of its own, or, if these are the same documents in "
-                "another place, run 'embed-assets adopt'"
+                "each other's partitions; set EMBED_LAKE to another lake or, if these are the same documents in a "
+                "new location, run 'embed-assets adopt'"
             )
 
     def adopt(self) -> bool:
-        """Make this lake belong to the corpus of the settings; False when it already did, or has no tables yet."""
-        tables = [delta for table in _OWNED if (delta := self.open(table)) is not None]
+        """Record the corpus of the settings as the lake's owner.
+
+        Returns False if it already was, or if there are no tables yet. Raises ``LakeError``.
+        """
+        tables = [delta for table in _OWNER_TABLES if (delta := self.open(table)) is not None]
         foreign = [delta for delta in tables if Owner.of(delta) != self.owner]
         for delta in foreign:
-            self._own(delta)
+            self._set_owner(delta)
         return bool(foreign)
 
-    def _take_over(self) -> None:
-        """Note the owner in a lake that was made before lakes knew their source.
+    def _claim(self) -> None:
+        """Record the owner in a lake created before version 0.2, whose tables have no source recorded.
 
-        Raises ``LakeError`` when another corpus did so first.
+        Raises ``LakeError`` if another corpus did so first.
         """
-        for table in _OWNED:
+        for table in _OWNER_TABLES:
             if (delta := self.open(table)) is not None:
                 self._check_owner_of(delta)
                 if not Owner.of(delta).source:
-                    self._own(delta, functools.partial(self._check_owner_of, delta))
+                    self._set_owner(delta, functools.partial(self._check_owner_of, delta))
 
-    def _own(self, delta: DeltaTable, check: Callable[[], None] = lambda: None) -> None:
+    def _set_owner(self, delta: DeltaTable, check: Callable[[], None] = lambda: None) -> None:
         properties = dict(self.owner.properties)
 
         def change() -> None:
             check()
             delta.alter.set_table_properties(properties, raise_if_not_exists=False)
 
-        self._alter(delta, "the lake's owner can't be noted", change)
+        self._alter(delta, "the lake's owner can't be recorded", change)
 
     def _alter(self, delta: DeltaTable, problem: str, change: Callable[[], None]) -> None:
-        """Change a table's metadata, again where somebody wrote to it meanwhile."""
+        """Change a table's metadata, retrying when another process committed to it at the same time."""
         for attempt in range(_ALTER_ATTEMPTS):
             with lake_errors(problem, self.root):
                 try:
@@ -353,35 +370,38 @@ class Lake:
             ) from error
 
     def spaces(self) -> list[str]:
-        """Names of the embedding spaces that have a table."""
+        """Sorted names of the embedding spaces that have a table. Raises ``LakeError``."""
         with lake_errors("the embedding spaces can't be listed", self.root):
             return self.storage.folders("embeddings")
 
     @cached_property
     def storage(self) -> Storage:
-        """What lies beside the tables."""
+        """The lake's plain files, beside the tables."""
         return Storage(self.root, self.options)
 
 
 def columns_of(table: DeltaTable) -> pa.Schema:
-    """Arrow schema of a table as it is, others' columns included."""
+    """Arrow schema of a table as stored, including columns added by others."""
     return pa.schema(table.schema().to_arrow())
 
 
 def dimension_of(table: DeltaTable) -> int | None:
-    """Length of the vectors that an embeddings table holds."""
+    """Vector length of an embeddings table; None if the table does not record it."""
     value = table.metadata().configuration.get(_DIMENSION_PROPERTY)
     return int(value) if value is not None else None
 
 
 @contextlib.contextmanager
 def lake_errors(what: str, root: str) -> Iterator[None]:
-    """Turn the libraries' errors into one line that says what could not be done."""
+    """Turn errors of delta-rs, obstore and Arrow into a ``LakeError`` of one line that starts with `what`.
+
+    Errors of remote storage are retryable, those of a local disk are not.
+    """
     try:
         yield
     except (DeltaError, BaseError, OSError, pa.ArrowException) as error:
-        # The libraries draw a tree of causes, in colors; what is of use may be in any of its lines.
-        plain = _DRAWING.sub(" ", str(error).partition("Debug source:")[0])
+        # The libraries print a colored tree of causes, and the helpful one may be on any line.
+        plain = _TREE_MARKUP.sub(" ", str(error).partition("Debug source:")[0])
         reason = " ".join(plain.split())[:600] or type(error).__name__
         full = any(sign in str(error) for sign in _DISK_FULL)
         advice = f"free some space in {root!r}" if full else f"check EMBED_LAKE={root!r} and its permissions"

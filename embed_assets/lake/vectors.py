@@ -1,4 +1,4 @@
-"""Vectors of a partition by the hash of what was embedded, on local disk while it is worked on."""
+"""Keep a partition's vectors on local disk, keyed by input hash, while the partition is processed."""
 
 from __future__ import annotations
 
@@ -23,34 +23,38 @@ VECTOR_ROWS = pa.schema(
 )
 VECTOR_COLUMNS: tuple[str, ...] = tuple(VECTOR_ROWS.names)
 _SQUARED_NORM_TOLERANCE = 2e-3
+"""Largest deviation of a squared norm from 1, about 0.1 % of the norm: loose enough for vectors that were
+normalized in half precision, tight enough to reject those that never were."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredVectors:
-    """Vectors in the order they were asked for."""
+    """Vectors and their attributes, in the order of the requested hashes."""
 
     vectors: np.ndarray
     """float32, shape (n, dimension)."""
     is_truncated: list[bool]
+    """Whether the model saw only the first tokens of the text."""
     embedded_at: list[int]
     """Microseconds since 1970, UTC."""
 
 
 def is_unit(vectors: np.ndarray) -> np.ndarray:
-    """Which rows of a float32 array of shape (n, dimension) are finite and of unit norm."""
+    """Boolean mask, shape (n,): which rows of a float32 array of shape (n, dimension) are finite and of unit norm."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.abs(np.einsum("ij,ij->i", vectors, vectors) - 1) < _SQUARED_NORM_TOLERANCE)
 
 
 class VectorStore:
-    """Vectors by input hash. They lie in temporary files, whatever their number."""
+    """Vectors keyed by input hash, in temporary files, so that memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._file = scratch_file()
         self._rows = DiskMap("place", "is_truncated", "embedded_at")
         self._count = 0
         self.dimension: int | None = None
+        """Length of the vectors; None while the store is empty."""
 
     def __enter__(self) -> VectorStore:
         return self
@@ -72,9 +76,9 @@ class VectorStore:
         return self._count
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Take in the rows of a batch with at least `VECTOR_COLUMNS`.
+        """Add the rows of a batch that has at least `VECTOR_COLUMNS`. Hashes already present keep their vectors.
 
-        Vectors that are not of unit norm or of another dimension are left out, so that they are embedded again.
+        Vectors of another dimension or without unit norm are skipped, so that their texts are embedded again.
         """
         if not batch.num_rows:
             return
@@ -94,7 +98,7 @@ class VectorStore:
             self._file.write((matrix if len(new) == len(matrix) else matrix[list(new.values())]).data)
 
     def _matrix(self, column: pa.ListArray) -> np.ndarray:
-        """The vectors as an array of shape (rows, dimension); those of another length become NaN."""
+        """The vectors as a float32 array of shape (rows, dimension). Vectors of another length become NaN."""
         lengths = np.diff(column.offsets.to_numpy())
         if self.dimension is None:
             self.dimension = int(lengths[0])
@@ -108,7 +112,7 @@ class VectorStore:
         return matrix
 
     def get(self, input_hashes: Sequence[str]) -> StoredVectors:
-        """The vectors of the hashes. Raises KeyError for one that is not here."""
+        """The vectors for the hashes, in their order. Raises ``KeyError`` for an unknown hash."""
         rows: list[tuple[int, int, int]] = []
         for input_hash, row in zip(input_hashes, self._rows.get([bytes.fromhex(h) for h in input_hashes]), strict=True):
             if row is None:
@@ -119,7 +123,7 @@ class VectorStore:
         vectors = np.empty((len(places), dimension), dtype=np.float32)
         with scratch_errors():
             self._file.flush()
-        # Runs of neighbours are read at once: most chunks come in the order in which they were stored.
+        # Adjacent vectors are read in one go: most chunks arrive in the order in which they were stored.
         order = np.argsort(places, kind="stable")
         ordered = np.array(places, dtype=np.int64)[order]
         breaks = np.flatnonzero(np.diff(ordered) > 1) + 1
@@ -134,7 +138,7 @@ class VectorStore:
 def vector_batch(
     input_hashes: Sequence[str], vectors: np.ndarray, is_truncated: np.ndarray, embedded_at: datetime
 ) -> pa.RecordBatch:
-    """A window's vectors, shape (n, dimension), as a batch with `VECTOR_COLUMNS`."""
+    """A batch with `VECTOR_COLUMNS` from float32 vectors of shape (n, dimension)."""
     when = (embedded_at - _EPOCH).total_seconds()
     times = pa.array(np.full(len(input_hashes), int(when * 1e6), dtype=np.int64)).cast(TIMESTAMP)
     return pa.RecordBatch.from_arrays(
@@ -143,7 +147,7 @@ def vector_batch(
 
 
 def vector_array(vectors: np.ndarray) -> pa.ListArray:
-    """An Arrow list<float32> array over the rows of a float32 array of shape (n, dimension), without a copy per row."""
+    """The rows of a float32 array of shape (n, dimension) as an Arrow list<float32> array, without a copy per row."""
     rows, dimension = vectors.shape
     offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * dimension)
     return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(vectors).reshape(-1)), type=VECTOR)

@@ -1,4 +1,4 @@
-"""Does the table hold exactly one finite, right-sized vector per chunk, for the chunk's current text?"""
+"""Verify that documents, chunks and vectors match: one valid vector per chunk, for the chunk's current text."""
 
 from __future__ import annotations
 
@@ -20,48 +20,49 @@ from embed_assets.scratch import DiskMap
 
 @dataclass(slots=True)
 class Gaps:
-    """What is wrong with a partition: rows of each kind."""
+    """Problems found in a partition, as a number of rows per kind."""
 
     uncovered_documents: int = 0
-    """Documents of whose text something is in no chunk, whitespace aside."""
+    """Documents with text, other than whitespace, that is in no chunk."""
     gone_documents: int = 0
-    """Documents that have chunks, and no text any more."""
+    """Documents that have chunks but no longer exist."""
     altered_documents: int = 0
-    """Documents whose text is not the one that was read."""
+    """Documents whose text does not match its stored hash."""
     altered_chunks: int = 0
-    """Chunks whose text is not the one that was cut."""
+    """Chunks whose text does not match its stored hash."""
     missing: int = 0
-    """Chunks without a vector, but for those that are in rejected_documents as not embeddable."""
+    """Chunks without a vector, except those in rejected_documents as not embeddable."""
     extra: int = 0
-    """Vectors whose chunk is gone."""
+    """Vectors whose chunk no longer exists."""
     duplicated: int = 0
-    """Further rows of a chunk that has one."""
+    """Additional vectors of a chunk that already has one."""
     stale_text: int = 0
-    """Vectors of another text than the chunk's."""
+    """Vectors of a text other than the chunk's current one."""
     not_finite: int = 0
     not_unit_norm: int = 0
     wrong_dimension: int = 0
     unreadable_documents: int = 0
-    """1 when the partition's files of raw_documents can't be read; then nothing else is counted, as below."""
+    """1 if the partition's files of raw_documents can't be read. After any of the `unreadable_` counts, others may be
+    incomplete."""
     unreadable_chunks: int = 0
     unreadable_vectors: int = 0
     unreadable_rejections: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all counts."""
         return sum(asdict(self).values())
 
     @property
     def assets(self) -> tuple[str, ...]:
-        """Names of the assets that must be made anew."""
+        """Names of the assets to materialize again."""
         is_raw_wrong = self.unreadable_documents or self.altered_documents or self.unreadable_rejections
         is_chunks_wrong = (
             self.unreadable_chunks
             or self.altered_chunks
             or self.uncovered_documents
             or self.gone_documents
-            or self.altered_documents  # they may have been cut as they are now
+            or self.altered_documents  # chunks may stem from the altered text
         )
         if is_raw_wrong or is_chunks_wrong:
             return ("raw_documents",) * bool(is_raw_wrong) + ("chunks",) * bool(is_chunks_wrong)
@@ -69,23 +70,24 @@ class Gaps:
 
 
 def verify(tables: Snapshot, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
-    """Each partition of raw_documents, chunks or the space's table, with its gaps.
+    """Yield the key and gaps of each partition of raw_documents, chunks or `table`, the table of a space, in key order.
 
-    24 bytes per chunk of one partition, one document, and one batch of vectors are in memory at a time.
+    `prompt` is the space's string before every chunk. Memory holds 24 bytes per chunk of the current partition, one
+    document and one batch of vectors.
     """
     for key in sorted(set().union(*(tables.keys(spec) for spec in (table, CHUNK_TABLE, RAW)))):
         yield key, verify_partition(tables.partition(key), table, prompt)
 
 
 def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
-    """What is wrong with one partition of the space whose table it is."""
+    """The gaps of one partition. Vectors are checked only if documents and chunks have no gaps."""
     gaps = Gaps()
     try:
         found = measure_coverage(partition)
         gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
         gaps.altered_documents = found.altered_documents
         gaps.altered_chunks = _altered_chunks(partition)
-    except LakeError:  # of either table: which one it is shows when each is read alone
+    except LakeError:  # of either table: read each alone to find out which
         gaps.unreadable_documents = int(not _is_readable(partition, RAW))
         gaps.unreadable_chunks = int(not _is_readable(partition, CHUNK_TABLE))
     gaps.unreadable_rejections = int(not _is_readable(partition, REJECTED))
@@ -93,26 +95,26 @@ def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str
 
 
 def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
-    """What is wrong with one partition's vectors, given its chunks.
+    """The gaps of one partition's vectors compared with its chunks.
 
-    They should have the table's dimension, or (in a table that states none) that of the first one.
+    Vectors must have the table's dimension or, if the table records none, that of the first vector in each batch.
     """
     delta = partition.tables.table(table)
     dimension = None if delta is None else dimension_of(delta)
     excused = _rejected_chunks(partition, table.space)
-    expected = _Sum()
+    expected = _MultisetHash()
     try:
         for chunk_id, input_hash in _expected_rows(partition, prompt):
             if chunk_id not in excused:
                 expected.add(chunk_id, input_hash)
     except LakeError:
         return Gaps(unreadable_chunks=1)
-    gaps, found = Gaps(), _Sum()
+    gaps, found = Gaps(), _MultisetHash()
     try:
         for batch in partition.rows(table, ["chunk_id", "input_hash", "text", "embedding"]):
             _verify_vectors(batch.column("embedding"), dimension, gaps)
             for chunk_id, input_hash, text in _rows(batch):
-                # A row whose text is not what was embedded counts as one that no chunk has.
+                # A row whose text is not the embedded one gets a hash that matches no chunk.
                 found.add(chunk_id, input_hash if input_hash == hash_text(prompt + text) else "")
         if found != expected:
             _compare_rows(partition, table, prompt, excused, gaps)
@@ -122,8 +124,8 @@ def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) 
 
 
 @dataclass(slots=True)
-class _Sum:
-    """Equal for the same rows in any order, and for no others. Adding, not combining bits, counts repeated ones."""
+class _MultisetHash:
+    """Hash of rows in any order, as the sum of their digests. Unlike XOR, a sum also reflects repeated rows."""
 
     total: int = 0
     rows: int = 0
@@ -135,7 +137,7 @@ class _Sum:
 
 
 def _expected_rows(partition: PartitionSnapshot, prompt: str) -> Iterator[tuple[str, str]]:
-    """Each chunk's id and the hash of what the model should have got."""
+    """Each chunk's id and the hash of the model input it should have had."""
     for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
         for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield chunk_id, hash_text(prompt + text)
@@ -146,7 +148,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
 
 
 def _compare_rows(partition: PartitionSnapshot, table: TableSpec, prompt: str, excused: set[str], gaps: Gaps) -> None:
-    """Count what is different, now that something is; `excused` chunks may be without a vector."""
+    """Count the differences between chunks and vectors in `gaps`; `excused` chunks may lack a vector."""
     with DiskMap("input_hash") as expected, DiskMap() as seen:
         expected.add(_expected_rows(partition, prompt))
         met = 0
@@ -168,18 +170,26 @@ def _compare_rows(partition: PartitionSnapshot, table: TableSpec, prompt: str, e
 
 @dataclass(slots=True)
 class Coverage:
-    """How much of a partition's documents is in chunks."""
+    """How much of the documents' text is in a partition's chunks."""
 
     documents: int = 0
+    """Documents of the partition."""
     uncovered_documents: int = 0
+    """Documents with text, other than whitespace, that is in no chunk."""
     uncovered_characters: int = 0
+    """Code points, other than whitespace, that are in no chunk."""
     gone_documents: int = 0
+    """Documents that have chunks but no longer exist."""
     altered_documents: int = 0
-    """Their text does not have the hash that was kept of it."""
+    """Documents whose text does not match its stored hash."""
 
 
 def measure_coverage(partition: PartitionSnapshot) -> Coverage:
-    """Compare the chunks' spans with the documents' texts; 24 bytes per chunk are in memory, twice while sorted."""
+    """Compare the chunks' spans with the documents' texts.
+
+    Holds 24 bytes per chunk in memory, twice that while sorting. Raises ``LakeError`` if raw_documents or
+    chunks can't be read.
+    """
     spans = _Spans(partition)
     found = Coverage()
     for batch in partition.rows(RAW, ["document_id", "text", "content_hash"]):
@@ -195,7 +205,7 @@ def measure_coverage(partition: PartitionSnapshot) -> Coverage:
 
 
 class _Spans:
-    """Where the chunks of a partition's documents start and end."""
+    """Start and end of each chunk of a partition, by document, as compact arrays."""
 
     def __init__(self, partition: PartitionSnapshot) -> None:
         columns = (array("Q"), array("q"), array("q"))
@@ -211,7 +221,7 @@ class _Spans:
         self._is_first = np.diff(self._documents, prepend=self._documents[:1] + 1) != 0
 
     def take(self, document_id: str) -> list[tuple[int, int]]:
-        """The document's spans, by their start."""
+        """(start, end) of the document's chunks in code points, sorted by start. Marks the document as taken."""
         name = np.array([_short_hash(document_id)], dtype=self._documents.dtype)
         first, last = (int(np.searchsorted(self._documents, name, side)[0]) for side in ("left", "right"))
         self._is_first[first:last] = False
@@ -219,7 +229,7 @@ class _Spans:
 
     @property
     def untaken_documents(self) -> int:
-        """Documents that were not asked for."""
+        """Number of documents that `take` was never called for."""
         return int(self._is_first.sum())
 
 
@@ -228,7 +238,7 @@ def _short_hash(document_id: str) -> int:
 
 
 def _altered_chunks(partition: PartitionSnapshot) -> int:
-    """Chunks whose text does not have the hash that was kept of it."""
+    """Number of chunks whose text does not match its stored hash."""
     altered = 0
     for batch in partition.rows(CHUNK_TABLE, ["text", "text_hash"]):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
@@ -237,7 +247,7 @@ def _altered_chunks(partition: PartitionSnapshot) -> int:
 
 
 def _characters_outside(text: str, spans: list[tuple[int, int]]) -> int:
-    """Characters of the text that are in none of the spans, whitespace aside."""
+    """Number of characters in none of the spans, not counting whitespace."""
     missing = reached = 0
     for start, end in [*sorted(spans), (len(text), len(text))]:
         if start > reached:
@@ -265,7 +275,7 @@ def _rejected_chunks(partition: PartitionSnapshot, space: str) -> set[str]:
             if reason == NOT_EMBEDDABLE and is_chunk_of(space, detail)
         }
     except LakeError:
-        return set()  # then they count as missing, and making them anew mends the table
+        return set()  # then they count as missing, and materializing again repairs the table
 
 
 def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> None:

@@ -1,33 +1,35 @@
-"""Committing a partition: its rows wait in a spool file, and replace the table's in one commit."""
+"""Replace a partition's rows in one commit, from a local spool file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
-from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties
 
 from embed_assets.lake.reader import PartitionState
-from embed_assets.lake.tables import TableSpec, columns_of, lake_errors, partition_predicate
+from embed_assets.lake.tables import TableSpec, columns_of
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 from embed_assets.scratch import SpooledBatches
 
-_COMMIT_ATTEMPTS = 20
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
+"""Columns whose values hardly repeat, so that a Parquet dictionary only costs time and space."""
 _MAX_ROW_GROUP_ROWS = 8_192
+"""Upper limit for rows per row group. Fewer lower the memory of readers and writers, more make larger, faster scans."""
 _MAX_ROW_GROUP_BYTES = 32 << 20
-"""A row group is what a reader holds at a time, so long texts make it short."""
+"""Readers hold a whole row group in memory, so groups of long texts have fewer rows."""
 TARGET_FILE_BYTES = 32 << 20
-"""A file is held in memory until it is complete; a third of the default saves about 100 MB."""
+"""The writer holds a file in memory until it is complete. A third of delta-rs's default saves about 100 MB."""
 _FEED_BYTES_PER_SECOND = 400e6
-# delta-rs buffers up to N batches for each of several files; with one of each, memory stays flat.
-_FLAT_MEMORY = {
+"""Pace at which rows are passed to delta-rs. Faster feeding outruns its writer and fills memory, slower feeding
+delays commits: https://github.com/delta-io/delta-rs/issues/3578"""
+# delta-rs buffers several batches for each of several files. With one of each, peak memory for a million rows of 384
+# dimensions fell from about 1.5 GB to 0.6 GB. The upload limit matters on slow object stores.
+_WRITER_ENVIRONMENT = {
     "DELTARS_WRITER_BATCH_CHANNEL_SIZE": "1",
     "DELTARS_MAX_CONCURRENT_WRITERS": "1",
     "DELTARS_MAX_IN_FLIGHT_UPLOAD_BYTES": str(64 << 20),
@@ -36,55 +38,58 @@ _FLAT_MEMORY = {
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """What became of a partition's rows."""
+    """Result of replacing a partition's rows."""
 
     data_version: str
-    """Hash of the partition's content."""
+    """Hash of the partition's rows."""
     rows: int
+    """Number of the partition's rows."""
     is_committed: bool
-    """False when the table held exactly these rows already."""
+    """False if the table had exactly these rows already."""
     state: PartitionState
     """The files that hold the rows."""
     table_id: str = ""
-    """Delta's id of the table."""
+    """Delta's unique table id; empty if the table does not exist."""
 
     @property
     def table_version(self) -> int | None:
-        """Delta commit number, or None when the table does not exist (and no row needed it)."""
+        """The table's version (commit number), or None if the table does not exist because there were no rows."""
         return self.state.version
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What every commit says of itself."""
+    """Where rows come from; recorded in the commit's metadata."""
 
     run_id: str
     input_versions: dict[str, str] = field(default_factory=dict)
-    """Data version of each table or source the rows were made from."""
+    """Data version of each table or source that the rows were computed from."""
     rewrite: bool = False
-    """Commit the rows even if the table seems to hold them already: it was found damaged."""
+    """Commit even if the table seems to have the same rows already, because it was found damaged."""
 
     def rewriting(self) -> Provenance:
-        """This provenance, of rows that are committed in any case."""
+        """A copy with `rewrite` set."""
         return replace(self, rewrite=True)
 
 
 @dataclass(frozen=True, slots=True)
 class SpooledRows:
-    """Rows of one partition that wait in a temporary file to be committed."""
+    """Rows of one partition, spooled to a temporary file before they are committed."""
 
     table: TableSpec
     key: str
     batches: SpooledBatches
     byte_size: int
+    """Size of the spool file in bytes."""
     count: int
+    """Number of rows."""
     data_version: str
-    """Hash of their content."""
+    """Hash of the rows."""
 
 
 @contextlib.contextmanager
 def spool_rows(table: TableSpec, key: str, batches: Iterable[pa.RecordBatch]) -> Iterator[SpooledRows]:
-    """The rows of `batches` in a temporary file, and the hash of their content."""
+    """Spool `batches` to a temporary file, which is deleted on exit. Raises ``LakeError`` if the disk is full."""
     content = ContentVersion(CONTENT_COLUMNS[table.kind])
     with SpooledBatches(table.schema) as spool:
         for batch in batches:
@@ -93,57 +98,29 @@ def spool_rows(table: TableSpec, key: str, batches: Iterable[pa.RecordBatch]) ->
         yield SpooledRows(table, key, spool, spool.complete(), content.row_count, content.hexdigest())
 
 
-def _paced(staged: SpooledBatches, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The rows, no faster than they can be written: delta-rs queues what comes faster, hundreds of megabytes of it.
+def _throttled(spool: SpooledBatches, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows, no faster than they can be written: otherwise delta-rs queues hundreds of megabytes.
 
-    `columns` are the table's, which may have some of other people's: they are null.
+    `columns` are those of the table. Columns that others added are filled with null.
     """
-    ours = staged.schema.names
-    for batch in staged:
+    ours = spool.schema.names
+    for batch in spool:
         arrays = [batch.column(c.name) if c.name in ours else pa.nulls(batch.num_rows, c.type) for c in columns]
         yield pa.RecordBatch.from_arrays(arrays, schema=columns)
         time.sleep(batch.nbytes / _FEED_BYTES_PER_SECOND)
 
 
-def _columns_to_write(table: TableSpec, delta: DeltaTable) -> pa.Schema:
-    """Ours, as they are to be, and those that others gave the table."""
-    ours = table.schema
-    return pa.schema([*ours, *(column for column in columns_of(delta) if column.name not in ours.names)])
-
-
-def commit_rows(
-    root: str, delta: DeltaTable, rows: SpooledRows, provenance: Provenance, check: Callable[[], None]
-) -> None:
-    """Replace the partition's rows in one commit, again on top of what others committed meanwhile.
-
-    `check` is called before every attempt, and stops it by raising. Afterwards `delta` is at the commit's version.
-    """
-    table, key = rows.table, rows.key
-    for name, value in _FLAT_MEMORY.items():
+def rows_to_write(rows: SpooledRows, delta: DeltaTable) -> pa.RecordBatchReader:
+    """The spooled rows with the columns of the table: ours, followed by those that others added, which are null."""
+    for name, value in _WRITER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for attempt in range(_COMMIT_ATTEMPTS):
-        check()
-        columns = _columns_to_write(table, delta)
-        with lake_errors(f"partition {key!r} of the table {table.path!r} can't be written", root):
-            try:
-                write_deltalake(
-                    delta,
-                    pa.RecordBatchReader.from_batches(columns, _paced(rows.batches, columns)),
-                    mode="overwrite",
-                    predicate=partition_predicate(key),
-                    target_file_size=TARGET_FILE_BYTES,
-                    writer_properties=writer_properties(table, max(1, rows.byte_size // max(1, rows.count))),
-                    commit_properties=_commit_properties(rows, provenance),
-                )
-                return
-            except CommitFailedError:  # another process replaced the same partition, or compacted it, meanwhile
-                if attempt == _COMMIT_ATTEMPTS - 1:
-                    raise
-                time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
-                delta.update_incremental()
+    ours = rows.table.schema
+    columns = pa.schema([*ours, *(column for column in columns_of(delta) if column.name not in ours.names)])
+    return pa.RecordBatchReader.from_batches(columns, _throttled(rows.batches, columns))
 
 
-def _commit_properties(rows: SpooledRows, provenance: Provenance) -> CommitProperties:
+def commit_properties(rows: SpooledRows, provenance: Provenance) -> CommitProperties:
+    """What the commit says of itself."""
     return CommitProperties(
         custom_metadata={
             "embed_assets": {
@@ -154,14 +131,16 @@ def _commit_properties(rows: SpooledRows, provenance: Provenance) -> CommitPrope
                 "input_versions": provenance.input_versions,
             }
         },
+        # The default of 15 was too few for 16 processes that write different partitions; 100 were enough.
         max_commit_retries=100,
     )
 
 
 def writer_properties(table: TableSpec, row_bytes: int) -> WriterProperties:
-    """How rows of about so many bytes are written.
+    """Parquet settings for rows of about `row_bytes` bytes.
 
-    Dictionaries only where values repeat: on vectors they cost time and space. Nested columns follow the default.
+    Dictionaries are off by default because on vectors they cost time and space, and nested columns follow the default;
+    they are enabled for columns whose values repeat.
     """
     scalars = [f.name for f in table.schema if f.name not in ("partition_key", "embedding")]
     return WriterProperties(

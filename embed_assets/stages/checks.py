@@ -1,4 +1,4 @@
-"""Is what the tables hold of a partition right? Questions that read it back, each with an answer in one line."""
+"""Data quality checks that read a materialized partition back from the tables."""
 
 from __future__ import annotations
 
@@ -18,44 +18,47 @@ from embed_assets.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answer for one partition."""
+    """Result of a check for one partition."""
 
     passed: bool
     detail: str
     """What was found, in one line."""
     numbers: Mapping[str, int | float] = field(default_factory=dict)
+    """Counts and percentages behind the result, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is asked about."""
+    """What a check is applied to."""
 
     partition: PartitionSnapshot
     table: TableSpec
-    """The space's."""
+    """Embeddings table of the space."""
     prompt: str
+    """Exact string before every chunk."""
     settings: Settings
 
     def column(self, table: TableSpec, name: str) -> Iterator[Any]:
-        """The values of a column in the partition."""
+        """The values of a column in the partition's rows, in no particular order."""
         for batch in self.partition.rows(table, [name]):
             yield from batch.column(name).to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question about an asset's partition."""
+    """One check of an asset's partitions."""
 
     asset: str
     name: str
     description: str
     ask: Callable[[Subject], Outcome]
+    """Evaluates the check. May raise ``LakeError``."""
     is_blocking: bool = False
-    """A no stops the partition: what follows from it is not made."""
+    """Whether failing the check stops the partition, so that downstream assets are not materialized."""
 
 
 def check(question: Check, subject: Subject) -> Outcome:
-    """The answer; a table that can't be read is a no."""
+    """Evaluate a check. If a table can't be read, the check fails."""
     try:
         return question.ask(subject)
     except LakeError as error:
@@ -72,11 +75,11 @@ def _rejected_share(subject: Subject) -> Outcome:
 def _coverage(subject: Subject) -> Outcome:
     found = measure_coverage(subject.partition)
     if not found.uncovered_documents and not found.gone_documents:
-        return Outcome(True, f"the chunks of {found.documents} documents have all their text", asdict(found))
+        return Outcome(True, f"the chunks cover the whole text of {found.documents} documents", asdict(found))
     detail = (
         f"{found.uncovered_characters} characters of {found.uncovered_documents} documents are in no chunk, "
         f"{found.gone_documents} documents with chunks are gone; "
-        "sync, after 'embed-assets verify --repair' if the chunks seem fresh"
+        "run 'embed-assets sync', or first 'embed-assets verify --repair' if the chunks are reported as fresh"
     )
     return Outcome(False, detail, asdict(found))
 
@@ -119,11 +122,18 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "raw_documents",
         "rejected_share",
-        "Not too many of the files and rows could not be read; the reasons are in `rejected_documents`.",
+        "The share of files and rows that could not be read is within the limit; reasons are in `rejected_documents`.",
         _rejected_share,
     ),
-    Check("chunks", "coverage", "The chunks have every document's text, whitespace aside.", _coverage, True),
-    Check("chunks", "duplicate_share", "Not too many chunks have the text of another one.", _duplicate_share),
+    Check(
+        "chunks", "coverage", "The chunks cover the whole text of every document, except whitespace.", _coverage, True
+    ),
+    Check(
+        "chunks",
+        "duplicate_share",
+        "The share of chunks that repeat another one is within the limit.",
+        _duplicate_share,
+    ),
     Check(
         "embeddings",
         "vectors",
@@ -131,5 +141,10 @@ CHECKS: tuple[Check, ...] = (
         _vectors,
         True,
     ),
-    Check("embeddings", "truncated_share", "Of few chunks the model saw only the beginning.", _truncated_share),
+    Check(
+        "embeddings",
+        "truncated_share",
+        "The share of chunks truncated by the model is within the limit.",
+        _truncated_share,
+    ),
 )

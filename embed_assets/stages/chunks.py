@@ -1,4 +1,4 @@
-"""Rows of raw_documents -> rows of chunks."""
+"""Materialize chunks: split the rows of raw_documents."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from embed_assets.stages.outcome import PartitionOutcome
 def materialize_chunks(
     partition: PartitionSnapshot, corpus: Corpus, provenance: Provenance, outcome: PartitionOutcome
 ) -> Replaced:
-    """Split every document that raw_documents has of the partition.
+    """Split the partition's rows of raw_documents, replace its chunks and count them in `outcome`.
 
-    Raises ``SupersededError`` when another run replaced them meanwhile.
+    Raises ``SupersededError`` if another run replaced the documents meanwhile, or another ``LakeError`` if a table
+    can't be read or written.
     """
     with partition.watched(RAW):
         batches = corpus.chunks(stored_texts(partition), partition.key)
@@ -26,7 +27,7 @@ def materialize_chunks(
 
 
 def stored_texts(partition: PartitionSnapshot) -> Iterator[SourceText]:
-    """The partition's documents as raw_documents has them."""
+    """The partition's documents, read from raw_documents."""
     for batch in partition.rows(RAW, ["document_id", "text", "media_type"]):
         for i in range(batch.num_rows):
             yield SourceText(*(batch.column(c)[i].as_py() for c in range(3)))

@@ -1,4 +1,4 @@
-"""Where a run's texts get their vectors: in this process, or by workers elsewhere."""
+"""Where a run's texts are embedded: interface, and the implementation for this process."""
 
 from __future__ import annotations
 
@@ -11,88 +11,93 @@ from embed_assets.engine.engine import Engine, EngineInfo
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray import PoolReport
 
-_MOST_TEXTS = 16_384
+_MAX_TEXTS = 16_384
+"""Upper limit for texts per window, whose texts and vectors are held in memory."""
 _FIRST_TEXTS = 256
+"""Texts of the first window, before speed is known: few, so that a slow model stages its first result early."""
 _WINDOW_SECONDS = 15.0
-"""Two windows are under way at a time, so a kill costs at most twice that much work."""
+"""Target duration of a window. Two are in flight at a time, so a kill costs at most twice that; shorter windows mean
+more files and less efficient batches."""
 
 
 @dataclass(slots=True)
 class WindowSize:
-    """How much makes a window: about a given time's work of one model."""
+    """Size of a window, adapted to take about a given time."""
 
     seconds: float
+    """Target duration."""
     texts: int = _FIRST_TEXTS
+    """Limit of texts."""
     tokens: int | None = None
-    """None before anything was measured."""
+    """Limit of tokens; None before the first measurement."""
 
     def adapt(self, stats: EngineStats) -> None:
-        """Let the next window take about `seconds`, growing at most fourfold at a time."""
+        """Adjust the limits by the speed of a finished window. They grow at most fourfold at a time."""
         if stats.tokens:
             wanted = int(stats.tokens / max(stats.seconds, 1e-3) * self.seconds)
             self.tokens = max(1, min(wanted, max(stats.tokens, self.tokens or 0) * 4))
-            self.texts = _MOST_TEXTS
+            self.texts = _MAX_TEXTS
 
     def is_full(self, texts: int, tokens: int) -> bool:
-        """So many texts and tokens are enough."""
+        """Whether this many texts and tokens make a full window."""
         return texts >= self.texts or (self.tokens is not None and tokens >= self.tokens)
 
 
 class Compute(Protocol):
-    """Where a run's texts are embedded."""
+    """Embeds a run's texts."""
 
     @property
-    def most_partitions(self) -> int:
-        """Partitions that are embedded at the same time, at most."""
+    def max_partitions(self) -> int:
+        """Upper limit for partitions that are embedded concurrently; constant."""
         ...
 
     @property
     def partitions_in_flight(self) -> int:
-        """Partitions that should be embedded at the same time now."""
+        """Partitions that should be embedded concurrently at present."""
         ...
 
     @property
     def info(self) -> EngineInfo:
-        """Where and how the model runs."""
+        """Device and settings that the model runs with."""
         ...
 
     @property
     def report(self) -> PoolReport | None:
-        """What the workers did; None without any."""
+        """Statistics of the workers; None if there are none."""
         ...
 
     def news(self) -> list[str]:
-        """Lines for the run's log that nobody has read yet."""
+        """New lines for the run's log since the last call."""
         ...
 
     def require_alive(self) -> None:
-        """Raise what ended it, if it is over before it was closed."""
+        """Raise the error that ended the workers, if they ended before `close`."""
         ...
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
-        """So many texts and tokens make a window, of a partition with about `expected` texts."""
+        """Whether this many texts and tokens make a full window, with about `expected` texts in the partition."""
         ...
 
     def adapt(self, stats: EngineStats) -> None:
-        """Learn from a window that was embedded how much makes the next one."""
+        """Adapt the size of later windows to the speed of a finished one."""
         ...
 
     def start(self, key: str, texts: Sequence[str], expected: int) -> Embedder:
-        """Have the model ready for about `expected` texts like `texts`, of one partition.
+        """Load the model and return an embedder for partition `key`, with about `expected` texts similar to `texts`.
 
-        Raises ``UserError`` when it can't be.
+        Raises ``UserError`` if the model can't be loaded.
         """
         ...
 
     def close(self) -> None:
-        """Give back what was taken; what is under way ends with an error."""
+        """Release all resources. Embedding that is still in progress fails."""
         ...
 
 
 class LocalCompute:
-    """The model in this process."""
+    """Embeds with the model in this process."""
 
-    most_partitions = partitions_in_flight = 1
+    max_partitions = partitions_in_flight = 1
     report = None
 
     def __init__(self, engine: Callable[[], Engine], info: Callable[[], EngineInfo]) -> None:
@@ -100,27 +105,27 @@ class LocalCompute:
 
     @property
     def info(self) -> EngineInfo:
-        """Where and how the model runs; as configured, while it is not loaded."""
+        """Device and settings that the model runs with; before it is loaded, those configured."""
         return self._info()
 
     def news(self) -> list[str]:
-        """There is nothing to tell beside the progress."""
+        """No lines: progress is reported separately."""
         return []
 
     def require_alive(self) -> None:
-        """This process is always there."""
+        """Never raises: there are no workers to lose."""
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
-        """They take about the window's time."""
+        """Whether the texts take about the target duration of a window."""
         return self._size.is_full(texts, tokens)
 
     def adapt(self, stats: EngineStats) -> None:
-        """As `WindowSize` does."""
+        """Adapt the size of later windows to the speed of a finished one."""
         self._size.adapt(stats)
 
     def start(self, key: str, texts: Sequence[str], expected: int) -> Embedder:
-        """The model, loaded, and tuned if that pays."""
+        """The loaded model, tuned if `expected` texts justify it. Raises ``UserError`` if it can't be loaded."""
         return self._engine().embedder_for(texts, expected)
 
     def close(self) -> None:
-        """The model stays, for the next run in this process."""
+        """Does nothing: the model stays loaded for the next run in this process."""

@@ -1,4 +1,4 @@
-"""The corpus: where its documents are, how they are parsed, and how their texts are cut into chunks."""
+"""Read a corpus: parse the documents of a source and split their texts into chunks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from embed_assets.errors import SettingsError
 from embed_assets.records import CHUNKS, Document, Rejection, batched_bytes, chunk_ids, hash_text
 from embed_assets.settings import Settings
 
-_LEAST_TEXT_TOKENS = 8
+_MIN_TEXT_TOKENS = 8
+"""Tokens of text that a chunk must have room for. With fewer, a long prompt would split texts into single words."""
 _READ_FACTOR = 16
-"""A sample reads at most so many times its size, from partitions in the order of their keys' hashes."""
+"""Chunks that a sample reads per chunk it returns. More make it more representative, fewer make it faster."""
+_MIN_READ_CHUNKS = 8
+"""Chunks that a sample reads at least from a partition, so that opening its files is worth it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceText:
-    """What chunking needs of a document."""
+    """The parts of a document that chunking needs."""
 
     document_id: str
     text: str
@@ -34,26 +37,26 @@ class SourceText:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of documents, and what decides the documents and chunks that come of it."""
+    """A source of documents with the options that decide how they are parsed and split."""
 
     source: Source
     parsing: ParseOptions
     chunking: ChunkOptions
     tokenizer: ModelTokenizer
-    """The model's: chunks are measured in its tokens."""
+    """The model's tokenizer: chunk sizes are measured in its tokens."""
 
     @classmethod
     def from_settings(cls, settings: Settings, space: EmbeddingSpace) -> Corpus:
-        """The settings' corpus, cut for the model of `space`; nothing is read. Raises ``SettingsError``."""
+        """The corpus of the settings, split for the model of `space`. Reads nothing. Raises ``SettingsError``."""
         chunking = _chunk_options(settings, space)
         return cls(Source.from_settings(settings), ParseOptions.from_settings(settings), chunking, space.tokenizer)
 
     def documents(self, partition: SourcePartition) -> Iterator[Document | Rejection]:
-        """Read and parse the files of a partition."""
+        """Read and parse the files of a partition; documents that can't be read come as rejections."""
         return read_documents(self.source, partition, self.parsing)
 
     def chunks(self, documents: Iterable[SourceText], key: str) -> Iterator[pa.RecordBatch]:
-        """Rows of chunks, document by document, a few megabytes per batch."""
+        """Rows of the chunks table for the partition `key`, in document order, in batches of a few megabytes."""
         documents, texts = tee(documents)
 
         def rows() -> Iterator[tuple[int, dict[str, object]]]:
@@ -81,7 +84,7 @@ class Corpus:
         return batched_bytes(rows(), CHUNKS)
 
     def chunks_of(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
-        """Rows of the chunks that the partition's files give, read and cut here and now."""
+        """Rows of the chunks table for a partition, read and split from its source files instead of the lake."""
         documents = (
             SourceText(item.document_id, item.text, item.media_type)
             for item in self.documents(partition)
@@ -90,15 +93,15 @@ class Corpus:
         return self.chunks(documents, partition.key)
 
     def sample(self, count: int, max_tokens: int | None = None) -> list[str]:
-        """Texts of up to `count` chunks (of at most `max_tokens`, if given), the same ones for the same corpus.
+        """Texts of up to `count` chunks (of at most `max_tokens`, if given), deterministic for the same corpus.
 
-        Of what is read, those with the smallest hashes are taken. Reads a bounded part of the source, an equal share
-        of each partition as far as that goes.
+        Reads the beginning of the partitions, in the order of their keys' hashes and up to a limit, and returns the
+        texts with the smallest hashes.
         """
         if max_tokens is not None:
             return replace(self, chunking=ChunkOptions(max_tokens)).sample(count)
         partitions = sorted(self.source.partitions().values(), key=lambda partition: hash_text(partition.key))
-        share = max(8, _READ_FACTOR * count // max(1, len(partitions)))
+        share = max(_MIN_READ_CHUNKS, _READ_FACTOR * count // max(1, len(partitions)))
         texts: dict[str, str] = {}
         for partition in partitions:
             found = (text for batch in self.chunks_of(partition) for text in batch.column("text").to_pylist())
@@ -109,13 +112,13 @@ class Corpus:
 
 
 def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:
-    """The chunk limit: what was asked for, else what fits the model beside its prompt."""
+    """Chunk size, by default what fits the model beside its prompt, and overlap. Raises ``SettingsError``."""
     fits = space.max_seq_length - space.prompt_tokens
     max_tokens = settings.chunk_tokens or fits
     room = max_tokens - space.tokenizer.special_tokens
-    if room < _LEAST_TEXT_TOKENS:
+    if room < _MIN_TEXT_TOKENS:
         raise SettingsError(
-            f"a chunk needs room for at least {_LEAST_TEXT_TOKENS} tokens of text, but of the {max_tokens} tokens of a "
+            f"a chunk needs room for at least {_MIN_TEXT_TOKENS} tokens of text, but of the {max_tokens} tokens of a "
             f"chunk (the model takes {space.max_seq_length}, the prompt {space.prompt_tokens}) special tokens leave "
             f"{room}; shorten EMBED_PROMPT or raise EMBED_CHUNK_TOKENS"
         )

@@ -1,4 +1,4 @@
-"""Rows of chunks -> rows of embeddings/<space>: what has a vector keeps it, what has none is embedded."""
+"""Materialize embeddings/<space>: reuse the vectors of known texts and embed the others."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ _CHUNK_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where vectors go, and what they are vectors of."""
+    """Where vectors are stored, and what is embedded."""
 
     table: TableSpec
-    """The space's."""
+    """Embeddings table of the space."""
     prompt: str
-    """The exact string before every chunk."""
+    """Exact string before every chunk."""
     at_start: Snapshot | None = None
-    """The lake before this process changed it, to look for vectors in the whole table; None to look only in the
-    partition."""
+    """Snapshot of the lake from before this process changed it, for reusing vectors of the whole table; None to reuse
+    only those of the partition."""
 
     def input_hash(self, text: str) -> str:
-        """Hash of what the model gets for a chunk's text."""
+        """Hash of the model's input for a chunk's text."""
         return hash_text(self.prompt + text)
 
 
@@ -59,11 +59,11 @@ def materialize_embeddings(
     outcome: PartitionOutcome,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Replaced:
-    """Give every chunk of the partition its vector and make them the partition's rows, in one commit.
+    """Replace the partition's embeddings with one row per chunk, in one commit, and count them in `outcome`.
 
-    The model is started only when a text has no vector: in the partition, in windows staged by an attempt that was
-    killed, or in the whole table, if `target` says so. Windows are staged as they finish; then, and every few seconds
-    in between, `on_progress` hears how far it is. Raises ``SupersededError`` when another run replaced the chunks or
+    Vectors are reused from the partition, from windows staged by a killed run and, if `target` says so, from the whole
+    table. The model is loaded only if a text has no vector yet. Windows are staged as they finish; `on_progress` is
+    called after each window and every few seconds. Raises ``SupersededError`` if another run replaced the chunks or
     documents meanwhile.
     """
     staging = Staging(partition.lake, target.table, partition.key)
@@ -82,7 +82,7 @@ def materialize_embeddings(
                 outcome.engine.add(finished.stats)
                 outcome.embedded = vectors.embedded
                 on_tick(vectors.embedded, outcome.engine.tokens)
-        # A vector that had to be embedded again must be committed, even if its row looks the same but for that.
+        # Vectors that were embedded again must be committed even if all columns of the content hash are unchanged.
         provenance = provenance if not outcome.embedded else provenance.rewriting()
         rows = vectors.join_rows(outcome, rejections)
         replaced = partition.replace(
@@ -102,9 +102,9 @@ def _start(
     outcome: PartitionOutcome,
     on_progress: Callable[[Progress], None],
 ) -> tuple[Embedder, Callable[[int, int], None]]:
-    """The model, ready for the partition's texts, and what tells of them."""
+    """An embedder for the partition's texts, and a callback that reports (texts, tokens) embedded so far."""
     started = time.perf_counter()
-    expected = max(len(first.texts), vectors.most_missing)
+    expected = max(len(first.texts), vectors.max_missing)
     embedder = compute.start(vectors.partition.key, first.texts, expected)
     vectors.require_dimension(embedder.dimension)
     ready = time.perf_counter()
@@ -113,7 +113,7 @@ def _start(
 
 
 def staged(staging: Staging, finished: EmbeddedWindow) -> pa.RecordBatch:
-    """The window's rows with `VECTOR_COLUMNS`, which are in the staging area: written now, or by a worker before."""
+    """The window's rows with `VECTOR_COLUMNS`. Stages them now, unless a worker has done so already."""
     if finished.staged_as is not None:
         return staging.read_window(finished.staged_as)
     batch = window_rows(finished)
@@ -123,7 +123,7 @@ def staged(staging: Staging, finished: EmbeddedWindow) -> pa.RecordBatch:
 
 
 def window_rows(finished: EmbeddedWindow) -> pa.RecordBatch:
-    """The vectors of a window as rows with `VECTOR_COLUMNS`, without those of rejected texts."""
+    """The vectors of a window as rows with `VECTOR_COLUMNS`, omitting rejected texts."""
     hashes = finished.window.hashes
     kept = [row for row in range(len(hashes)) if row not in finished.rejected]
     return vector_batch([hashes[i] for i in kept], finished.vectors[kept], finished.is_truncated[kept], utc_now())
@@ -131,20 +131,21 @@ def window_rows(finished: EmbeddedWindow) -> pa.RecordBatch:
 
 @dataclass(slots=True)
 class _Vectors:
-    """The vectors of a partition's chunks: those that are there, those under way, and those that can't be had."""
+    """The vectors of a partition's chunks: those available, those being embedded and those that were rejected."""
 
     partition: PartitionSnapshot
     target: Target
     embedded: int = 0
-    most_missing: int = 1
-    """Texts to embed, at most."""
+    """Texts embedded so far."""
+    max_missing: int = 1
+    """Upper limit for the texts to embed."""
     _store: VectorStore = field(default_factory=VectorStore)
     _previous: DiskMap = field(default_factory=DiskMap)
-    """Ids of the chunks that the partition had vectors of."""
+    """Ids of the chunks in the partition's previous embeddings."""
     _under_way: set[str] = field(default_factory=set)
-    """Input hashes that the model has at present."""
+    """Input hashes of the windows being embedded."""
     _rejected: dict[str, str] = field(default_factory=dict)
-    """Why the model has no vector for an input, by its hash."""
+    """Why inputs were rejected, by input hash."""
 
     def __enter__(self) -> _Vectors:
         return self
@@ -155,13 +156,14 @@ class _Vectors:
 
     @property
     def dimension(self) -> int | None:
-        """Length of the vectors; None while there is none."""
+        """Length of the vectors; None while there are none."""
         return self._store.dimension
 
     def look_up(self, staging: Staging, may_be_damaged: bool) -> None:
-        """Take in the vectors that the partition has, and those that are staged.
+        """Load the partition's existing vectors and those staged by earlier attempts.
 
-        Where the rows were found damaged, the texts of unreadable ones are embedded again.
+        With `may_be_damaged`, unreadable rows are skipped, so that their texts are embedded again; otherwise they raise
+        ``LakeError``.
         """
         try:
             for batch in self.partition.rows(self.target.table, [*VECTOR_COLUMNS, "chunk_id"]):
@@ -172,10 +174,10 @@ class _Vectors:
                 raise
         for batch in staging.read():
             self._store.add(batch)
-        self.most_missing = max(1, self.partition.count(CHUNK_TABLE) - len(self._store))
+        self.max_missing = max(1, self.partition.count(CHUNK_TABLE) - len(self._store))
 
     def missing_windows(self, compute: Compute) -> Iterator[Window]:
-        """Windows of inputs that the model must embed; identical ones once."""
+        """Windows of inputs without a vector, each distinct input once."""
         for found in self._missing(compute):
             for tables in self._whole_tables():
                 where = is_one_of("input_hash", found)
@@ -189,7 +191,7 @@ class _Vectors:
                 yield Window(list(found.values()), list(found))
 
     def add(self, finished: EmbeddedWindow, batch: pa.RecordBatch) -> None:
-        """Take in a window that was embedded and staged."""
+        """Record an embedded window; `batch` are its rows with `VECTOR_COLUMNS`."""
         hashes = finished.window.hashes
         self._store.add(batch)
         self._rejected |= {hashes[row]: reason for row, reason in finished.rejected.items()}
@@ -197,14 +199,14 @@ class _Vectors:
         self.embedded += batch.num_rows
 
     def require_dimension(self, dimension: int) -> None:
-        """Raise ``LakeError`` where the space's table or its staged windows hold vectors of another length."""
+        """Raise ``LakeError`` if the space's table or its staged windows have vectors of another length."""
         table, lake = self.target.table, self.partition.lake
         delta = self.partition.tables.table(table)
         stored = None if delta is None else dimension_of(delta)
         if stored not in (None, dimension):
             raise LakeError(
                 f"a space's vectors must all have one dimension: the table {table.path!r} has {stored}, the model "
-                f"gives {dimension}; move the table away or set EMBED_MODEL and EMBED_TRUNCATE_DIM as they were"
+                f"gives {dimension}; move the table away or restore EMBED_MODEL and EMBED_TRUNCATE_DIM"
             )
         if self.dimension not in (None, dimension):
             raise LakeError(
@@ -213,9 +215,10 @@ class _Vectors:
             )
 
     def join_rows(self, outcome: PartitionOutcome, rejections: Rejections) -> Iterator[pa.RecordBatch]:
-        """The partition's rows, joined from chunks, documents and vectors, and counted in `outcome`.
+        """The partition's new rows, joined from chunks, documents and vectors. Counts them in `outcome`.
 
-        Chunks without a vector go to `rejections`.
+        Chunks whose input was rejected are added to `rejections` instead. Raises ``LakeError`` for a chunk without a
+        document.
         """
         outcome.chunks = outcome.truncated = 0
         outcome.dropped = len(self._previous)
@@ -228,7 +231,7 @@ class _Vectors:
                     yield self._joined(rows, outcome)
 
     def _missing(self, compute: Compute) -> Iterator[dict[str, str]]:
-        """Inputs by their hash that have no vector and are not about to get one, a window at a time."""
+        """Windows of inputs, by hash, that have no vector, are not being embedded and were not rejected."""
         found: dict[str, str] = {}
         tokens = 0
         for batch in self.partition.rows(CHUNK_TABLE, ["text", "token_count"]):
@@ -237,7 +240,7 @@ class _Vectors:
                 if input_hash not in found and not self._is_known(input_hash):
                     found[input_hash] = self.target.prompt + text
                     tokens += count
-                    if compute.is_full(len(found), tokens, self.most_missing):
+                    if compute.is_full(len(found), tokens, self.max_missing):
                         yield found
                         found, tokens = {}, 0
         if found:
@@ -251,7 +254,7 @@ class _Vectors:
         return () if at_start is None else (self.partition.tables, at_start)
 
     def _without_rejected(self, chunks: _Chunks, rejections: Rejections) -> _Chunks:
-        """The chunks that have a vector; the others are added to `rejections`."""
+        """The chunks that have a vector. The others are added to `rejections`."""
         if not self._rejected:
             return chunks
         kept = []
@@ -285,17 +288,20 @@ class _Vectors:
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    """Some rows of chunks."""
+    """Some rows of the chunks table, with the attributes needed to join them."""
 
     batch: pa.RecordBatch
     hashes: Sequence[str]
-    """What the model gets for each, hashed."""
+    """Input hash of each chunk."""
     origins: Sequence[tuple[str, str]]
-    """uri and title of each one's document."""
+    """uri and title of each chunk's document."""
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, target: Target, documents: DiskMap, key: str) -> _Chunks:
-        """Raises ``LakeError`` when a chunk's document is not in `documents`."""
+        """Look up the chunks' documents in `documents`. `key` is the partition's, for error messages.
+
+        Raises ``LakeError`` if a document is missing.
+        """
         origins: list[tuple[str, str]] = []
         for document_id, found in zip(
             batch.column("document_id").to_pylist(), documents.get(batch.column("document_id").to_pylist()), strict=True
@@ -309,15 +315,15 @@ class _Chunks:
         return cls(batch, [target.input_hash(text) for text in batch.column("text").to_pylist()], origins)
 
     def take(self, rows: Sequence[int]) -> _Chunks:
-        """Some of them."""
+        """The chunks at the given row numbers."""
         batch = self.batch.take(pa.array(rows, pa.int64()))
         return _Chunks(batch, [self.hashes[i] for i in rows], [self.origins[i] for i in rows])
 
 
 def known_inputs(partition: PartitionSnapshot, target: Target, test_vectors: bool) -> tuple[set[str], set[str]]:
-    """Input hashes that have a vector already, and the ids of the partition's embedded chunks.
+    """Input hashes that have a vector already, and ids of the partition's embedded chunks.
 
-    With `test_vectors`, unusable vectors do not count.
+    With `test_vectors`, the partition's vectors are read too, and unusable ones do not count.
     """
     table = target.table
     with VectorStore() as store:

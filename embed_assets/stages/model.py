@@ -1,4 +1,4 @@
-"""The model of the settings: its space, its int8 form once that was made, and the engine that runs it here."""
+"""The configured model: its embedding space, its int8 version once quantized, and its engine in this process."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from embed_assets.settings import Settings
 
 @dataclass(frozen=True)
 class Model:
-    """What embeds the chunks. It is loaded when it is first needed."""
+    """The model that embeds chunks. It is loaded on first use."""
 
     float_space: EmbeddingSpace
-    """The space of the model as it is, in floating point."""
+    """Embedding space of the original floating-point model."""
     options: EngineOptions
-    """How it runs; with its int8 form, once that was made."""
+    """How the model runs, including its int8 version once it is quantized."""
 
     @classmethod
     def from_settings(cls, settings: Settings, lake: Lake) -> Model:
-        """Resolves the model's files, and reads its int8 form from the lake, if that is asked for.
+        """Resolve the model's files and, with EMBED_PRECISION=int8, read its quantized version from the lake.
 
-        Raises ``ModelError`` or ``SettingsError``.
+        Raises ``ModelError``, ``SettingsError`` or ``LakeError``.
         """
         space = resolve_space(
             ModelChoice(
@@ -65,19 +65,19 @@ class Model:
 
     @property
     def is_calibrated(self) -> bool:
-        """The space is known: always, but in int8 before the model was quantized."""
+        """Whether `space` is known: always, except with int8 before the model is quantized."""
         return self.options.precision != "int8" or self.options.quantized is not None
 
     @cached_property
     def space(self) -> EmbeddingSpace:
-        """What the vectors are comparable in. In int8 it is known only once the model was quantized."""
+        """The space in which vectors are comparable. With int8 it is final only once the model is quantized."""
         if self.options.precision != "int8":
             return self.float_space
         made = self.options.quantized
         return self.float_space.quantized("" if made is None else made.artifact_hash)
 
     def refreshed(self, lake: Lake) -> Model:
-        """This model, with its int8 form if somebody made that meanwhile."""
+        """This model, with its int8 version if another process has stored it meanwhile. Raises ``LakeError``."""
         if self.is_calibrated:
             return self
         require_local(self.float_space, "EMBED_PRECISION=int8")
@@ -85,29 +85,31 @@ class Model:
         return self if files is None else self._with(files)
 
     def calibrated(self, lake: Lake, texts: Sequence[str]) -> Model:
-        """This model, quantized on the texts and kept in the lake, for all later runs everywhere.
+        """This model, quantized with `texts` as calibration data and stored in the lake for all later runs.
 
-        Without texts there is nothing to calibrate on, nor to embed: then it stays as it is.
+        Without texts there is nothing to calibrate on or to embed, and the model is returned unchanged.
         """
         if not texts:
             return self
         space = require_local(self.float_space, "EMBED_PRECISION=int8")
         made = quantize(space, [space.prompt + text for text in texts], [hash_text(space.prompt + t) for t in texts])
-        load_int8_backend(space.quantized(made.artifact_hash), made.xml, made.weights)  # checks it
+        # Raises if the quantized model is unusable.
+        load_int8_backend(space.quantized(made.artifact_hash), made.xml, made.weights)
         return self._with(keep_model(lake, space.name, made.files))
 
     @cached_property
     def engine(self) -> Engine:
-        """The model in this process. Raises ``ModelError`` while its int8 form was not made yet."""
+        """The engine that runs the model in this process. Raises ``ModelError`` if int8 is not quantized yet."""
         if not self.is_calibrated:
             raise ModelError(
-                f"the int8 model of {self.float_space.model!r} was not made yet; run 'embed-assets sync' with documents"
+                f"the int8 model of {self.float_space.model!r} does not exist yet; "
+                "run 'embed-assets sync' on a source with documents, which creates it"
             )
         return Engine(self.space, self.options)
 
     @property
     def info(self) -> EngineInfo:
-        """Where and how the model runs in this process; as configured, while it is not loaded."""
+        """Device and settings that the model runs with in this process; before it is loaded, those configured."""
         return self.engine.info if self.is_calibrated else configured(self.options)
 
     def _with(self, files: dict[str, bytes]) -> Model:

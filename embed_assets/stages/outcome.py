@@ -1,4 +1,4 @@
-"""What became of a partition: the one record of it, from reading its files to the metadata of its assets."""
+"""The result of processing a partition, from reading its files to the metadata of its assets."""
 
 from __future__ import annotations
 
@@ -12,44 +12,46 @@ from embed_assets.lake.writer import Replaced
 
 @dataclass(slots=True)
 class PartitionOutcome:
-    """Filled in by the stages of one partition, stage by stage."""
+    """Result of processing one partition; each stage fills in its part."""
 
     key: str
     versions: dict[str, str | None] = field(default_factory=dict)
-    """Data version of the source and each asset, after what ran so far; None for what was never materialized."""
+    """Current data version of the source and each asset; None if never materialized."""
     reasons: dict[str, Sequence[str]] = field(default_factory=dict)
-    """Why each asset that ran was missing or stale."""
+    """Why each asset that ran was missing or stale, by asset."""
     replaced: dict[str, Replaced] = field(default_factory=dict)
-    """Where the rows are of each asset that was materialized."""
+    """Result of replacing the rows of each materialized asset, by asset."""
     documents: int = 0
+    """Documents read."""
     rejected: int = 0
     """Files and rows that could not be read."""
     chunks: int = 0
-    """Chunks that have a vector; while the embeddings are not due, chunks."""
+    """Chunks with a vector or, if the embeddings were not materialized, all chunks."""
     embedded: int = 0
-    """Texts the model made a vector of; identical ones once."""
+    """Texts embedded by the model; identical ones count once."""
     rejected_chunks: int = 0
-    """Chunks the model can't embed; they are in rejected_documents, with the reason."""
+    """Chunks that the model can't embed; the reasons are in rejected_documents."""
     dropped: int = 0
-    """Rows of embeddings whose chunk is gone."""
+    """Previous rows of embeddings whose chunk no longer exists."""
     truncated: int = 0
-    """Chunks of which the model saw only the beginning."""
+    """Chunks truncated by the model to its maximum length."""
     startup_seconds: float = 0.0
-    """Until the model was ready."""
+    """Time until the model was ready."""
     engine: EngineStats = field(default_factory=EngineStats)
+    """Statistics of the engine, summed over windows."""
     error: str | None = None
-    """Why it went no further, in one line."""
+    """Why processing failed, in one line; None if it did not."""
 
     @property
     def state(self) -> Literal["materialized", "fresh", "failed"]:
-        """The contract's word for it."""
+        """State as reported in JSON output."""
         if self.error is not None:
             return "failed"
         return "materialized" if self.reasons else "fresh"
 
     @property
     def reused(self) -> int:
-        """Chunks whose vector was there already."""
+        """Chunks whose vector existed already."""
         return self.chunks - self.embedded
 
     @property
@@ -58,29 +60,30 @@ class PartitionOutcome:
         return self.engine.tokens
 
     def as_json(self) -> dict[str, object]:
-        """The numbers under the contract's names."""
+        """The fields of the JSON output."""
         names = ("state", "documents", "rejected", "chunks", "embedded", "reused", "dropped", "rejected_chunks")
         return {name: getattr(self, name) for name in (*names, "tokens", "error")}
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a partition's embedding is."""
+    """Progress of embedding a partition."""
 
     texts: int
     """Texts embedded so far."""
     expected: int
-    """Texts to embed, at most."""
+    """Upper limit for the texts to embed."""
     tokens: int
+    """Tokens embedded so far."""
     seconds: float
-    """Since the first one."""
+    """Time since the model was ready."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed so far."""
+        """Average speed so far; 0 at the start."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def share(self) -> float:
-        """Share of the partition's texts that is embedded, from 0 to 1."""
+        """Share of the texts embedded so far, from 0 to 1."""
         return min(1.0, self.texts / self.expected) if self.expected else 1.0

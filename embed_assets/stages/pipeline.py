@@ -1,4 +1,4 @@
-"""A corpus, the model that embeds it, and the lake that keeps what comes of it."""
+"""The configured pipeline: corpus, model and lake; and estimates of what materializing would embed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from embed_assets.stages.model import Model
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What materializing a partition would come to."""
+    """What materializing a partition would do."""
 
     to_embed: int
+    """Texts to embed; identical ones count once."""
     to_reuse: int
+    """Chunks whose vector exists already."""
     to_drop: int
+    """Rows of embeddings whose chunk will no longer exist."""
     tokens: int
     """Tokens of the texts to embed, special tokens included."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What the settings name. The stages are functions over it."""
+    """The objects that the settings describe; the stages are functions that take them."""
 
     settings: Settings
     lake: Lake
@@ -42,9 +45,9 @@ class Pipeline:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Pipeline:
-        """Resolves the model's files; opens neither source nor, unless for the int8 model, lake.
+        """Build the pipeline. Resolves the model's files, but opens neither the source nor, except for int8, the lake.
 
-        Raises ``SettingsError`` or ``ModelError``.
+        Raises ``SettingsError``, ``ModelError`` or ``LakeError``.
         """
         lake = Lake.from_settings(settings)
         if settings.compute == "ray":
@@ -53,12 +56,12 @@ class Pipeline:
         return cls(settings, lake, model, Corpus.from_settings(settings, model.float_space))
 
     def refreshed(self) -> Pipeline:
-        """This pipeline, with the int8 model if somebody made it meanwhile."""
+        """This pipeline, with the int8 model if another process has stored it meanwhile. Raises ``LakeError``."""
         model = self.model.refreshed(self.lake)
         return self if model is self.model else replace(self, model=model)
 
     def calibrated(self) -> Pipeline:
-        """This pipeline, its model quantized on a sample of the source if int8 is asked for and was not made yet."""
+        """This pipeline; with int8, its model is quantized on a sample of the source unless that was done already."""
         known = self.refreshed()
         if known.model.is_calibrated:
             return known
@@ -66,25 +69,25 @@ class Pipeline:
 
     @property
     def embeddings_table(self) -> TableSpec:
-        """The table of the settings' space."""
+        """The embeddings table of the configured space."""
         return TableSpec("embeddings", self.model.space.name, self.model.space.describe())
 
     @cached_property
     def at_start(self) -> Snapshot:
-        """The lake as this process met it: where vectors are found of rows that were dropped since."""
+        """Snapshot of the lake at first access. It still has vectors of rows that this process drops later."""
         found = Snapshot(self.lake)
         found.version(self.embeddings_table)
         return found
 
     @property
     def target(self) -> Target:
-        """Where the vectors go, and where else they may be."""
+        """Where vectors are stored, and where else they may be reused from."""
         is_wide = self.settings.reuse == "table"
         return Target(self.embeddings_table, self.model.space.prompt, self.at_start if is_wide else None)
 
     @cached_property
     def code_versions(self) -> dict[str, str]:
-        """Per asset, what decides its output beside its input."""
+        """Code version of each asset: what determines its output besides its input."""
         return {
             "raw_documents": self.corpus.parsing.version,
             "chunks": self.corpus.chunking.version(self.model.space.tokenizer_hash),
@@ -92,7 +95,7 @@ class Pipeline:
         }
 
     def require_embeddings(self) -> None:
-        """Raise ``LakeError`` when nothing was embedded in the space yet."""
+        """Raise ``LakeError`` if nothing was embedded in the space yet, or a table is damaged."""
         if self.lake.open(self.embeddings_table) is None:
             raise LakeError(
                 f"there are no embeddings in {self.embeddings_table.path!r} under the lake {self.lake.root!r}; "
@@ -103,41 +106,43 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Estimator:
-    """Counts what materializing partitions would embed, by reading and splitting; nothing is written."""
+    """Estimates what materializing partitions would embed, by reading and splitting their documents. Writes nothing."""
 
     pipeline: Pipeline
     tables: Snapshot
-    _elsewhere: set[str]
-    """Inputs that partitions estimated before this one would embed; found by it where reuse is table-wide."""
+    """Snapshot of the lake that is read."""
+    _embedded_before: set[str]
+    """Input hashes that previously estimated partitions would embed; with table-wide reuse, later ones reuse them."""
 
     @classmethod
     def over(cls, pipeline: Pipeline, tables: Snapshot) -> Estimator:
-        """Estimates of one plan, which are asked for in the order in which a sync takes the partitions."""
+        """An estimator for one plan. Ask for partitions in the order in which a sync processes them."""
         return cls(pipeline, tables, set())
 
     def estimate(self, partition: SourcePartition, stale: frozenset[str], is_damaged: bool) -> Estimate:
-        """`stale` names the assets that would run: what is fresh is read from its table instead.
+        """What materializing a partition would do.
 
-        `is_damaged` tests every vector.
+        `stale` names the assets that would run; fresh ones are read from their tables. With `is_damaged`, existing
+        vectors are validated and unusable ones count as missing.
         """
         target, space = self.pipeline.target, self.pipeline.model.space
         known, ids = known_inputs(self.tables.partition(partition.key), target, is_damaged)
         if not stale:
-            return Estimate(0, len(ids), 0, 0)  # what it lacks the model could not embed
+            return Estimate(0, len(ids), 0, 0)  # chunks without a vector were rejected by the model
         to_embed: dict[str, int] = {}
         kept = chunks = 0
         for chunk_id, text, token_count in self._future_chunks(partition, stale):
             chunks += 1
             kept += chunk_id in ids
             input_hash = hash_text(space.prompt + text)
-            if input_hash not in known and input_hash not in self._elsewhere:
+            if input_hash not in known and input_hash not in self._embedded_before:
                 to_embed[input_hash] = token_count + max(0, space.prompt_tokens - 1)
         if target.at_start is not None:
-            self._elsewhere.update(to_embed)
+            self._embedded_before.update(to_embed)
         return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
 
     def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
-        """(chunk_id, text, token_count) of the chunks that the partition will have."""
+        """Yield (chunk_id, text, token_count) of each chunk that the partition will have."""
         corpus, tables = self.pipeline.corpus, self.tables.partition(partition.key)
         if "raw_documents" in stale:
             batches = corpus.chunks_of(partition)

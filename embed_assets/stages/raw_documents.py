@@ -1,4 +1,4 @@
-"""Files of a partition -> rows of raw_documents and rejected_documents."""
+"""Materialize raw_documents and rejected_documents: read and parse the files of a partition."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def materialize_raw_documents(
     provenance: Provenance,
     outcome: PartitionOutcome,
 ) -> Replaced:
-    """Read and parse the partition's files; documents go to one table, rejections with their reasons to another.
+    """Read and parse the partition's files and replace its documents and rejections; count both in `outcome`.
 
-    Raises ``SupersededError`` when another run replaced what the partition had when the source was listed, and the
-    source is no longer as it was listed.
+    Raises ``SupersededError`` if, since the source was listed, another run replaced the partition's rows and its files
+    changed too.
     """
 
     def check() -> None:
@@ -54,7 +54,7 @@ def materialize_raw_documents(
 
 
 def document_batches(documents: Iterator[Document], key: str) -> Iterator[pa.RecordBatch]:
-    """Rows of raw_documents, a few megabytes of text per batch."""
+    """Rows of raw_documents for the partition `key`, in batches of a few megabytes."""
     rows = (
         (
             document.byte_size,

@@ -1,4 +1,4 @@
-"""Rows of rejected_documents: what could not be read, and what could not be embedded."""
+"""Write rejected_documents: documents that could not be read, and chunks that could not be embedded."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from embed_assets.records import (
 from embed_assets.scratch import SpooledBatches
 
 _ATTEMPTS = 20
+"""Attempts to merge with rows that other runs write at the same time. Each costs a read and a commit."""
 _ROWS_PER_BATCH = 4096
+"""Rejections held in memory before they are spooled. More take more memory, fewer make more and smaller batches."""
 
 
 class Rejections:
-    """Rejections of one partition as they come, kept in a temporary file: there may be one per row of a file."""
+    """Collects a partition's rejections in a temporary file, since there may be one per row of a large file."""
 
     def __init__(self, key: str) -> None:
         self._key, self._now = key, utc_now()
@@ -40,14 +42,14 @@ class Rejections:
         self._rows.__exit__(*args)
 
     def add(self, rejection: Rejection) -> None:
-        """Keep one more."""
+        """Add a rejection. Not allowed after `batches`."""
         self.count += 1
         self._waiting.append(rejection)
         if len(self._waiting) >= _ROWS_PER_BATCH:
             self._write()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All of them as rows of rejected_documents; none can be added afterwards."""
+        """All rejections as rows of rejected_documents. Can be called repeatedly."""
         if self._waiting:
             self._write()
         yield from self._rows
@@ -75,14 +77,17 @@ def replace_rejections(
     check: Callable[[], None],
     space: str | None = None,
 ) -> None:
-    """Make `rejections` the partition's rejected documents, or (with `space`) the chunks that this space's model
-    can't embed. All other rows stay, those too that another run writes at the same time.
+    """Replace the partition's rejected documents or, with `space`, the chunks that this space's model can't embed.
 
-    `check` raises when the rows are of older inputs than what another run wrote meanwhile.
+    All other rows stay, including those that another run writes at the same time. `check` is called before every
+    attempt and raises if another run meanwhile wrote rows from newer inputs. Raises ``SupersededError`` if the table
+    keeps changing.
     """
     for attempt in range(_ATTEMPTS):
         check()
-        partition.observe(REJECTED)
+        partition.reset_baseline(REJECTED)
+        if not rejections.count and partition.tables.table(REJECTED) is None:
+            return
         if space is not None and not rejections.count and not _has_own(partition, space):
             return
         batches = chain(rejections.batches(), _others(partition, space))
@@ -95,14 +100,14 @@ def replace_rejections(
 
 
 def _others(partition: PartitionSnapshot, space: str | None) -> Iterator[pa.RecordBatch]:
-    """The rows that stay. Damaged files hold none: what is written now mends them."""
+    """The rows to keep. Damaged files yield none: replacing the partition's rows repairs it."""
     try:
         for batch in partition.rows(REJECTED, REJECTED_DOCUMENTS.names):
             kept = batch.filter(pa.array([not is_own for is_own in _is_own(batch, space)]))
             if kept.num_rows:
                 yield kept
     except LakeError as error:
-        if error.is_retryable:  # a storage that hiccups is no damage
+        if error.is_retryable:  # a transient storage error is not damage
             raise
 
 
@@ -114,7 +119,7 @@ def _has_own(partition: PartitionSnapshot, space: str) -> bool:
 
 
 def _is_own(batch: pa.RecordBatch, space: str | None) -> list[bool]:
-    """Which rows are replaced: rejected documents, or the chunks that the space's model can't embed."""
+    """For each row, whether it is to be replaced: rejected documents or, with `space`, that space's chunks."""
     rows = zip(batch.column("reason").to_pylist(), batch.column("detail").to_pylist(), strict=True)
     if space is None:
         return [reason != NOT_EMBEDDABLE for reason, _ in rows]

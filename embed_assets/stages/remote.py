@@ -1,6 +1,6 @@
-"""Windows of texts on the workers of a Ray cluster: what travels there, and what they do with it.
+"""Embed windows of texts on the workers of a Ray cluster.
 
-window ─▶ worker: embed, stage on the lake's storage ─▶ that it is there ─▶ this process reads it, and commits
+window ─▶ worker: embed, stage on the lake's storage ─▶ confirmation ─▶ this process: read, commit
 """
 
 from __future__ import annotations
@@ -37,20 +37,23 @@ from embed_assets.stages.embeddings import window_rows
 from embed_assets.stages.pipeline import Pipeline
 
 _WINDOW_SECONDS = 5.0
-"""Shorter than in one process: a partition is spread over more workers, and what a lost one costs is less."""
+"""Target duration of a window. Shorter than in one process, to spread partitions and to lose less with a worker."""
 _PART_TEXTS = 2048
-"""A worker tokenizes a part of a window while the part before it is on the device."""
+"""Texts per part of a window: a worker tokenizes one part while the previous one is on the device."""
 _LEAST_TEXTS = 64
+"""Texts a window should have even if a partition is spread over all workers: fewer make inefficient batches."""
 _LEAST_SECONDS = 0.5
-"""A window's way to a worker, into the lake and back takes some hundredths."""
+"""Work a window should have: sending it, staging it and reading it back takes some hundredths of a second."""
 _SECONDS_BETWEEN_NEWS = 10.0
+"""Interval of the workers' lines in the run's log: shorter is more current, longer less noisy."""
 _TICK_SECONDS = 2.0
+"""Interval of progress reports and of checks that the workers are alive."""
 _SENT = pa.schema([pa.field("input_hash", pa.string(), False), pa.field("text", pa.string(), False)])
 
 
 @cache
 def code_version() -> str:
-    """A hash of this package's code: two processes with the same one do the same."""
+    """Hash of this package's source files, to check that two processes run the same code."""
     root = Path(__file__).parent.parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):
@@ -59,14 +62,14 @@ def code_version() -> str:
 
 
 def lake_id(lake: Lake) -> str:
-    """What only this lake has; empty before anything was chunked."""
+    """Unique id of the lake, from its table of chunks; empty while that does not exist."""
     chunks = lake.open(CHUNK_TABLE)
     return "" if chunks is None else str(chunks.metadata().id)
 
 
 @dataclass(frozen=True)
 class WorkerRecipe:
-    """What a worker on another machine needs to do this process's work."""
+    """What a worker on another machine needs in order to do this process's work."""
 
     settings: dict[str, object]
     """All fields of `Settings`."""
@@ -79,7 +82,10 @@ class WorkerRecipe:
     """`code_version` of the process that asks."""
 
     def open(self) -> LakeWorker:
-        """Load the model, having made sure that it is the same, by the same code, for the same lake."""
+        """Load the model, after checking that this machine has the same code, model and lake.
+
+        Raises ``ModelError`` or ``LakeError`` if one of them differs.
+        """
         if code_version() != self.code:
             raise ModelError(
                 f"workers must run the same embed_assets as the process that started them: they have the code "
@@ -109,7 +115,7 @@ def worker_recipe(pipeline: Pipeline) -> WorkerRecipe:
     settings = pipeline.settings
     folder = Path(settings.model)
     model = str(folder.absolute()) if folder.is_dir() else settings.model
-    # All fields: the environment of a worker's machine has no say.
+    # All fields, so that the environment of a worker's machine has no effect.
     fields = settings.model_dump() | {"lake": pipeline.lake.root, "model": model, "compute": "local"}
     space = pipeline.model.space
     return WorkerRecipe(fields, space.fingerprint, pipeline.embeddings_table, lake_id(pipeline.lake), code_version())
@@ -175,7 +181,7 @@ class LakeWorker:
 
 
 def _is_staged(staging: Staging, name: str, rows: int) -> bool:
-    """A worker that was lost had done it all. What is not there, or damaged, is made again."""
+    """Whether a lost worker had staged the whole window. If it is missing or damaged, it is embedded again."""
     try:
         return bool(staging.read_window(name).num_rows == rows)
     except LakeError:
@@ -190,7 +196,7 @@ def _answer(rows: int, rejected: Mapping[int, str]) -> str:
 class RayCompute:
     """The model on the workers of a Ray cluster, for one run."""
 
-    most_partitions = 16
+    max_partitions = 16
 
     def __init__(self, pool: RayProcess, configured: EngineInfo, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool, self._configured, self._clock = pool, configured, clock
@@ -203,7 +209,7 @@ class RayCompute:
     @property
     def partitions_in_flight(self) -> int:
         """Enough to keep all workers busy with small partitions."""
-        return min(self.most_partitions, TASKS_PER_WORKER * max(2, self._pool.most_replicas))
+        return min(self.max_partitions, TASKS_PER_WORKER * max(2, self._pool.most_replicas))
 
     def news(self) -> list[str]:
         """Where the workers are, once, then every few seconds how fast they are, and what they warned of."""
@@ -238,7 +244,7 @@ class RayCompute:
         return (texts >= share and pays) or self._size.is_full(texts, tokens)
 
     def adapt(self, stats: EngineStats) -> None:
-        """As `WindowSize` does."""
+        """Adapt the size of later windows to the speed of a finished one."""
         with self._lock:  # several partitions are embedded at once
             self._size.adapt(stats)
 

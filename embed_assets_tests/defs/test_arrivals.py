@@ -113,10 +113,11 @@ def test_an_empty_source_is_believed_only_after_a_minute(tick: Ticker) -> None:
     shutil.rmtree(tick.project.landing / "a")
     for _ in range(6):
         assert tick() == (set(), set())
-        assert "is empty: believed after 60 s" in tick.reason
+        assert "is empty: recorded as such after 60 s" in tick.reason
     assert tick() == (set(), {"a"})
 
 
+@pytest.mark.long
 def test_many_partitions_come_in_bounded_ticks(tick: Ticker, monkeypatch: pytest.MonkeyPatch) -> None:
     tick.project.set(PARTITION_BY="file")
     for i in range(1_300):

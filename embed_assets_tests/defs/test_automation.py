@@ -14,7 +14,7 @@ import pytest
 from embed_assets.definitions import build_definitions
 from embed_assets.defs.automation import Attempt
 from embed_assets.defs.instance import open_instance
-from embed_assets.defs.names import ASSETS, CODE_TAG, LASTING_TAG
+from embed_assets.defs.names import ASSETS, CODE_TAG, PERMANENT_FAILURE_TAG
 from embed_assets.defs.staleness import Status
 from embed_assets.settings import load_settings
 from embed_assets_tests.conftest import Project, topic
@@ -177,13 +177,13 @@ def test_what_may_have_passed_is_tried_again_after_an_hour() -> None:
         run = dg.DagsterRun("job", status=run_status, tags={CODE_TAG: code} | tags)
         ended = datetime(2026, 1, 1, tzinfo=UTC)
         record = dg.RunRecord(1, run, ended, ended, end_time=ended.timestamp())
-        return Attempt(1, run.run_id, record).is_worth_another(status, code, ended.timestamp() + ago)
+        return Attempt(1, run.run_id, record).may_retry(status, code, ended.timestamp() + ago)
 
     states = dg.DagsterRunStatus
     assert not is_worth(states.FAILURE)
     assert is_worth(states.FAILURE, ago=3601)
-    assert not is_worth(states.FAILURE, ago=3601, **{LASTING_TAG: "true"})
-    assert is_worth(states.FAILURE, **{LASTING_TAG: "true", CODE_TAG: "another code"})
+    assert not is_worth(states.FAILURE, ago=3601, **{PERMANENT_FAILURE_TAG: "true"})
+    assert is_worth(states.FAILURE, **{PERMANENT_FAILURE_TAG: "true", CODE_TAG: "another code"})
     assert not is_worth(states.CANCELED, ago=3601)
     assert not is_worth(states.SUCCESS, ago=3601)
     assert is_worth(states.SUCCESS, missing)

@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import dagster as dg
+import pytest
 
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS
 from embed_assets_tests.conftest import Project, topic
 from embed_assets_tests.defs.dagster_runs import DAGSTER, dagster_says, events, latest
+
+pytestmark = pytest.mark.long
 
 _PATIENCE_SECONDS = 240
 

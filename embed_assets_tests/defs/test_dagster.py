@@ -273,7 +273,7 @@ def test_after_a_failed_run_only_what_it_did_not_make_is_said_again(
     assert [events(instance, asset) for asset in ASSETS] == [6, 6, 5]  # 3, one of a, one of b again, c's up to chunks
     said = latest(instance, "embeddings", "b")
     assert "map" not in said.metadata and "summary" not in said.metadata
-    assert said.tags == first["embeddings"].tags and "said again" in str(said.description)
+    assert said.tags == first["embeddings"].tags and "recorded again" in str(said.description)
     assert said.metadata["dagster/partition_row_count"] == first["embeddings"].metadata["dagster/partition_row_count"]
     assert set(we_say(instance, "b")["b"].values()) == set(dagster_says(instance, "b")["b"].values()) == {"fresh"}
     assert instance.get_materialized_partitions(dg.AssetKey("embeddings")) == {"a", "b", "c"}

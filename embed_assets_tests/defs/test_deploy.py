@@ -52,6 +52,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         as_postgres(found / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["postgres", "many-workers"])
 def test_the_whole_pipeline_on_postgres(
     project: Project, postgres: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -79,6 +80,7 @@ def test_the_whole_pipeline_on_postgres(
     assert postgres.partition("//")[2] not in "".join(f.read_text() for f in project.root.glob("*.yaml"))
 
 
+@pytest.mark.long
 def test_without_the_database_it_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(REPOSITORY / "deploy/postgres.yaml", project.root / "dagster.yaml")
     monkeypatch.setenv("DAGSTER_HOME", str(project.root))

@@ -56,6 +56,7 @@ def use_plain_sqlite(project: Project) -> None:
     file.write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.long
 def test_first_syncs_at_once_all_succeed(project: Project) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
@@ -72,6 +73,7 @@ def test_first_discovers_at_once_all_succeed(project: Project, prepare: Callable
     assert stamps(project.root) == dict.fromkeys(DATABASES, 1)
 
 
+@pytest.mark.long
 def test_dagsters_own_commands_take_turns_too(project: Project) -> None:
     """Its processes (webserver, daemon, code servers, runs) open the instance themselves."""
     job = project.root / "jobs.py"

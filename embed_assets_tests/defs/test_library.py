@@ -154,4 +154,4 @@ def test_a_misspelt_setting_of_the_component_is_told(project: Project) -> None:
     folder = component_project(project, {"source": "here", "lake": "there", "settings": settings})
     with pytest.raises(Exception, match="handbook") as caught:
         dg.load_from_defs_folder(path_within_project=folder).resolve_asset_graph()
-    assert "'chunk_tokenz' is no setting (did you mean chunk_tokens?)" in str(caught.value.__cause__)
+    assert "'chunk_tokenz' is not a setting (did you mean chunk_tokens?)" in str(caught.value.__cause__)

@@ -22,7 +22,7 @@ from embed_assets.corpus.source import SourcePartition
 from embed_assets.definitions import definitions_over
 from embed_assets.defs.assets import RETRIES
 from embed_assets.defs.dagster_internals import free_slots, holders_of_full_pool, read_values, write_value
-from embed_assets.defs.heartbeat import SILENT_SECONDS, Silence, heartbeat
+from embed_assets.defs.heartbeat import SILENT_SECONDS, HeartbeatMonitor, heartbeat
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import POOL
 from embed_assets.defs.processes import PROCESS_TAG, end_dead_runs, this_process, wait_for_pool
@@ -65,7 +65,7 @@ def test_a_killed_run_is_ended_and_gives_back_its_place(project: Project, instan
     (record,) = instance.get_runs()
     assert record.status == dg.DagsterRunStatus.STARTED
     assert holders_of_full_pool(instance, POOL) == [record.run_id]
-    assert end_dead_runs(instance, Silence()) == []
+    assert end_dead_runs(instance, HeartbeatMonitor()) == []
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     project.set(MODEL="fake:16")
@@ -83,6 +83,7 @@ def test_a_killed_run_is_ended_and_gives_back_its_place(project: Project, instan
     assert project.sync()["partitions"]["b"]["state"] == "materialized"
 
 
+@pytest.mark.long
 def test_a_second_run_waits_and_says_for_whom(project: Project, instance: dg.DagsterInstance) -> None:
     process = slow_sync(project)
     (holder,) = holders_of_full_pool(instance, POOL)
@@ -142,11 +143,11 @@ def test_runs_of_this_host_are_dead_as_soon_as_their_process_is(instance: dg.Dag
         "gone": "|".join((host, boot, namespace, str(2**22 + 1), since)),
     }
     runs = {name: started_run(instance, process) for name, process in processes.items()}
-    silence = Silence()
-    assert set(end_dead_runs(instance, silence)) == {runs["reused number"], runs["gone"]}
-    assert end_dead_runs(instance, silence) == []
+    monitor = HeartbeatMonitor()
+    assert set(end_dead_runs(instance, monitor)) == {runs["reused number"], runs["gone"]}
+    assert end_dead_runs(instance, monitor) == []
     child = started_run(instance, processes["gone"], parent_run_id=runs["gone"], root_run_id=runs["gone"])
-    assert end_dead_runs(instance, silence) == []  # a retry that has its parent's tag until it begins
+    assert end_dead_runs(instance, monitor) == []  # a retry that has its parent's tag until it begins
     assert instance.get_run_by_id(child) is not None
     free_slots(instance, runs["alive"])
 
@@ -154,12 +155,12 @@ def test_runs_of_this_host_are_dead_as_soon_as_their_process_is(instance: dg.Dag
 @pytest.mark.parametrize("host", ["another-host", socket.gethostname()])
 def test_a_run_whose_process_is_silent_is_dead_on_whatever_host(instance: dg.DagsterInstance, host: str) -> None:
     run, clock = started_run(instance, elsewhere(host)), Clock()
-    silence = Silence(clock)
-    assert end_dead_runs(instance, silence) == []
+    monitor = HeartbeatMonitor(clock)
+    assert end_dead_runs(instance, monitor) == []
     while clock.now < SILENT_SECONDS:
-        assert end_dead_runs(instance, silence) == []
+        assert end_dead_runs(instance, monitor) == []
         clock.now += 20
-    assert end_dead_runs(instance, silence) == [run]
+    assert end_dead_runs(instance, monitor) == [run]
     messages = [entry.message for entry in instance.all_logs(run)]
     assert any(f"was silent for {SILENT_SECONDS:.0f} s" in message for message in messages), messages
 
@@ -167,11 +168,11 @@ def test_a_run_whose_process_is_silent_is_dead_on_whatever_host(instance: dg.Dag
 def test_a_process_that_is_heard_of_lives_whatever_its_clock_says(instance: dg.DagsterInstance) -> None:
     started_run(instance, elsewhere())
     clock = Clock()
-    silence = Silence(clock)
+    monitor = HeartbeatMonitor(clock)
     for beat in range(5):
         write_value(instance, f"embed_assets/heartbeat/{elsewhere()}", str(-1000 * beat))
         for _ in range(8):
-            assert end_dead_runs(instance, silence) == []
+            assert end_dead_runs(instance, monitor) == []
             clock.now += 20
 
 
@@ -179,9 +180,9 @@ def test_time_in_which_nobody_listened_is_no_silence(instance: dg.DagsterInstanc
     """The database was down, or both were suspended: the others get the time to beat again."""
     started_run(instance, elsewhere())
     clock = Clock()
-    silence = Silence(clock)
+    monitor = HeartbeatMonitor(clock)
     for _ in range(3):
-        assert end_dead_runs(instance, silence) == []
+        assert end_dead_runs(instance, monitor) == []
         clock.now += 100 * SILENT_SECONDS
 
 

@@ -164,7 +164,7 @@ def test_hiccups_are_waited_out(logged: list[str]) -> None:
     embedded = embedder_over(Scripted(fail_at_first)).embed(TEXTS)
     assert not embedded.rejected
     assert np.array_equal(embedded.vectors, expected(TEXTS))
-    assert "tried again (attempt 1" in " ".join(logged) and "went away" in " ".join(logged)
+    assert "retrying it (attempt 1" in " ".join(logged) and "went away" in " ".join(logged)
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])

@@ -192,7 +192,7 @@ def broken(model: Path, how: str) -> None:
         ("pickled", "pytorch_model.bin.*EMBED_ALLOW_PICKLED_WEIGHTS"),
         ("pickled module", "3_Dense/pytorch_model.bin"),
         ("no tokenizer", "has no tokenizer.json"),
-        ("broken tokenizer", "no JSON"),
+        ("broken tokenizer", "not valid JSON"),
     ],
 )
 def test_unusable_models(sample_space: EmbeddingSpace, tmp_path: Path, how: str, message: str) -> None:

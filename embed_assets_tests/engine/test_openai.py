@@ -14,7 +14,7 @@ import pytest
 from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.provider import EndpointOptions, EngineOptions
 from embed_assets.engine.providers import openai
-from embed_assets.engine.providers.openai import Pace
+from embed_assets.engine.providers.openai import RateLimiter
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.errors import EmbeddingError, ModelError, SettingsError
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project, resolve_space, topic
@@ -161,7 +161,7 @@ def test_the_servers_revision_is_part_of_the_space_and_its_place_is_not(endpoint
         assert resolve_space(MODEL, endpoint=elsewhere.url).fingerprint == told.fingerprint
     endpoint.pages[path] = json.loads(json.dumps(page).replace("abc", "def").replace("m@1", "m@2"))
     assert resolve_space(MODEL, endpoint=endpoint.url).fingerprint != told.fingerprint
-    with pytest.raises(ModelError, match="start again to embed with the new one"):
+    with pytest.raises(ModelError, match="restart it to embed with the new one"):
         openai.load(told, EngineOptions())
     assert resolve_space(MODEL, endpoint=endpoint.url, revision="mine").revision == "mine"
 
@@ -199,12 +199,12 @@ def test_limits_per_minute_space_requests_out() -> None:
         slept.append(seconds)
         now[0] += seconds
 
-    pace = Pace(requests_per_minute=60, tokens_per_minute=600, clock=lambda: now[0], sleep=sleep)
+    limiter = RateLimiter(requests_per_minute=60, tokens_per_minute=600, clock=lambda: now[0], sleep=sleep)
     for tokens in (1, 100, 1):
-        pace.wait(tokens)
+        limiter.wait(tokens)
     assert slept == [1.0, 10.0], "a second per request, a tenth of one per token"
-    pace.pause(30)
-    pace.wait(1)
+    limiter.pause(30)
+    limiter.wait(1)
     assert slept[-1] == 30.0
 
 
@@ -253,7 +253,7 @@ def test_a_killed_request_leaves_the_partition_to_the_next_run(project: Project)
         stop.set()
         project.write("b/while.md", topic("while"))
         failed = project.sync(exit_code=1)
-        assert "refused it: HTTP 400: no" in failed["partitions"]["b"]["error"]
+        assert "refused the text: HTTP 400: no" in failed["partitions"]["b"]["error"]
         assert failed["partitions"]["a"]["state"] == "fresh"
         stop.clear()
         assert project.sync()["partitions"]["b"]["state"] == "materialized"

@@ -421,7 +421,7 @@ def test_snapshots_of_a_session_share_no_open_table(lake: Lake) -> None:
 
 
 def test_a_session_drops_a_table_that_was_updated_many_times(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embed_assets.lake.tables._MOST_UPDATES", 2)
+    monkeypatch.setattr("embed_assets.lake.tables._MAX_UPDATES", 2)
     replace_partition(lake, REJECTED, "a", rejections("a", "0"), RUN)
     session = Counting(lake.root).session()
     Counting.opened.clear()

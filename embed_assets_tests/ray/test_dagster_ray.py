@@ -15,6 +15,7 @@ from embed_assets_tests.conftest import Project, topic
 from embed_assets_tests.defs.dagster_runs import latest
 from embed_assets_tests.ray.clusters import ray_cluster
 
+pytestmark = pytest.mark.long
 BIN = Path(sys.executable).parent
 WITH_A_RESOURCE = """
 from dagster_ray import LocalRay

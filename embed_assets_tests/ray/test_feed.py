@@ -11,7 +11,7 @@ from embed_assets.engine.ray_cluster import Cluster, Node, RayOptions, Replicas,
 from embed_assets.engine.ray_feed import Feed
 from embed_assets.errors import SettingsError
 from embed_assets.settings import load_settings
-from embed_assets_tests.ray.clusters import FACTS
+from embed_assets_tests.ray.clusters import INFO
 
 
 class Clock:
@@ -29,7 +29,7 @@ async def feed_with(clock: Clock, work: int, workers: str = "ab") -> Feed:
     feed = Feed(clock)
     for worker in workers:
         await feed.start(worker, f"node-{worker}", "here")
-        await feed.ready(worker, FACTS)
+        await feed.ready(worker, INFO)
     for number in range(work):
         await feed.put(number, [f"ref{number}"])
     return feed
@@ -83,7 +83,7 @@ def test_a_worker_that_dies_before_its_answer_has_left_did_not_die_of_that() -> 
     async def scenario() -> None:
         feed = await feed_with(Clock(), 1)
         await feed.begin("a", 0)
-        await feed.finish("a", 0, 0, 0.0, FACTS)
+        await feed.finish("a", 0, 0, 0.0, INFO)
         await feed.start("a", "node-a", "here")
         assert (await feed.begin("a", 0)).deaths == 0
 
@@ -151,7 +151,7 @@ def test_work_that_lies_ready_behind_a_long_window_is_not_given_to_others_at_onc
         clock = Clock()
         feed = await feed_with(clock, 4)
         await feed.begin("a", 3)
-        await feed.finish("a", 3, 50, 15.0, FACTS)
+        await feed.finish("a", 3, 50, 15.0, INFO)
         await feed.forget(3)
         await feed.begin("a", 0)
         await feed.begin("b", 2)
@@ -168,7 +168,7 @@ def test_a_result_that_does_not_arrive_is_asked_for_again() -> None:
         clock = Clock()
         feed = await feed_with(clock, 1)
         await feed.begin("a", 0)
-        await feed.finish("a", 0, 50, 2.0, FACTS)
+        await feed.finish("a", 0, 50, 2.0, INFO)
         clock.now += 11
         assert await feed.put_late_again(["node-a", "node-b"], 10.0) == [0]
         assert (await feed.begin("b", 0)).is_retry
@@ -183,7 +183,7 @@ def test_a_straggler_is_given_to_others_as_well(slowest: float, late_after: floa
         feed = await feed_with(clock, 2)
         if slowest:
             await feed.begin("b", 1)
-            await feed.finish("b", 1, 50, slowest, FACTS)
+            await feed.finish("b", 1, 50, slowest, INFO)
             await feed.forget(1)
         await feed.begin("a", 0)
         clock.now += late_after - 1
@@ -204,9 +204,9 @@ def test_time_counts_while_any_worker_is_at_work() -> None:
         clock.now += 2
         await feed.begin("b", 1)
         clock.now += 2
-        await feed.finish("a", 0, 50, 4.0, FACTS)
+        await feed.finish("a", 0, 50, 4.0, INFO)
         clock.now += 3
-        await feed.finish("b", 1, 50, 5.0, FACTS)
+        await feed.finish("b", 1, 50, 5.0, INFO)
         clock.now += 10
         assert (await feed.status()).active_seconds == 7
 
@@ -230,7 +230,7 @@ def test_a_model_that_one_worker_could_load_may_be_loaded_later() -> None:
         await feed.start("a", "node", "here")
         await feed.fail("no memory", is_retryable=False)
         assert not (await feed.status()).is_retryable
-        await feed.ready("a", FACTS)
+        await feed.ready("a", INFO)
         await feed.fail("no memory", is_retryable=False)
         assert (await feed.status()).is_retryable
 

@@ -19,6 +19,8 @@ from embed_assets.engine.ray_process import RayProcess
 from embed_assets.errors import EmbeddingError, ModelError, SettingsError, UserError
 from embed_assets_tests.ray.clusters import INFO, EchoRecipe, kill, ray_cluster
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from embed_assets_tests.ray.simulation import simulate
+
+pytestmark = pytest.mark.long
 
 
 def test_many_partitions_on_many_nodes_take_bounded_memory() -> None:

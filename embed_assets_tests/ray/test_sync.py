@@ -55,6 +55,7 @@ def assert_same(mine: dict[tuple[str, str], dict[str, Any]], other: dict[tuple[s
         assert row == other[key]
 
 
+@pytest.mark.long
 def test_the_table_is_the_local_engines_row_for_row(project: Project, cluster: Any) -> None:
     project.set(MODEL=SAMPLE_MODEL, MAX_BATCH_TOKENS="1024")
     write_documents(project, partitions=3, documents=3)
@@ -118,6 +119,7 @@ def staged_windows(project: Project) -> list[Path]:
     return list((project.root / "other").rglob("_staging/*.arrow"))
 
 
+@pytest.mark.long
 def test_a_lost_node_costs_its_windows(project: Project, cluster: Any) -> None:
     write_documents(project, partitions=4, documents=12)
     project.set(MODEL="fake:16", CHUNK_TOKENS="64")
@@ -144,6 +146,7 @@ def embedded_texts(project: Project) -> set[str]:
     return found | {row["input_hash"] for row in project.rows("input_hash")}
 
 
+@pytest.mark.long
 def test_a_lost_head_is_one_line_and_the_next_run_goes_on_from_what_is_staged(project: Project, cluster: Any) -> None:
     write_documents(project, partitions=4, documents=12)
     project.set(CHUNK_TOKENS="64")

@@ -1,6 +1,6 @@
-"""Texts one after the other through a transformer, without padding and without seeing each other.
+"""Attention over packed texts: end to end in one sequence, without padding, each text attending only to itself.
 
-transformers lets a program register an attention function by name. Ours gets the boundaries between texts
+transformers lets a program register an attention function by name. This one gets the boundaries between the texts
 (``cu_seq_lens_q``) and attends within them: on CUDA by torch's variable-length flash attention, elsewhere text by text.
 """
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import torch
 
 ATTENTION = "embed_assets_packed"
-"""Its name must not contain "flash", "sdpa" or "flex": transformers would look for those packages."""
+"""The registered name. It must not contain "flash", "sdpa" or "flex", or transformers looks for those packages."""
 
 
 def register_attention() -> None:
-    """Make `ATTENTION` known to transformers. No mask is made for a name that has no mask function."""
+    """Register `packed_attention` with transformers, which builds no mask for a name without a mask function."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
@@ -38,14 +38,17 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each text. `query` has shape (1, heads, tokens, head size); returns (1, tokens, heads, size).
+    """Attention within each text.
 
-    Raises ``NotImplementedError`` for variants it does not know, so that the model runs padded instead.
+    `query` has shape (1, heads, tokens, head size). Returns a tensor of shape (1, tokens, heads, head size), and None
+    for the weights. Raises ``NotImplementedError`` for unsupported variants, so that the model runs padded instead.
     """
     if cu_seq_lens_q is None or attention_mask is not None or softcap is not None or s_aux is not None:
-        raise NotImplementedError("packed attention needs the texts' boundaries, and knows no mask, softcap or sinks")
+        raise NotImplementedError(
+            "packed attention needs the texts' boundaries, and supports no mask, softcap or sinks"
+        )
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    # transformers counts the token itself into the window, flash attention does not.
+    # transformers counts the token itself as part of the window, flash attention does not.
     reach = sliding_window - 1 if sliding_window else -1
     if query.is_cuda:
         import torch
@@ -59,7 +62,7 @@ def packed_attention(
             q, k, v, boundaries, boundaries, max_length_q, max_length_q,
             scale=scaling, window_size=window, enable_gqa=grouped,
         )  # fmt: skip
-        assert isinstance(out, torch.Tensor)  # without `return_aux` it is one
+        assert isinstance(out, torch.Tensor)  # it is a tuple only with `return_aux`
         return out[None], None
     return _attention_by_text(query, key, value, cu_seq_lens_q.tolist(), scaling, causal, reach)[None], None
 
@@ -73,7 +76,10 @@ def _attention_by_text(
     causal: bool,
     reach: int,
 ) -> torch.Tensor:
-    """The same with torch's ordinary attention: neighbours of equal length go together. Shape (tokens, heads, size)."""
+    """Attention within each text by torch's ordinary kernel: shape (tokens, heads, head size).
+
+    Neighbours of equal length are computed in one call.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -100,7 +106,7 @@ def _attention_by_text(
 
 
 def _window_mask(length: int, causal: bool, reach: int) -> torch.Tensor:
-    """True where a token (row) sees another (column), at most `reach` away. Shape (length, length)."""
+    """Mask of shape (length, length), True where a token (row) sees another (column) at most `reach` away."""
     import torch
 
     places = torch.arange(length)

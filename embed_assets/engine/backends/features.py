@@ -1,4 +1,4 @@
-"""A batch's token ids as the model wants them: one int32 array on the host, one copy, taken apart on the device."""
+"""Builds a model's input from a batch's token ids: one int32 array on the host, one copy, split on the device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def packed_array(tokens: TokenizedTexts, batch: Batch, first_position: int) -> np.ndarray:
-    """int32, one after the other: token ids, positions, each token's text number, the boundaries between texts
-    (one more than texts), and the rows."""
+    """One int32 array for a packed batch: token ids, positions, the number of each token's text, the boundaries between
+    texts (one more than there are texts), and the rows."""
     lengths = tokens.lengths[batch.rows]
     boundaries = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=boundaries[1:])
@@ -27,7 +27,7 @@ def packed_array(tokens: TokenizedTexts, batch: Batch, first_position: int) -> n
 
 
 def packed_features(array: torch.Tensor, batch: Batch, longest: int) -> tuple[dict[str, Any], torch.Tensor]:
-    """The model's features and the rows (int64), from a `packed_array` on the device."""
+    """The model's features and the rows (int64), split from a `packed_array` on the device."""
     import torch
 
     tokens, texts = batch.tokens, len(batch.rows)
@@ -45,7 +45,7 @@ def packed_features(array: torch.Tensor, batch: Batch, longest: int) -> tuple[di
 
 
 def padded_ids(tokens: TokenizedTexts, batch: Batch, pad_id: int, pads_left: bool = False) -> np.ndarray:
-    """int32 of shape (rows, width)."""
+    """Token ids of a batch, filled up with `pad_id`: int32, shape (rows, width)."""
     lengths = tokens.lengths[batch.rows]
     ids = np.full((len(lengths), batch.width), pad_id, dtype=np.int32)
     is_token = _is_token(lengths, batch.width, pads_left)
@@ -56,7 +56,7 @@ def padded_ids(tokens: TokenizedTexts, batch: Batch, pad_id: int, pads_left: boo
 
 
 def attention_mask(tokens: TokenizedTexts, batch: Batch, pads_left: bool = False) -> np.ndarray | None:
-    """bool of shape (rows, width), True for tokens; None when there is no padding."""
+    """Mask of a batch: bool, shape (rows, width), True for tokens; None when there is no padding."""
     lengths = tokens.lengths[batch.rows]
     return None if (lengths == batch.width).all() else _is_token(lengths, batch.width, pads_left)
 
@@ -67,8 +67,10 @@ def _is_token(lengths: np.ndarray, width: int, pads_left: bool) -> np.ndarray:
 
 
 def padded_array(tokens: TokenizedTexts, batch: Batch, pad_id: int, pads_left: bool) -> tuple[np.ndarray, bool]:
-    """int32, one after the other: token ids of shape (rows, width), the mask if there is padding, and the rows;
-    and whether there is padding."""
+    """One int32 array for a padded batch, and whether it has padding.
+
+    The array holds token ids of shape (rows, width), the mask if there is padding, and the rows.
+    """
     mask = attention_mask(tokens, batch, pads_left)
     parts = [
         padded_ids(tokens, batch, pad_id, pads_left).ravel(),
@@ -79,7 +81,7 @@ def padded_array(tokens: TokenizedTexts, batch: Batch, pad_id: int, pads_left: b
 
 
 def padded_features(array: torch.Tensor, batch: Batch, has_padding: bool) -> tuple[dict[str, Any], torch.Tensor]:
-    """The model's features and the rows (int64), from a `padded_array` on the device."""
+    """The model's features and the rows (int64), split from a `padded_array` on the device."""
     texts, size = len(batch.rows), len(batch.rows) * batch.width
     features: dict[str, Any] = {"input_ids": array[:size].view(texts, batch.width).long()}
     if has_padding:

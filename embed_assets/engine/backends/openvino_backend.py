@@ -1,4 +1,4 @@
-"""The model in OpenVINO, straight from the torch module: float32 and bfloat16, and int8 from a kept artifact."""
+"""Runs a model in OpenVINO: float32 and bfloat16 converted from the torch module, int8 from a stored artifact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from embed_assets.engine.backends import features as make
 from embed_assets.engine.backends.openvino_library import import_openvino, without_telemetry
-from embed_assets.engine.backends.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.backends.parity import MIN_COSINE, check_tokenizer, min_cosine, reference_vectors
 from embed_assets.engine.backends.torch_backend import cost_of, native_dimension, prompt_features
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _KERNEL_WIDTH = 16
-"""Attention's kernels work on so many tokens at a time; other widths are up to a tenth slower per token."""
+"""Tokens that the attention kernels process at a time; other widths are up to a tenth slower per token."""
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+"""OpenVINO's precision hints. In int8, what is not quantized runs in float32."""
 
 
 class OpenVinoBackend:
-    """The transformer compiled by OpenVINO; pooling and what follows in torch, in float32."""
+    """The transformer compiled by OpenVINO. Pooling and later modules run in torch, in float32."""
 
     device = "cpu"
 
@@ -59,19 +60,19 @@ class OpenVinoBackend:
 
     @property
     def name(self) -> str:
-        """Which library runs the transformer."""
+        """The library that runs the transformer."""
         return "openvino"
 
     def enter_worker(self) -> None:
-        """Each worker has a stream of OpenVINO's, and the same cores for what is done in torch."""
+        """Give the thread its share of the cores in torch. OpenVINO has a stream per worker already."""
         share_cores(self.workers)
 
     def new_buffer(self, rows: int) -> np.ndarray:
-        """float32, shape (rows, dimension)."""
+        """Zeros in main memory: float32, shape (rows, dimension)."""
         return np.zeros((rows, self.dimension), dtype=np.float32)
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: np.ndarray) -> None:
-        """Compute a batch and put its vectors into its rows of `buffer`."""
+        """Compute a batch and write its vectors, not normalised, to its rows of `buffer`."""
         import torch
 
         ids = make.padded_ids(tokens, batch, self._pad_id, self._pads_left).astype(np.int64)
@@ -91,59 +92,62 @@ class OpenVinoBackend:
         buffer[batch.rows] = features["sentence_embedding"][:, : self.dimension].float().numpy()
 
     def fetch(self, buffer: np.ndarray) -> np.ndarray:
-        """The buffer itself."""
+        """The buffer itself, which is in main memory."""
         return buffer
 
     def usage(self) -> None:
-        """There is no GPU."""
+        """Always None: there is no GPU."""
 
     def release_memory(self) -> None:
-        """OpenVINO keeps its own pool."""
+        """Does nothing: OpenVINO manages its own memory pool."""
 
 
 def load_openvino_backend(space: LocalSpace, precision: str) -> OpenVinoBackend:
-    """The model in "float32" or "bfloat16". Raises ``ModelError`` when OpenVINO can't run it as torch does."""
+    """The model in "float32" or "bfloat16". Raises ``ModelError`` when OpenVINO can't reproduce its vectors."""
     model = load_sentence_transformer(space, "cpu")
     try:
         graph = convert(model)
-    except Exception as error:  # the converter raises many types for operators it does not know
+    except Exception as error:  # the converter raises many types for operators it does not support
         raise ModelError(
             f"OpenVINO can't convert the model {space.model!r}: {reason_of(error)}; it runs in torch"
         ) from error
-    return checked(space, model, graph, precision)
+    return checked_backend(space, model, graph, precision)
 
 
 def load_int8_backend(space: LocalSpace, xml: bytes, weights: bytes) -> OpenVinoBackend:
-    """The quantized model that `xml` and `weights` hold, as OpenVINO wrote them."""
+    """The quantized model in the contents of OpenVINO's two files. Raises ``ModelError`` if it fails the self-check."""
     openvino = import_openvino()
     model = load_sentence_transformer(space, "cpu")
     graph = openvino.Core().read_model(io.BytesIO(xml), io.BytesIO(weights))
-    return checked(space, model, graph, "int8")
+    return checked_backend(space, model, graph, "int8")
 
 
-def checked(space: LocalSpace, model: SentenceTransformer, graph: Any, precision: str) -> OpenVinoBackend:
-    """The backend, if it agrees with SentenceTransformer. Raises ``ModelError``."""
+def checked_backend(space: LocalSpace, model: SentenceTransformer, graph: Any, precision: str) -> OpenVinoBackend:
+    """The backend over `graph`, once it agrees with SentenceTransformer. Raises ``ModelError`` when it does not."""
     check_tokenizer(space, model.tokenizer)
     reference = reference_vectors(space, model)
     try:
         backend = OpenVinoBackend(space, model, graph, precision)
-        cosine = least_cosine(backend, space, reference)
-    except Exception as error:  # what was traced wrongly shows in many ways when it runs
+        cosine = min_cosine(backend, space, reference)
+    except Exception as error:  # a graph that was traced wrongly fails in many ways
         raise ModelError(
             f"OpenVINO can't run the model {space.model!r}: {reason_of(error)}; it runs in torch"
         ) from error
-    if cosine < LEAST_COSINE[precision]:
+    if cosine < MIN_COSINE[precision]:
         raise ModelError(
             f"OpenVINO's vectors of {space.model!r} in {precision} differ from SentenceTransformer's "
             f"(cosine {cosine:.5f}); set another EMBED_PRECISION"
         )
     transformer: Any = model[0]
-    transformer.model = None  # the compiled graph has its own weights
+    transformer.model = None  # frees the weights: the compiled graph has its own
     return backend
 
 
 def convert(model: SentenceTransformer) -> Any:
-    """The transformer as an OpenVINO graph: ids and mask, int64 of shape (texts, width), to token embeddings."""
+    """The transformer as an OpenVINO graph, from ids and mask (int64, shape (texts, width)) to token embeddings.
+
+    Whatever OpenVINO raises for an unsupported model passes through.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -162,10 +166,10 @@ def convert(model: SentenceTransformer) -> Any:
 
     example = torch.ones((2, 8), dtype=torch.int64)
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)  # tracing makes models warn of what does not matter here
+    transformers_logging.set_verbosity(logging.ERROR)  # tracing causes warnings that do not matter here
     try:
         with torch.inference_mode(), warnings.catch_warnings(), without_telemetry():
-            warnings.simplefilter("ignore")  # so does torch; the self-check finds what is traced wrongly
+            warnings.simplefilter("ignore")  # from torch too; the self-check finds tracing errors
             return openvino.convert_model(
                 Traced().eval(), example_input={"input_ids": example, "attention_mask": example}
             )

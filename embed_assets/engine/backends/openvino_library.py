@@ -1,4 +1,4 @@
-"""OpenVINO and NNCF, which come with the extra `cpu`: whether they are there, and importing them in silence."""
+"""Imports OpenVINO and NNCF, which come with the extra `cpu`, without their telemetry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def has_openvino() -> bool:
 
 
 def import_openvino() -> Any:
-    """The module. Raises ``SettingsError`` when the extra `cpu` is not installed."""
+    """The module ``openvino``. Raises ``SettingsError`` when the extra `cpu` is not installed."""
     if not has_openvino():
         raise SettingsError(
             "EMBED_PRECISION=int8 needs OpenVINO and NNCF, which are not installed; pip install 'embed-assets[cpu]'"
@@ -30,7 +30,11 @@ def import_openvino() -> Any:
 
 @contextlib.contextmanager
 def without_telemetry() -> Iterator[None]:
-    """OpenVINO and NNCF report what they do to their makers, unless it is done in CI: so this is CI."""
+    """Context in which OpenVINO and NNCF send no telemetry, although they do by default.
+
+    Besides a file in the user's home, only CI turns it off (https://github.com/openvinotoolkit/nncf/pull/2329), so the
+    variable ``CI`` is set meanwhile.
+    """
     before = os.environ.get("CI")
     os.environ["CI"] = "true"
     try:

@@ -1,4 +1,4 @@
-"""A model in int8: calibrated once, kept as bytes, the same ones for everybody."""
+"""Quantizes a model to int8, calibrated once and stored as bytes, so that every machine runs the same model."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ from embed_assets.engine.model import LocalSpace, load_sentence_transformer
 from embed_assets.errors import ModelError
 
 CALIBRATION_TEXTS = 128
-"""Enough for the ranges of activations to settle; more changed nothing measurable."""
+"""Enough for the ranges of the activations to settle; more made no measurable difference."""
 
 _SMOOTHING = 0.8
-"""How much of the activations' spread SmoothQuant moves into the weights. Less than NNCF's 0.95: on retrieval over
-Rust's RFCs nDCG@10 stays with float32's, and the worst vectors are better, at the same mean."""
+"""How much of the activations' spread SmoothQuant moves into the weights.
+
+Lower than NNCF's 0.95: on retrieval over Rust's RFCs, nDCG@10 stays that of float32, and the worst vectors are better
+at the same mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """OpenVINO's two files of a quantized transformer, and what they were calibrated on."""
+    """A quantized transformer: OpenVINO's two files, and how they were created."""
 
     xml: bytes
+    """The graph."""
     weights: bytes
     sample: tuple[str, ...]
-    """Input hashes of the chunks that it was calibrated on."""
+    """Input hashes of the chunks it was calibrated on."""
     made_with: str
-    """Versions of the libraries."""
+    """Names and versions of the libraries that created it."""
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> QuantizedModel:
-        """From what `files` gave. Raises ``ModelError`` when that is incomplete or was changed."""
+        """The model stored by `files`. Raises ``ModelError`` when it is incomplete or was changed."""
         try:
             about = json.loads(files["about.json"])
             model = cls(files["model.xml"], files["model.bin"], tuple(about["sample"]), str(about["made_with"]))
@@ -64,13 +67,13 @@ class QuantizedModel:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Its files by their names, to be kept."""
+        """Contents of the model's files by name, for storage."""
         about = {"artifact_hash": self.artifact_hash, "sample": self.sample, "made_with": self.made_with}
         return {"model.xml": self.xml, "model.bin": self.weights, "about.json": json.dumps(about).encode()}
 
     @property
     def artifact_hash(self) -> str:
-        """blake2b-128 hex over both files: part of the int8 space's fingerprint."""
+        """blake2b-128 hex over both files. Part of the int8 space's fingerprint."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.xml, self.weights):
             digest.update(len(part).to_bytes(8, "little"))
@@ -79,10 +82,10 @@ class QuantizedModel:
 
 
 def quantize(space: LocalSpace, texts: Sequence[str], hashes: Sequence[str]) -> QuantizedModel:
-    """Quantize the transformer of `space` after training, with NNCF: weights and activations of its matrix products.
+    """Quantize the weights and activations of the transformer's matrix products, after training, with NNCF.
 
-    `texts` (prompt included) are what the ranges are calibrated on, `hashes` their input hashes. The self-check's
-    texts are calibrated on as well: without them, texts unlike the corpus (empty, repetitive) fall out of the ranges.
+    The ranges are calibrated on `texts` (prompt included), whose input hashes are `hashes`, and on the texts of the
+    self-check: without those, texts unlike the corpus (empty, repetitive) fall out of the ranges.
     Raises ``ModelError`` when the model can't be converted, ``SettingsError`` without the extra `cpu`.
     """
     openvino = import_openvino()
@@ -97,13 +100,13 @@ def quantize(space: LocalSpace, texts: Sequence[str], hashes: Sequence[str]) -> 
     tokens = space.tokenizer.copy().tokenize(calibrated_on, space.max_seq_length)
 
     def inputs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        # Batches of one: padding would be calibrated on as well.
+        # Batches of one, so that the ranges are not calibrated on padding.
         for batch in plan_batches(tokens.lengths, 1, Layout()):
             ids = make.padded_ids(tokens, batch, pad_id, pads_left).astype(np.int64)
             yield ids, np.ones_like(ids)
 
     try:
-        # Its progress bars go to standard output, which belongs to what a command answers.
+        # NNCF draws progress bars on standard output, which is reserved for the command's answer.
         with contextlib.redirect_stdout(sys.stderr), without_telemetry():
             graph = nncf.quantize(
                 convert(model),

@@ -1,4 +1,4 @@
-"""The model in torch: a SentenceTransformer's own modules, fed with batches that were tokenized outside."""
+"""Runs a model in torch: SentenceTransformer's own modules, on batches that were tokenized beforehand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embed_assets.engine.backends import features as make
 from embed_assets.engine.backends.attention import ATTENTION, register_attention
 from embed_assets.engine.backends.onednn import use_onednn_linears
 from embed_assets.engine.backends.openvino_library import has_openvino, import_openvino
-from embed_assets.engine.backends.parity import LEAST_COSINE, check_tokenizer, least_cosine, reference_vectors
+from embed_assets.engine.backends.parity import MIN_COSINE, check_tokenizer, min_cosine, reference_vectors
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
@@ -33,10 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class TorchBackend:
-    """One model on one device, by one of three paths.
+    """One model on one device, run along one of three code paths.
 
-    "packed": texts one after the other, no padding. "padded": rectangles of texts of nearly equal length.
-    "encode": SentenceTransformer's own loop, for models made of other parts.
+    "packed": texts end to end, without padding. "padded": rectangles of texts of nearly equal length. "encode":
+    SentenceTransformer's own loop, for models with unusual modules.
     """
 
     def __init__(
@@ -62,22 +62,25 @@ class TorchBackend:
 
     @property
     def name(self) -> str:
-        """Which path it takes."""
+        """The code path, as in "torch-packed"."""
         return f"torch-{self._path}"
 
     def enter_worker(self) -> None:
-        """On CPUs each worker has its share of the cores and its own batches, so that none waits for the others."""
+        """On CPUs, give the thread its share of the cores, so that workers do not wait for each other."""
         if self._device.type == "cpu":
             share_cores(self.workers)
 
     def new_buffer(self, rows: int) -> torch.Tensor:
-        """Where a window's vectors are collected, on the device: float32, shape (rows, dimension)."""
+        """Zeros on the device: float32, shape (rows, dimension)."""
         import torch
 
         return torch.zeros((rows, self.dimension), dtype=torch.float32, device=self._device)
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: torch.Tensor) -> None:
-        """Compute a batch and put its vectors into its rows of `buffer`. The host does not wait for the device."""
+        """Compute a batch and write its vectors, not normalised, to its rows of `buffer`.
+
+        Returns without waiting for the device.
+        """
         import torch
 
         with torch.inference_mode():
@@ -99,15 +102,15 @@ class TorchBackend:
             buffer.index_copy_(0, rows, vectors[:, : self.dimension].float())
 
     def fetch(self, buffer: torch.Tensor) -> np.ndarray:
-        """The collected vectors in main memory: the one time that the host waits for the device."""
+        """Copy the vectors to main memory. This is the only time per window that the host waits for the device."""
         return np.asarray(buffer.cpu().numpy())
 
     def usage(self) -> GpuUsage | None:
-        """How busy the GPU is, where there is one."""
+        """How busy the GPU is; None on other devices."""
         return None if self._monitor is None else self._monitor.read()
 
     def release_memory(self) -> None:
-        """Give back what a failed batch held."""
+        """Free what a failed batch still holds on the device."""
         import torch
 
         gc.collect()
@@ -117,7 +120,7 @@ class TorchBackend:
             torch.mps.empty_cache()
 
     def _through_modules(self, features: dict[str, Any]) -> torch.Tensor:
-        """Everything after the transformer runs in float32, whatever the transformer runs in."""
+        """Sentence embeddings: the transformer in its precision, later modules in float32. Shape (texts, dimension)."""
         import torch
 
         features |= self._features
@@ -136,21 +139,21 @@ class TorchBackend:
         tensor = torch.from_numpy(array)
         if self._device.type != "cuda":
             return tensor.to(self._device)
-        # From pinned memory the copy runs beside the host; torch keeps that memory until the copy is done.
+        # From pinned memory the copy is asynchronous; torch keeps that memory until the copy is done.
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles: bool) -> TorchBackend:
-    """The model on the fastest path whose vectors equal SentenceTransformer's.
+    """The model on the fastest path that reproduces SentenceTransformer's float32 vectors.
 
-    Raises ``ModelError`` when it can't be loaded, or when not even SentenceTransformer's own loop gives its vectors.
+    Raises ``ModelError`` when the model can't be loaded, or when no path does: not even SentenceTransformer's own loop.
     """
     backend = _load(space, device, precision, compiles, True)
     if backend is None and device == "cpu" and not compiles:
         backend = _load(space, device, precision, compiles, False)
     if backend is None:
         raise ModelError(
-            f"the model {space.model!r} does not give SentenceTransformer's vectors with "
+            f"the model {space.model!r} does not reproduce SentenceTransformer's float32 vectors with "
             f"EMBED_PRECISION={precision} on any path; set EMBED_PRECISION=float32 or choose another EMBED_MODEL"
         )
     return backend
@@ -178,17 +181,17 @@ def _load(space: LocalSpace, device: str, precision: str, compiles: bool, with_o
     _convert(transformer.model, getattr(torch, precision))
     if compiles:
         if has_openvino():
-            import_openvino()  # torch's compiler would, and then it reported that to its makers
+            import_openvino()  # without telemetry, before torch's compiler imports it
         transformer.model = torch.compile(transformer.model, dynamic=True)
     elif kind == "cpu" and with_onednn:
         use_onednn_linears(transformer.model)
     # Flash attention needs tensor cores of the Ampere generation or later, and half precision.
     on_cuda = kind == "cuda" and torch.cuda.get_device_capability(model.device) >= (8, 0) and precision != "float32"
     can_pack = on_cuda or (kind == "cpu" and not compiles)
-    return _first_equal(space, model, precision, cost, reference, can_pack)
+    return _first_matching(space, model, precision, cost, reference, can_pack)
 
 
-def _first_equal(
+def _first_matching(
     space: LocalSpace,
     model: SentenceTransformer,
     precision: str,
@@ -196,7 +199,7 @@ def _first_equal(
     reference: np.ndarray,
     can_pack: bool,
 ) -> TorchBackend | None:
-    """The first path that runs and agrees with `reference`; says aloud which ones it refuses."""
+    """The first path that runs and agrees with `reference`; None if there is none. Warns about each path it skips."""
     transformer: Any = model[0]
     usual_attention = transformer.model.config._attn_implementation
     paths: tuple[Path, ...] = ("packed", "padded", "encode") if can_pack else ("padded", "encode")
@@ -204,19 +207,21 @@ def _first_equal(
         try:
             _use_attention(transformer.model, ATTENTION if path == "packed" else usual_attention)
             backend = TorchBackend(space, model, precision, path, cost)
-            cosine = least_cosine(backend, space, reference)
-            if cosine >= LEAST_COSINE[precision]:
+            cosine = min_cosine(backend, space, reference)
+            if cosine >= MIN_COSINE[precision]:
                 return backend
             why = f"its vectors differ from SentenceTransformer's (cosine {cosine:.5f})"
         except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             why = reason_of(error)
-        _log.warning("the path torch-%s is not taken for %s in %s: %s", path, space.model, precision, why)
+        _log.warning("the path torch-%s is not used for %s in %s: %s", path, space.model, precision, why)
     return None
 
 
 def _convert(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Run the model in `dtype`, as if it had been loaded so: buffers that are computed, such as rotary frequencies,
-    stay in float32, for rounding them turns far positions."""
+    """Convert the model in place to `dtype`, as loading it in that type would.
+
+    Computed buffers, such as rotary frequencies, stay in float32: rounding them distorts far positions.
+    """
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
@@ -226,17 +231,20 @@ def _convert(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _use_attention(model: Any, name: str) -> None:
-    """Let the transformer attend by the function registered under `name`. Raises ``NotImplementedError``."""
+    """Switch the transformer to the attention registered under `name`.
+
+    Raises ``NotImplementedError`` for packed attention on a model that ignores registered functions.
+    """
     if name == ATTENTION:
         register_attention()
         if not getattr(model, "is_backend_compatible", lambda: False)():
-            raise NotImplementedError(f"{type(model).__name__} has an attention of its own")
+            raise NotImplementedError(f"{type(model).__name__} has its own attention")
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
 
 
 def cost_of(transformer: torch.nn.Module) -> ModelCost:
-    """Arithmetic of a transformers model: its linear layers (but a pooler, which sees one token) and its attention."""
+    """Arithmetic of a transformers model: linear layers (except a pooler, which sees one token) and attention."""
     import torch
 
     linear = sum(
@@ -252,15 +260,15 @@ def cost_of(transformer: torch.nn.Module) -> ModelCost:
 
 
 def native_dimension(space: LocalSpace, model: SentenceTransformer) -> int:
-    """Length of the stored vectors. Raises ``ModelError`` when the model does not tell."""
+    """Length of a vector after truncation. Raises ``ModelError`` when the model does not state its dimension."""
     native = model.get_embedding_dimension()
     if native is None:
-        raise ModelError(f"the model {space.model!r} does not tell its dimension; choose another EMBED_MODEL")
+        raise ModelError(f"the model {space.model!r} does not state its dimension; choose another EMBED_MODEL")
     return truncated_dimension(int(native), space.truncate_dim)
 
 
 def prompt_features(space: LocalSpace, model: SentenceTransformer) -> dict[str, Any]:
-    """Where pooling leaves the prompt out (Instructor models), it must know the prompt's length."""
+    """The prompt's length in tokens, for models whose pooling leaves the prompt out (Instructor); otherwise empty."""
     excludes = any(getattr(module, "include_prompt", True) is False for module in model)
     if not (space.prompt and excludes):
         return {}
@@ -276,7 +284,11 @@ def _gpu_monitor(device: torch.device) -> GpuMonitor | None:
 
 
 def _first_position(transformer: Any) -> int:
-    """RoBERTa's kin count positions from after the padding id: an embedding table of positions beside a padding id."""
+    """Number of the first position: 0, or for relatives of RoBERTa the padding id plus one.
+
+    Those are recognized by an embedding table of positions beside a padding id. Positions from 0 would silently spoil
+    their vectors: https://github.com/huggingface/transformers/issues/47496.
+    """
     import torch
 
     for module in transformer.model.modules():

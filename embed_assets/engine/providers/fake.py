@@ -1,4 +1,4 @@
-"""``fake:<dim>[@name][~texts_per_second]``: vectors that depend on the text alone, for tests and dry runs."""
+"""``fake:<dim>[@name][~texts_per_second]``: vectors computed from the text alone, for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from embed_assets.engine.tokenization import TokenizedTexts, word_tokenizer_json
 from embed_assets.errors import SettingsError
 
 libraries: Sequence[str] = ()
+"""Empty: there is nothing to tune."""
 MAX_LENGTH = 256
+"""Tokens it reads, like the sample model."""
 _FAKE = re.compile(r"fake:(?P<dimension>[1-9]\d{0,4})(?:@(?P<name>[\w.-]+))?(?:~(?P<speed>\d+(?:\.\d+)?))?")
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """What the setting says."""
+    """A parsed ``fake:`` setting."""
 
     dimension: int
     name: str = ""
+    """Models of different names give different vectors."""
     texts_per_second: float = 0.0
-    """How slow to be; 0 is as fast as it goes."""
+    """Simulated speed; 0: as fast as possible."""
 
     @classmethod
     def parse(cls, model: str) -> FakeModel:
-        """The fake model that a setting names. Raises ``SettingsError``."""
+        """The fake model that a setting names. Raises ``SettingsError`` when it is malformed."""
         match = _FAKE.fullmatch(model)
         if match is None:
             raise SettingsError(
@@ -43,7 +46,10 @@ class FakeModel:
 
 
 def resolve(choice: ModelChoice) -> EmbeddingSpace:
-    """The space of a fake model: its name and dimension are all that changes a vector. Raises ``SettingsError``."""
+    """The space of a fake model, identified by name and dimension.
+
+    Raises ``SettingsError`` when the setting is malformed, or truncation exceeds the dimension.
+    """
     fake = FakeModel.parse(choice.model)
     truncated_dimension(fake.dimension, choice.truncate_dim)
     return EmbeddingSpace(
@@ -60,7 +66,7 @@ def resolve(choice: ModelChoice) -> EmbeddingSpace:
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> FakeBackend:
-    """The backend of a fake model; the options change nothing."""
+    """The backend of a fake model. Ignores `options`."""
     return FakeBackend(FakeModel.parse(space.model), space.truncate_dim)
 
 
@@ -79,14 +85,14 @@ class FakeBackend:
         self.layout = layout or Layout()
 
     def enter_worker(self) -> None:
-        """Nothing to prepare."""
+        """Does nothing: there is nothing to prepare."""
 
     def new_buffer(self, rows: int) -> np.ndarray:
-        """float32, shape (rows, dimension)."""
+        """Zeros: float32, shape (rows, dimension)."""
         return np.zeros((rows, self.dimension), dtype=np.float32)
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: np.ndarray) -> None:
-        """The bytes of a hash of each text, centred."""
+        """Write the bytes of each text's hash, centred around zero, to its row of `buffer`."""
         if self._model.texts_per_second:
             time.sleep(len(batch.rows) / self._model.texts_per_second)
         prefix = self._model.name.encode() + b"\0"
@@ -102,7 +108,7 @@ class FakeBackend:
         return buffer
 
     def usage(self) -> None:
-        """There is no GPU."""
+        """Always None: there is no GPU."""
 
     def release_memory(self) -> None:
-        """It holds none."""
+        """Does nothing: it holds no memory."""

@@ -1,7 +1,8 @@
-"""``openai:<name>[+<MODEL>]``: a model behind an OpenAI-compatible embeddings endpoint, as Text Embeddings Inference,
-vLLM, Infinity, Ollama and hosted services have. `<MODEL>`, if named, is one here whose tokenizer and limits it shares.
+"""``openai:<name>[+<MODEL>]``: a model behind an OpenAI-compatible embeddings endpoint.
 
-The key comes from the environment variable ``OPENAI_API_KEY`` alone, and none is needed where the server asks for none.
+Text Embeddings Inference (TEI), vLLM, Infinity, Ollama and hosted services offer one. `<MODEL>` is optional: a model
+with the same tokenizer and maximum length, whose files are on this machine or the Hub. The key is read only from the
+environment variable ``OPENAI_API_KEY``; a server that requires none needs none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from embed_assets.engine import remembered
+from embed_assets.engine import user_cache
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.engine.model import find_directory
@@ -36,53 +37,59 @@ from embed_assets.records import hash_parts
 _log = logging.getLogger(__name__)
 
 libraries: Sequence[str] = ()
+"""Empty: the server runs the models, so there is nothing to tune here."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_WORDS = 256
-"""Where the model's tokenizer is not here, words are counted instead: this many are seldom more than 512 tokens."""
+"""Maximum length in words, which are counted when no tokenizer is named: rarely more than 512 tokens."""
 _DEFAULT_BATCH_TEXTS = 32
-"""What Text Embeddings Inference takes at most unless told otherwise; others take more."""
+"""Texts per request: TEI's default maximum. Other servers accept more."""
 _TIMEOUT_SECONDS = (5.0, 600.0)
-"""To connect, and between two bytes of an answer: what OpenAI's own client waits."""
-_LONGEST_WAIT_SECONDS = 30.0
-_LONGEST_RETRY_AFTER_SECONDS = 120.0
-"""What OpenAI's own client believes of a Retry-After header."""
+"""Timeouts to connect, and between two bytes of a response: the defaults of OpenAI's own client."""
+_MAX_WAIT_SECONDS = 30.0
+"""Longest backoff between two tries, so that a server that recovers is used again within half a minute."""
+_MAX_RETRY_AFTER_SECONDS = 120.0
+"""Longest wait that a Retry-After header can ask for. Rate limits are per minute; a longer wait would only stall."""
 _RETRYABLE = frozenset({408, 409, 424, 425, 429, 500, 502, 503, 504})
-"""Statuses that pass: time-outs, overload, rate limits, and TEI's 424 for a device that failed."""
-_ABOUT_THE_TEXT = frozenset({400, 413, 422})
-"""Statuses by which servers refuse an input: too long, empty, too many at once."""
-_QUOTA = "insufficient_quota"
-"""Code of OpenAI's 429 that no waiting ends."""
+"""Statuses of transient failures: timeouts, overload, rate limits, and TEI's 424 for a failed device."""
+_INPUT_REFUSED = frozenset({400, 413, 422})
+"""Statuses with which servers refuse an input: too long, empty, or too many texts."""
+_QUOTA_CODE = "insufficient_quota"
+"""Error code of the 429 that OpenAI sends when the quota is used up. Retrying does not help."""
 
 
 @dataclass(frozen=True)
 class EndpointSpace(EmbeddingSpace):
-    """The space of a model on a server. Where the server is does not change a vector, so it is no part of it."""
+    """The space of a model on a server. The server's address changes no vector, so it is not part of the space."""
 
     endpoint: str = field(kw_only=True, compare=False)
     """Base URL, as in ``http://localhost:8080/v1``."""
     served_name: str = field(kw_only=True)
+    """The model's name on the server."""
     revision: str = field(kw_only=True)
-    """What the server tells of the model it has, or EMBED_REVISION; empty where neither does."""
-    is_revision_told: bool = field(kw_only=True, compare=False)
-    """The revision is the server's word."""
+    """EMBED_REVISION, or what the server reports about its model; empty if there is neither."""
+    is_revision_reported: bool = field(kw_only=True, compare=False)
+    """Whether the revision was reported by the server."""
 
     @property
     def table_name(self) -> str:
-        """The served name: what comes after it only tells how texts are counted."""
+        """The served name. The tokenizer's model that may follow it in the setting is left out."""
         return self.served_name
 
 
 def resolve(choice: ModelChoice) -> EndpointSpace:
-    """The space of the served model. Asks the server which revision it has; if that can't be reached, what it said
-    last counts. Raises ``SettingsError`` without EMBED_ENDPOINT, ``ModelError`` when the revision can't be told."""
+    """The space of the served model.
+
+    Unless EMBED_REVISION is set, the server is asked for the model's revision. If it can't be reached, the revision it
+    last reported is used. Raises ``SettingsError`` without EMBED_ENDPOINT, ``ModelError`` when the revision is unknown.
+    """
     served_name, _, tokenizer_model = choice.model.removeprefix("openai:").partition("+")
     if not served_name or not choice.endpoint:
         raise SettingsError(
             f"a served model is openai:<name>[+<MODEL>] with EMBED_ENDPOINT, got EMBED_MODEL={choice.model!r} and "
             f"EMBED_ENDPOINT={choice.endpoint!r}; set both, as EMBED_ENDPOINT=http://localhost:8080/v1"
         )
-    told = "" if choice.revision else _remembered_revision(choice.endpoint, served_name)
-    revision = choice.revision or told
+    reported = "" if choice.revision else _reported_revision(choice.endpoint, served_name)
+    revision = choice.revision or reported
     common: dict[str, Any] = {
         "weights_hash": f"openai:{served_name}@{revision}",
         "modules_hash": "openai",
@@ -92,7 +99,7 @@ def resolve(choice: ModelChoice) -> EndpointSpace:
         "endpoint": choice.endpoint,
         "served_name": served_name,
         "revision": revision,
-        "is_revision_told": bool(told),
+        "is_revision_reported": bool(reported),
     }
     if not tokenizer_model:
         words = word_tokenizer_json()
@@ -110,12 +117,15 @@ def resolve(choice: ModelChoice) -> EndpointSpace:
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> EndpointBackend:
-    """The server, once it has answered. Raises ``ModelError`` when it refuses, or has another model than before."""
+    """A backend over the server, once it has answered.
+
+    Raises ``ModelError`` when it can't be reached (retryable), refuses, or serves another revision than at the start.
+    """
     assert isinstance(space, EndpointSpace)
     server = Server(space.endpoint, space.served_name, options.endpoint)
     try:
-        now = server.revision() if space.is_revision_told else space.revision
-    except _Passing as error:
+        now = server.revision() if space.is_revision_reported else space.revision
+    except TransientError as error:
         raise ModelError(
             f"the endpoint {space.endpoint!r} can't be reached: {error}; start it, or correct EMBED_ENDPOINT",
             is_retryable=True,
@@ -123,13 +133,13 @@ def load(space: EmbeddingSpace, options: EngineOptions) -> EndpointBackend:
     if now != space.revision:
         raise ModelError(
             f"the endpoint {space.endpoint!r} had {space.revision!r} of {space.served_name!r} when this process began, "
-            f"and has {now!r} now; start again to embed with the new one"
+            f"and has {now!r} now; restart it to embed with the new one"
         )
     return EndpointBackend(server, options.endpoint, space.truncate_dim)
 
 
 class EndpointBackend:
-    """Sends batches to the server, several at a time."""
+    """Sends each batch to the server in one request, several at a time."""
 
     device = "endpoint"
     precision = "remote"
@@ -140,19 +150,23 @@ class EndpointBackend:
         self._server = server
         self._native_dimension = len(server.embed(["a"])[0])
         self.dimension = truncated_dimension(self._native_dimension, truncate_dim)
-        most_texts = options.batch_texts or server.most_texts or _DEFAULT_BATCH_TEXTS
-        self.layout = Layout(is_packed=True, max_rows=most_texts)
+        max_texts = options.batch_texts or server.max_texts or _DEFAULT_BATCH_TEXTS
+        self.layout = Layout(is_packed=True, max_rows=max_texts)
         self.workers = options.concurrency
 
     def enter_worker(self) -> None:
-        """Nothing to prepare."""
+        """Does nothing: there is nothing to prepare."""
 
     def new_buffer(self, rows: int) -> np.ndarray:
-        """float32, shape (rows, dimension)."""
+        """Zeros: float32, shape (rows, dimension)."""
         return np.zeros((rows, self.dimension), dtype=np.float32)
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: np.ndarray) -> None:
-        """One request for the batch's texts, whole: the server cuts what is too long for its model, or refuses it."""
+        """Embed a batch in one request and write its vectors to its rows of `buffer`.
+
+        Texts are sent in full; the server truncates or refuses those that are too long. Raises ``ModelError`` for a
+        vector of another length, and what `Server.embed` raises.
+        """
         vectors = self._server.embed([texts[row] for row in batch.rows], batch.tokens)
         for vector in vectors:
             if len(vector) != self._native_dimension:
@@ -167,14 +181,14 @@ class EndpointBackend:
         return buffer
 
     def usage(self) -> None:
-        """There is no GPU here."""
+        """Always None: there is no GPU on this machine."""
 
     def release_memory(self) -> None:
-        """It holds none."""
+        """Does nothing: it holds no device memory."""
 
 
-class Pace:
-    """Keeps requests under limits per minute, and away from a server that asked for a pause. Thread-safe."""
+class RateLimiter:
+    """Keeps requests under rate limits per minute, and pauses them when the server asks for it. Thread-safe."""
 
     def __init__(
         self,
@@ -188,7 +202,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def wait(self, tokens: int) -> None:
-        """Wait until a request of so many tokens may be sent."""
+        """Block until a request of so many tokens may be sent."""
         cost = 60 / self._requests if self._requests else 0.0
         cost = max(cost, 60 * tokens / self._tokens if self._tokens else 0.0)
         with self._lock:
@@ -199,31 +213,31 @@ class Pace:
             self._sleep(start - now)
 
     def pause(self, seconds: float) -> None:
-        """Send nothing for a while."""
+        """Hold back all requests for so many seconds."""
         with self._lock:
             self._free_at = max(self._free_at, self._clock() + seconds)
 
 
-class _Passing(Exception):
-    """A request failed in a way that may pass."""
+class TransientError(Exception):
+    """A request failed in a way that a retry may fix."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
-        """Seconds that the server asked for; 0 if it did not."""
+        """Seconds that the server asked to wait; 0 if it did not."""
 
 
 class Server:
-    """The endpoint, over HTTP."""
+    """HTTP client of an endpoint. Thread-safe."""
 
     def __init__(self, url: str, name: str, options: EndpointOptions | None = None) -> None:
         options = options or EndpointOptions()
         self.url, self.name, self._patience_seconds = url.rstrip("/"), name, options.patience_seconds
-        self._pace = Pace(options.requests_per_minute, options.tokens_per_minute)
+        self._limiter = RateLimiter(options.requests_per_minute, options.tokens_per_minute)
         self._local = threading.local()
-        self._encoding = "base64"  # a quarter of the bytes; servers that do not know it answer with lists
+        self._encoding = "base64"  # about a quarter of the bytes of lists, which servers without base64 send
         self._retrying = Retrying(
-            retry=retry_if_exception_type(_Passing),
+            retry=retry_if_exception_type(TransientError),
             stop=stop_after_delay(options.patience_seconds),
             wait=_wait,
             before_sleep=self._warn,
@@ -231,14 +245,14 @@ class Server:
         )
 
     def embed(self, texts: Sequence[str], tokens: int = 0) -> list[np.ndarray]:
-        """The texts' vectors in their order, float32 each. Requests that fail in passing are tried again.
+        """The vectors of the texts in their order, float32 each. Transient failures are retried.
 
-        Raises ``ModelError`` when the server will not serve the model, ``EmbeddingError`` when it refuses the texts
-        or is not to be reached.
+        Raises ``ModelError`` when the server does not serve the model or refuses access, ``EmbeddingError`` when it
+        refuses the texts or can't be reached.
         """
         try:
             return self._retrying.copy()(self._embed, texts, tokens)
-        except _Passing as error:
+        except TransientError as error:
             raise EmbeddingError(
                 f"the endpoint {self.url!r} did not answer within {self._patience_seconds:.0f} s of trying: {error}; "
                 "check EMBED_ENDPOINT and the server, and run again",
@@ -246,22 +260,23 @@ class Server:
             ) from error
 
     def _warn(self, state: RetryCallState) -> None:
-        _log.warning(
-            "a request to %s failed and is tried again: %s", self.url, state.outcome and state.outcome.exception()
-        )
+        _log.warning("a request to %s failed, retrying it: %s", self.url, state.outcome and state.outcome.exception())
 
     def revision(self) -> str:
-        """What the server tells of the model it has, '' when it tells nothing: TEI its model and commit, vLLM the
-        path it was loaded from, Ollama the digest of its files. Raises ``_Passing`` when it can't be reached."""
+        """What the server reports about its model; empty when it reports nothing.
+
+        TEI reports model and commit, vLLM the path it was loaded from, Ollama the digest of its files. Raises
+        ``TransientError`` when the server can't be reached, ``ModelError`` when it refuses access.
+        """
         for read in (self._tei_revision, self._vllm_revision, self._ollama_revision):
             if found := read():
                 return found
         return ""
 
     @cached_property
-    def most_texts(self) -> int | None:
-        """How many texts TEI takes at a time; None for others."""
-        with contextlib.suppress(_Passing, ValueError, TypeError):
+    def max_texts(self) -> int | None:
+        """Maximum texts per request that TEI reports; None for other servers."""
+        with contextlib.suppress(TransientError, ValueError, TypeError):
             return int(self._info["max_client_batch_size"]) if "max_client_batch_size" in self._info else None
         return None
 
@@ -285,13 +300,16 @@ class Server:
         return str(digests[0]) if digests and digests[0] else ""
 
     def _get(self, url: str) -> Mapping[str, Any]:
-        """The JSON object at a URL; empty where there is none. Raises ``_Passing`` when the server can't be reached."""
+        """The JSON object at a URL; empty where there is none.
+
+        Raises ``TransientError`` when the server can't be reached, ``ModelError`` when it refuses access.
+        """
         try:
             response = self._session.get(url, timeout=_TIMEOUT_SECONDS[0])
         except requests.RequestException as error:
-            raise _Passing(_reason(error)) from error
+            raise TransientError(_reason(error)) from error
         if response.status_code in _RETRYABLE:
-            raise _Passing(f"HTTP {response.status_code} for {url}")
+            raise TransientError(f"HTTP {response.status_code} for {url}")
         self._require_access(response)
         try:
             answer = response.json() if response.ok else {}
@@ -300,35 +318,35 @@ class Server:
         return answer if isinstance(answer, dict) else {}
 
     def _embed(self, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
-        self._pace.wait(tokens)
+        self._limiter.wait(tokens)
         body = {"model": self.name, "input": list(texts), "encoding_format": self._encoding}
         try:
             response = self._session.post(f"{self.url}/embeddings", json=body, timeout=_TIMEOUT_SECONDS)
         except requests.RequestException as error:
-            raise _Passing(_reason(error)) from error
-        if response.status_code in _ABOUT_THE_TEXT and self._encoding == "base64" and "encoding" in response.text:
+            raise TransientError(_reason(error)) from error
+        if response.status_code in _INPUT_REFUSED and self._encoding == "base64" and "encoding" in response.text:
             self._encoding = "float"
             return self._embed(texts, tokens)
         self._require_success(response)
         try:
             return _vectors(response.json(), len(texts))
         except (ValueError, KeyError, TypeError, binascii.Error) as error:
-            raise _Passing(f"an answer that is none of an embeddings endpoint ({_reason(error)})") from error
+            raise TransientError(f"the response is not that of an embeddings endpoint ({_reason(error)})") from error
 
     def _require_success(self, response: requests.Response) -> None:
         if response.ok:
             return
         problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:300] or response.reason}"
         self._require_access(response)
-        if response.status_code == 429 and _QUOTA in response.text:
+        if response.status_code == 429 and _QUOTA_CODE in response.text:
             raise ModelError(f"the endpoint {self.url!r} has no quota left for the key in {KEY_VARIABLE}: {problem}")
         if response.status_code in _RETRYABLE:
             seconds = _retry_after(response.headers)
             if response.status_code in (429, 503):
-                self._pace.pause(seconds)  # for the other requests that are about to be sent
-            raise _Passing(problem, seconds)
-        if response.status_code in _ABOUT_THE_TEXT:
-            raise EmbeddingError(f"the endpoint {self.url!r} refused it: {problem}; change the text or EMBED_ENDPOINT")
+                self._limiter.pause(seconds)  # holds back the other threads' requests too
+            raise TransientError(problem, seconds)
+        if response.status_code in _INPUT_REFUSED:
+            raise EmbeddingError(f"the endpoint {self.url!r} refused the text: {problem}; change it or EMBED_ENDPOINT")
         raise ModelError(
             f"the endpoint {self.url!r} does not serve {self.name!r}: {problem}; set EMBED_MODEL or EMBED_ENDPOINT"
         )
@@ -343,7 +361,7 @@ class Server:
 
     @property
     def _session(self) -> requests.Session:
-        """A session per thread: they keep connections open, and are not made to be shared."""
+        """The thread's own session: sessions keep connections open, but are not thread-safe."""
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
             if key := os.environ.get(KEY_VARIABLE):
@@ -352,25 +370,28 @@ class Server:
         return session
 
 
-def _remembered_revision(endpoint: str, name: str) -> str:
-    """What the server tells of its model now, or what it told last when it can't be reached."""
+def _reported_revision(endpoint: str, name: str) -> str:
+    """The revision that the server reports for its model; the one it last reported when it can't be reached.
+
+    Raises ``ModelError`` when it can't be reached and has reported none before.
+    """
     place = hash_parts((endpoint.rstrip("/"), name))
     try:
         revision = Server(endpoint, name).revision()
-    except _Passing as error:
-        known = remembered.recall("endpoints", place)
+    except TransientError as error:
+        known = user_cache.read("endpoints", place)
         if known is None:
             raise ModelError(
                 f"the endpoint {endpoint!r} can't be asked which revision of {name!r} it has: {error}; start it, or "
                 "set EMBED_REVISION"
             ) from error
         return known
-    remembered.keep("endpoints", place, revision)
+    user_cache.write("endpoints", place, revision)
     return revision
 
 
 def _vectors(answer: Mapping[str, Any], count: int) -> list[np.ndarray]:
-    """The vectors of an answer, in the order of the texts. Raises ``ValueError`` when they are not one per text."""
+    """The vectors in a response, in the order of the texts. Raises ``ValueError`` when there is not one per text."""
     items = sorted(answer["data"], key=lambda item: int(item["index"]))
     if [int(item["index"]) for item in items] != list(range(count)):
         raise ValueError(f"{len(items)} vectors for {count} texts")
@@ -378,28 +399,29 @@ def _vectors(answer: Mapping[str, Any], count: int) -> list[np.ndarray]:
 
 
 def _vector(value: str | Sequence[float]) -> np.ndarray:
-    """From base64 of little-endian float32, or a list."""
+    """A float32 vector, decoded from base64 of little-endian float32 or taken from a list."""
     if isinstance(value, str):
         return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
     return np.asarray(value, dtype=np.float32)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to wait, 0 if it does not say: milliseconds as Azure has them, or seconds."""
+    """Seconds that the server asks to wait, by Azure's header in milliseconds or the standard one; 0 without them."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         with contextlib.suppress(KeyError, ValueError):
-            return min(_LONGEST_RETRY_AFTER_SECONDS, max(0.0, float(headers[name]) * unit))
+            return min(_MAX_RETRY_AFTER_SECONDS, max(0.0, float(headers[name]) * unit))
     return 0.0
 
 
-_backoff = wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT_SECONDS)
+_backoff = wait_random_exponential(multiplier=0.5, max=_MAX_WAIT_SECONDS)
 
 
 def _wait(state: RetryCallState) -> float:
-    """As long as the server asked for, else exponential with jitter."""
+    """Seconds until the next try: as long as the server asked for, otherwise exponential backoff with jitter."""
     error = state.outcome.exception() if state.outcome else None
-    return (isinstance(error, _Passing) and error.retry_after) or _backoff(state)
+    return (isinstance(error, TransientError) and error.retry_after) or _backoff(state)
 
 
 def _reason(error: Exception) -> str:
+    """Type and message of an error on one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

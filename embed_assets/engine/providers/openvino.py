@@ -1,4 +1,4 @@
-"""Models in OpenVINO, on CPUs: the int8 form that was quantized once, and the float ones of sentence-transformers."""
+"""Runs sentence-transformers models in OpenVINO on CPUs: the stored int8 form, or the original in float32."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ libraries: Sequence[str] = ("openvino",)
 
 
 def resolve(choice: ModelChoice) -> LocalSpace:
-    """The space of the model in floating point: that of its int8 form is known once it was quantized."""
+    """The space of the model in floating point. The int8 form's space is known only after quantization."""
     return sentence_transformers.resolve(choice)
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> Backend:
-    """The int8 form that the options hold, else the model in float32."""
+    """The int8 form if `options` holds one, otherwise the model in float32.
+
+    Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` when it is not on this machine or the extra
+    `cpu` is not installed.
+    """
     local = require_local(space, "OpenVINO")
     if options.quantized is not None:
         return load_int8_backend(local, options.quantized.xml, options.quantized.weights)

@@ -1,5 +1,7 @@
-"""Models as sentence-transformers saves them: from the Hub, a folder, or a Python package. They run in torch, or in
-OpenVINO where tuning found that to be faster."""
+"""Runs models in the format of sentence-transformers, from the Hub, a folder or a Python package.
+
+They run in torch, or in OpenVINO where tuning found that to be faster.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ _log = logging.getLogger(__name__)
 
 
 def resolve(choice: ModelChoice) -> LocalSpace:
-    """The space of the model's files. The Hub is asked only for a model that the local cache does not have."""
+    """The space of the model's files. The Hub is asked only when its local cache does not have the model.
+
+    Raises ``ModelError`` when the model can't be found or its files are unusable.
+    """
     directory = find_directory(choice.model, choice.revision)
     config = read_json(directory / "config_sentence_transformers.json")
     prompts = {str(k): str(v) for k, v in (config.get("prompts") or {}).items()}
@@ -53,7 +58,11 @@ def resolve(choice: ModelChoice) -> LocalSpace:
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> Backend:
-    """The model in the library that the options name, in torch where OpenVINO can't run it."""
+    """The model in the library that `options` names; in torch where OpenVINO can't run it.
+
+    Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` for a device or precision that this machine
+    does not have.
+    """
     local = require_local(space, "sentence-transformers")
     device = resolve_device(options.device)
     model_type = str(read_json(tokenizer_file(local.directory).parent / "config.json").get("model_type"))
@@ -62,5 +71,5 @@ def load(space: EmbeddingSpace, options: EngineOptions) -> Backend:
         try:
             return load_openvino_backend(local, precision)
         except ModelError as error:
-            _log.warning("torch is used instead of OpenVINO: %s", error)
+            _log.warning("using torch instead of OpenVINO: %s", error)
     return load_torch_backend(local, device.name, precision, options.compiles)

@@ -1,4 +1,7 @@
-"""Small facts about models and this machine, kept between processes in the user's cache."""
+"""A per-user file cache for small facts about models and this machine, shared between processes.
+
+Everything in it can be worked out again: hashes of files, tunings, measured ceilings, revisions of served models.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import os
 from pathlib import Path
 
 
-def recall(kind: str, name: str) -> str | None:
-    """What was kept under that kind and name, or None."""
+def read(kind: str, name: str) -> str | None:
+    """The text cached under `kind` and `name`; None when there is none or it can't be read."""
     try:
         return _file(kind, name).read_text("utf-8")
     except (OSError, ValueError):
         return None
 
 
-def keep(kind: str, name: str, text: str) -> None:
-    """Keep a fact for later processes, whole or not at all. A read-only home only costs finding it again."""
+def write(kind: str, name: str, text: str) -> None:
+    """Cache `text` for later processes, atomically.
+
+    Errors of the file system are ignored: with a read-only home, the fact is worked out again next time.
+    """
     file = _file(kind, name)
     partial = file.with_name(f"{name}.{os.getpid()}")
     try:
