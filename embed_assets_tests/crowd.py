@@ -1,7 +1,7 @@
-"""Many processes at once on one lake, local and on S3: a part of `make torture`.
+"""Many concurrent processes on one lake, local and on S3: part of `make torture`.
 
-Each process syncs partitions of its own, all of them also one that they share, from a lake that does not exist yet,
-while another one maintains it and a reader polls it.
+Each process syncs its own partitions and one that all share, starting without a lake, while another
+process maintains it and a reader polls it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODEL = "fake:32"
 
 
 def crowd(root: Path, processes: int, partitions: int, on_s3: bool) -> list[str]:
-    """What went wrong, a line each."""
+    """Problems found, one line each."""
     with ExitStack() as stack:
         settings = {"EMBED_MODEL": _MODEL, "EMBED_LAKE": str(root / "lake"), "EMBED_SOURCE": str(root / "landing")}
         lake = Lake(settings["EMBED_LAKE"])
@@ -87,7 +87,7 @@ def _start(project: Path, settings: dict[str, str], *command: str) -> subprocess
 
 
 def _counts(lake: Lake) -> Counter[str]:
-    """Rows per partition of the space's table, as any reader sees them."""
+    """Rows per partition of the space's table, as any Delta reader sees them."""
     return Counter(
         key
         for space in lake.spaces()

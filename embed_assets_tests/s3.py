@@ -1,4 +1,4 @@
-"""A real S3 API over loopback, and a proxy before it that fails as networks and stores do. Each in its own process."""
+"""A real S3 API over loopback, and a proxy in front of it that simulates faults, each in its own process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def environment(port: int) -> dict[str, str]:
-    """All that a client must know, as the storage libraries read it."""
+    """Environment variables that a client of the server needs, as the storage libraries read them."""
     return {
         "AWS_ACCESS_KEY_ID": "AKIAPLANTED",
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -40,7 +40,7 @@ def environment(port: int) -> dict[str, str]:
 
 @contextmanager
 def running_server() -> Iterator[int]:
-    """The port of a server with one empty bucket."""
+    """Run a server with one empty bucket; its port."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, port):
@@ -51,7 +51,7 @@ def running_server() -> Iterator[int]:
 
 @contextmanager
 def running_proxy(upstream: int, fault_percent: int, seed: int = 0) -> Iterator[int]:
-    """The port of a proxy that fails that often."""
+    """Run a proxy that fails that often; its port."""
     port = free_port()
     command = [sys.executable, "-m", "embed_assets_tests.s3", *map(str, (port, upstream, fault_percent, seed))]
     with _running(command, port):
@@ -105,7 +105,7 @@ class _FaultyProxy(BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, dict(self.headers.items()))
         response = connection.getresponse()
         data = response.read()
-        if fault == "reset after":  # it was done, and nobody hears of it
+        if fault == "reset after":  # the request was carried out, but its response is lost
             self._reset()
             return
         self._answer(response.status, response.getheaders(), data)

@@ -1,4 +1,4 @@
-"""Who may import whom, and how light the definitions are to load."""
+"""Which package may import which, and that loading the definitions imports no heavy library."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def room(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_arrows_point_one_way(path: Path) -> None:
+def test_imports_point_one_way(path: Path) -> None:
     mine = room(path)
     if mine == "__init__":
         return
@@ -82,7 +82,7 @@ def module_name(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The package's modules that a module imports, wherever in it, also those imported as a name of their package."""
+    """The package's modules that a module imports anywhere, including those imported by name from their package."""
     known = {module_name(p) for p in MODULES}
     found = imports(path)
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -91,7 +91,7 @@ def imported_modules(path: Path) -> set[str]:
     return found & known
 
 
-def test_no_two_files_import_each_other_however_long_the_way() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {module_name(path): imported_modules(path) for path in MODULES}
     try:
         list(TopologicalSorter(graph).static_order())
@@ -100,7 +100,7 @@ def test_no_two_files_import_each_other_however_long_the_way() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_dagster_rooms_import_dagster(path: Path) -> None:
+def test_only_the_dagster_packages_import_dagster(path: Path) -> None:
     uses = any(name.split(".")[0] == "dagster" for name in imports(path))
     assert not uses or room(path) in {"defs", "definitions", "component", "cli"}
 
@@ -110,7 +110,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path, only_module_level=True)} & HEAVY
 
 
-def test_every_package_is_empty_at_its_door() -> None:
+def test_every_init_file_is_empty() -> None:
     assert [str(p) for p in ROOT.rglob("__init__.py") if p.read_text("utf-8").strip()] == []
 
 

@@ -43,7 +43,7 @@ def test_sample_is_real_partitioned_and_stable(project: Project) -> None:
     assert project.json("sample", str(project.root / "elsewhere"))["folder"].endswith("elsewhere")
 
 
-def test_discover_registers_and_tells_changes(project: Project) -> None:
+def test_discover_registers_and_reports_changes(project: Project) -> None:
     project.write("a/one.md", "One.")
     project.write("b/two.md", "Two.")
     assert project.json("discover") == {
@@ -61,7 +61,7 @@ def test_discover_registers_and_tells_changes(project: Project) -> None:
     assert answer["partitions"] == {"a": 2, "b": 0}
 
 
-def test_plan_tells_states_reasons_and_costs_and_changes_nothing(project: Project) -> None:
+def test_plan_reports_states_reasons_and_costs_and_changes_nothing(project: Project) -> None:
     project.write("a/try.rst", topic("try"))
     project.write("b/with.rst", topic("with"))
     plan = project.json("plan", "--count")
@@ -86,7 +86,7 @@ def test_plan_tells_states_reasons_and_costs_and_changes_nothing(project: Projec
     assert "chunks_to_embed" not in project.json("plan")["partitions"][0]
 
 
-def test_sync_json_has_the_contracts_names(project: Project) -> None:
+def test_sync_json_has_the_documented_keys(project: Project) -> None:
     project.write("a/one.md", "One.")
     project.write("a/broken.pdf", "no pdf")
     answer = project.sync()
@@ -101,7 +101,7 @@ def test_sync_json_has_the_contracts_names(project: Project) -> None:
     assert (rejected["document_id"], rejected["reason"]) == ("broken.pdf", "broken_file")
 
 
-def test_sync_of_one_partition_only(project: Project) -> None:
+def test_sync_of_one_partition(project: Project) -> None:
     project.write("a/one.md", "One.")
     project.write("b/two.md", "Two.")
     assert list(project.sync("--partition", "b")["partitions"]) == ["b"]
@@ -114,7 +114,7 @@ def damage(project: Project, table: str, key: str) -> None:
         file.write_bytes(b"damaged")
 
 
-def test_a_partition_that_fails_costs_only_itself(project: Project) -> None:
+def test_a_failed_partition_does_not_affect_the_others(project: Project) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.sync()
@@ -134,7 +134,7 @@ def test_a_partition_that_fails_costs_only_itself(project: Project) -> None:
 
 
 @pytest.mark.parametrize("table", ["raw_documents", "chunks", "embeddings"])
-def test_damaged_files_are_found_and_made_anew(project: Project, table: str) -> None:
+def test_damaged_files_are_found_and_rebuilt(project: Project, table: str) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.sync()
@@ -272,7 +272,7 @@ def test_dagster_home_is_honoured(project: Project, monkeypatch: pytest.MonkeyPa
     assert project.sync()["partitions"]["a"]["state"] == "fresh"
 
 
-def test_every_command_says_what_it_is_for(project: Project) -> None:
+def test_every_command_has_a_help_text(project: Project) -> None:
     from embed_assets.cli import main
 
     for name, command in main.commands.items():
@@ -290,14 +290,14 @@ def test_tables_for_people(project: Project) -> None:
     assert Path("lake/embeddings").is_dir()
 
 
-def test_a_lake_whose_folder_can_not_be_made(project: Project) -> None:
+def test_a_lake_whose_folder_cannot_be_created(project: Project) -> None:
     project.write("a/one.md", "One.")
     project.set(LAKE="dagster.yaml/lake")
     assert "must be a writable folder" in error_of(project, "sync")
 
 
 @pytest.mark.parametrize("how", ["relative home", "broken yaml", "no folder"])
-def test_an_instance_that_can_not_be_opened(bare_project: Project, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_an_instance_that_cannot_be_opened(bare_project: Project, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     project = bare_project
     if how == "relative home":
         monkeypatch.setenv("DAGSTER_HOME", "relative")
@@ -308,7 +308,7 @@ def test_an_instance_that_can_not_be_opened(bare_project: Project, monkeypatch: 
     assert "must be an existing absolute folder" in (error := error_of(project, "plan")) or "can't be opened" in error
 
 
-def test_an_interrupted_sync_stops_and_keeps_what_it_has(project: Project) -> None:
+def test_an_interrupted_sync_stops_and_keeps_finished_work(project: Project) -> None:
     for key in "abc":
         rows = "\n".join(json.dumps({"text": f"Row {i} of {key}."}) for i in range(600))
         project.write(f"{key}/rows.jsonl", rows)

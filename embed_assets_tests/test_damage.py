@@ -1,4 +1,4 @@
-"""Damaged storage: said in one line that names the file and the way out, and never built upon."""
+"""Damaged storage is reported in one line, with the file and a remedy, and never built upon."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_damaged_log_is_named_and_nothing_is_written(
     for command in ("sync", "verify", "search"):
         result = corpus.run(command, *(["text"] if command == "search" else []))
         if command == "search" and name != "embeddings" and damage is not _empty:
-            continue  # it looks at the space's table alone
+            continue  # it reads only the space's table
         assert result.exit_code == 1, command
         [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert entry.name in line and "restore it" in line and "Traceback" not in result.output
@@ -83,7 +83,7 @@ def test_a_damaged_log_is_named_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_data_without_its_log_is_not_taken_for_no_data(corpus: Project, name: str) -> None:
+def test_data_without_its_log_is_not_mistaken_for_no_data(corpus: Project, name: str) -> None:
     shutil.rmtree(table(corpus, name) / "_delta_log")
     result = corpus.json("sync", exit_code=1)
     errors = result.get("error") or " ".join(row["error"] or "" for row in result["partitions"].values())
@@ -91,7 +91,7 @@ def test_data_without_its_log_is_not_taken_for_no_data(corpus: Project, name: st
     assert not (table(corpus, name) / "_delta_log").exists()
 
 
-def test_a_space_s_table_of_another_space_is_refused(corpus: Project) -> None:
+def test_a_table_of_another_space_is_refused(corpus: Project) -> None:
     own = table(corpus, "embeddings")
     corpus.set(MODEL="fake:4")
     corpus.sync()
@@ -104,7 +104,7 @@ def test_a_space_s_table_of_another_space_is_refused(corpus: Project) -> None:
         assert result.exit_code == 1 and "must be of the space" in result.stderr
 
 
-def test_a_column_that_somebody_added_is_no_damage(corpus: Project) -> None:
+def test_a_foreign_column_is_not_damage(corpus: Project) -> None:
     folder = corpus.root / "lake/embeddings" / corpus.pipeline().model.space.name
     DeltaTable(str(folder)).alter.add_columns([Field("label", PrimitiveType("string"))])
     corpus.write("a/new.md", "A text that is new.")
@@ -122,7 +122,7 @@ def test_a_table_with_other_columns_is_refused(corpus: Project) -> None:
 
 
 def _alter_texts(folder: Path) -> None:
-    """Change the texts and nothing else, hashes included, as broken memory or a stranger would."""
+    """Change the texts and nothing else, hashes included, as faulty memory or an intruder might."""
     rows = pa.table(DeltaTable(str(folder)).scan())
     texts = pa.array([text.replace("Text", "Next") for text in rows.column("text").to_pylist()])
     changed = rows.set_column(rows.schema.get_field_index("text"), "text", texts)
@@ -130,7 +130,7 @@ def _alter_texts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("raw_documents", "altered_documents"), ("chunks", "altered_chunks")])
-def test_an_altered_text_is_found_and_never_made_official(corpus: Project, name: str, kind: str) -> None:
+def test_an_altered_text_is_found_and_never_recorded_as_good(corpus: Project, name: str, kind: str) -> None:
     good = {row["text"] for row in corpus.rows("text")}
     _alter_texts(table(corpus, name))
     found = corpus.json("verify", exit_code=1)["partitions"]
@@ -165,7 +165,7 @@ def test_a_lost_or_damaged_data_file_is_found_and_repaired(corpus: Project, name
     assert len(corpus.rows("reason", table="rejected_documents")) == 1
 
 
-def test_forget_touches_no_lake_of_another_corpus(corpus: Project) -> None:
+def test_forget_does_not_touch_the_lake_of_another_corpus(corpus: Project) -> None:
     shutil.rmtree(corpus.landing / "b")
     corpus.set(NAME_PREFIX="other")
     result = corpus.run("forget", "b")
@@ -173,8 +173,8 @@ def test_forget_touches_no_lake_of_another_corpus(corpus: Project) -> None:
     assert len(corpus.rows("chunk_id")) == 6
 
 
-def test_partitions_that_nobody_knows_are_told_of_and_left_alone(corpus: Project) -> None:
-    """The source may be the wrong one: nothing may be emptied for that."""
+def test_unregistered_partitions_are_reported_and_left_alone(corpus: Project) -> None:
+    """The source may be the wrong one, so nothing may be emptied."""
     shutil.rmtree(corpus.root / ".dagster")
     shutil.rmtree(corpus.landing / "b")
     result = corpus.run("sync")
@@ -186,7 +186,7 @@ def test_partitions_that_nobody_knows_are_told_of_and_left_alone(corpus: Project
 
 
 @pytest.mark.parametrize("damage", [b"", b"no database" * 500])
-def test_a_damaged_instance_is_one_line_with_the_way_out(corpus: Project, damage: bytes) -> None:
+def test_a_damaged_instance_is_a_one_line_error_with_a_remedy(corpus: Project, damage: bytes) -> None:
     index = next((corpus.root / ".dagster").rglob("index.db"))
     index.write_bytes(damage)
     assert "nothing is embedded again" in corpus.json("plan", exit_code=1)["error"]
@@ -194,8 +194,8 @@ def test_a_damaged_instance_is_one_line_with_the_way_out(corpus: Project, damage
     assert corpus.sync()["embedded"] == 0
 
 
-def test_a_full_disk_is_named_and_nothing_is_lost(project: Project) -> None:
-    """No file may grow over a limit in a process of its own, as on a disk that is full."""
+def test_a_full_disk_is_reported_and_nothing_is_lost(project: Project) -> None:
+    """Simulates a full disk by a limit on file sizes in a separate process."""
     import subprocess
     import sys
 
@@ -212,7 +212,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(project: Project) -> None:
 
 
 @pytest.mark.parametrize("source", ["lake", "lake/chunks", "lake/embeddings/x"])
-def test_the_lake_is_no_source(project: Project, source: str) -> None:
+def test_the_lake_is_refused_as_a_source(project: Project, source: str) -> None:
     (project.root / source).mkdir(parents=True)
     project.set(SOURCE=source)
     result = project.run("sync")

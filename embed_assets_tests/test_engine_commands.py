@@ -36,7 +36,7 @@ def tiny(project: Project, model: Path, tmp_path: Path) -> Project:
     return project
 
 
-def test_int8_is_a_space_of_its_own_and_made_once(tiny: Project) -> None:
+def test_int8_is_a_separate_space_and_quantized_once(tiny: Project) -> None:
     plain = tiny.sync()
     tiny.set(PRECISION="int8")
     before = tiny.json("plan")
@@ -95,7 +95,7 @@ def test_int8_with_nothing_to_calibrate_on(tiny: Project) -> None:
 
 
 def poisoned(model: Path, folder: Path) -> Path:
-    """The model, with a token whose embedding is not a number: the first token of "poison"."""
+    """The model with a token whose embedding is NaN: the first token of "poison"."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -143,7 +143,7 @@ def test_a_chunk_the_model_cannot_take_is_rejected_and_the_rest_embedded(
     assert tiny.json("verify")["ok"]
 
 
-def test_tune_remembers_what_it_found_and_draws_it(tiny: Project) -> None:
+def test_tune_remembers_its_result_and_plots_it(tiny: Project) -> None:
     found = tiny.json("tune", str(tiny.landing), "--png", "pictures/sweep.png")
     assert found["library"] in ("torch", "openvino") and set(found["points"]) == {"torch", "openvino"}
     assert found["spot"] in found["points"][found["library"]]
@@ -163,7 +163,7 @@ def test_tune_remembers_what_it_found_and_draws_it(tiny: Project) -> None:
     assert "tuning needs a model that runs on this machine" in tiny.json("tune", exit_code=1)["error"]
 
 
-def test_many_texts_are_tuned_for_first_and_few_are_not(
+def test_tuning_runs_before_many_texts_but_not_before_few(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -204,7 +204,7 @@ def metadata_of(project: Project, asset: str, key: str) -> dict[str, Any]:
     return {name: value.value for name, value in materialization.metadata.items()}
 
 
-def test_run_metadata_tells_what_the_engine_did(tiny: Project) -> None:
+def test_run_metadata_reports_what_the_engine_did(tiny: Project) -> None:
     tiny.sync()
     found = metadata_of(tiny, "embeddings", "a")
     assert found["backend"] == "torch-packed" and found["precision"] == "float32" and found["device"] == "cpu"
@@ -216,7 +216,7 @@ def test_run_metadata_tells_what_the_engine_did(tiny: Project) -> None:
 
 
 class Heard:
-    """A sink that keeps what it is told."""
+    """A sink that keeps what it receives."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, float]] = []
@@ -229,7 +229,7 @@ class Heard:
     def finished(self, outcome: PartitionOutcome, share: float) -> None: ...
 
 
-def test_progress_estimates_the_time_that_remains() -> None:
+def test_progress_estimates_the_remaining_time() -> None:
     now, heard = [0.0], Heard()
     observer = RunObserver(heard, lambda: now[0])
     observer.start({"a": 100, "b": 300})
@@ -245,7 +245,7 @@ def test_progress_estimates_the_time_that_remains() -> None:
     assert observer.remaining_seconds == 0.0, "the first start counts"
 
 
-def test_what_a_retry_finds_fresh_keeps_the_first_attempts_outcome() -> None:
+def test_partitions_fresh_on_retry_keep_the_outcome_of_the_first_attempt() -> None:
     observer = RunObserver(Heard())
     for reasons in ({"chunks": ["stale"]}, {}):
         observer.finished(PartitionOutcome("a", reasons=reasons, embedded=3 if reasons else 0))

@@ -1,4 +1,4 @@
-"""Random histories of a corpus and its settings: plans come true, and the table is that of a fresh start."""
+"""Random histories of a corpus and its settings: syncs follow the plan, and the table equals that of a fresh start."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def content(project: Project) -> list[str]:
         pytest.param(2, "table", 10, marks=pytest.mark.long),
     ],
 )
-def test_any_history_ends_in_the_table_of_a_fresh_start(project: Project, seed: int, reuse: str, rounds: int) -> None:
+def test_any_history_ends_with_the_same_table_as_a_fresh_start(
+    project: Project, seed: int, reuse: str, rounds: int
+) -> None:
     rng = random.Random(seed)
     project.set(REUSE=reuse)
     for round_number in range(rounds):

@@ -1,4 +1,4 @@
-"""Lake and source on a real S3 API over loopback, in good and in bad weather."""
+"""Lake and source on a real S3 API over loopback, with and without faults."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_whole_pipeline_on_s3(stored: Project) -> None:
 
 
 @pytest.mark.long
-def test_a_killed_sync_finds_its_windows_on_s3(stored: Project) -> None:
+def test_a_killed_sync_resumes_from_its_windows_on_s3(stored: Project) -> None:
     import os
     import signal
     import time
@@ -72,8 +72,8 @@ def test_a_killed_sync_finds_its_windows_on_s3(stored: Project) -> None:
 
 
 @pytest.mark.long
-def test_bad_weather_costs_time_only(stored: Project, server: int) -> None:
-    """One request in ten fails: with an error, slowly, or cut off before or after it was done."""
+def test_faults_of_the_store_cost_only_time(stored: Project, server: int) -> None:
+    """One request in ten fails: with an error, slowly, or with the connection cut before or after it is carried out."""
     for key in "abc":
         for i in range(4):
             put(stored, f"{key}/{i}.md", f"Text {i} of {key}.")

@@ -1,4 +1,4 @@
-"""The CI recipe: the workflow's own steps, run as a runner runs them."""
+"""The CI recipe: the workflow's steps, run as a CI runner does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS: dict[str, dict[str, Any]] = {step["name"]: step for step in WORKFLOW["job
 
 
 def step(name: str, project: Project) -> subprocess.CompletedProcess[str]:
-    """A step of the workflow, with its environment, as `bash -e` in the checked out folder."""
+    """Run a step of the workflow with its environment, by `bash -e` in the checked-out folder."""
     environment = os.environ | WORKFLOW["env"] | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", "-e", "-c", STEPS[name]["run"]]
     return subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True, check=False)
@@ -53,7 +53,7 @@ def test_the_steps_in_order_then_again_from_the_cache(repository: Project) -> No
 
 
 @pytest.mark.long
-def test_a_partition_that_fails_fails_the_step_and_the_next_run_does_only_that(repository: Project) -> None:
+def test_a_failed_partition_fails_the_step_and_the_next_run_does_only_that_one(repository: Project) -> None:
     assert step("sync", repository).returncode == 0
     damaged = next((repository.root / "lake/embeddings").glob("*/partition_key=b/*.parquet"))
     good = damaged.read_bytes()
@@ -71,7 +71,7 @@ def test_a_partition_that_fails_fails_the_step_and_the_next_run_does_only_that(r
 
 
 @pytest.mark.long
-def test_tables_without_their_record_or_the_other_way_round_are_made_anew_not_believed(repository: Project) -> None:
+def test_tables_without_their_record_and_records_without_tables_are_not_trusted(repository: Project) -> None:
     assert step("sync", repository).returncode == 0
     shutil.rmtree(repository.root / ".dagster")
     assert step("sync", repository).returncode == 0

@@ -1,4 +1,4 @@
-"""Whatever the README names exists, and whatever exists and matters is in the README."""
+"""Everything the README names exists, and every setting, command and column is in the README."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ README = (REPOSITORY / "README.md").read_text("utf-8")
 PACKAGE = REPOSITORY / "embed_assets"
 
 
-def test_its_length_is_that_of_a_page() -> None:
+def test_it_is_not_too_long() -> None:
     assert len(README.splitlines()) <= 190
 
 
@@ -26,7 +26,7 @@ def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_every_make_target_for_users_is_named() -> None:
+def test_every_make_target_for_users_is_mentioned() -> None:
     for target in ("demo", "test", "ui", "check", "bench"):
         assert f"make {target}" in README
 
@@ -37,7 +37,7 @@ def test_files_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+)/`", README)) - {"_staging"}))
-def test_rooms_exist(name: str) -> None:
+def test_packages_exist(name: str) -> None:
     assert (PACKAGE / name).is_dir()
 
 
@@ -80,12 +80,12 @@ def test_every_column_is_described() -> None:
     assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(EMBEDDINGS.names)
 
 
-def test_the_example_reads_the_sample_models_table(sample_space: EmbeddingSpace) -> None:
+def test_the_example_names_the_sample_models_table(sample_space: EmbeddingSpace) -> None:
     (path,) = re.findall(r'scan_delta\("lake/embeddings/([^"]+)"\)', README)
     assert path == sample_space.name
 
 
-def test_the_top_level_is_what_it_says() -> None:
+def test_the_expected_top_level_files_exist() -> None:
     wanted = (
         "pyproject.toml embed_assets embed_assets_tests workspace.yaml dagster.yaml README.md Makefile constraints.txt"
     )
@@ -93,7 +93,7 @@ def test_the_top_level_is_what_it_says() -> None:
         assert (REPOSITORY / name).exists(), name
 
 
-def test_nothing_names_this_machine() -> None:
+def test_no_file_contains_this_machines_path() -> None:
     ours = [p for p in REPOSITORY.rglob("*.py") if not any(part.startswith(".venv") for part in p.parts)]
     for path in [*ours, REPOSITORY / "README.md"]:
         text = path.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What reaches the model: the table of cases that the project promises, counted by `sync --json`."""
+"""Which texts reach the model in each case that the project promises, counted by `sync --json`."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_duplicated_document_embeds_nothing(corpus: Project) -> None:
     assert chunk_count(corpus) > before
 
 
-def test_identical_chunks_of_one_run_are_embedded_once(project: Project) -> None:
+def test_identical_chunks_in_one_run_are_embedded_once(project: Project) -> None:
     for i in range(5):
         project.write(f"a/{i}.md", "The same sentence.")
     answer = project.sync()
     assert (answer["embedded"], answer["reused"], chunk_count(project)) == (1, 4, 5)
 
 
-def test_changed_model_embeds_all_into_a_table_of_its_own(corpus: Project) -> None:
+def test_changed_model_embeds_everything_into_a_separate_table(corpus: Project) -> None:
     old = sorted(map(str, corpus.rows("chunk_id", "embedded_at")))
     texts = len({row["input_hash"] for row in corpus.rows("input_hash")})
     corpus.set(MODEL="fake:16@other")
@@ -177,7 +177,7 @@ def test_text_that_moves_between_partitions_is_embedded_again_by_default(corpus:
     assert corpus.sync()["embedded"] > 1
 
 
-def test_one_partition_again_leaves_the_others_rows_alone(corpus: Project) -> None:
+def test_rebuilding_one_partition_leaves_the_others_rows_alone(corpus: Project) -> None:
     before = sorted(
         str(r) for r in corpus.rows("partition_key", "chunk_id", "embedded_at") if r["partition_key"] == "a"
     )
@@ -187,7 +187,7 @@ def test_one_partition_again_leaves_the_others_rows_alone(corpus: Project) -> No
     assert before == after
 
 
-def test_odd_folder_names_are_partitions_like_any_other(project: Project) -> None:
+def test_odd_folder_names_are_valid_partitions(project: Project) -> None:
     odd = ["o'x; DROP=1 é %2F", "a b", 'quo"te', "percent%20", "_root", "__HIVE_DEFAULT_PARTITION__", "dots...", "🙂"]
     for i, name in enumerate(odd):
         project.write(f"{name}/doc.md", f"Document number {i} of {name}.")
@@ -209,7 +209,7 @@ def test_lost_table_is_missing_again(corpus: Project) -> None:
     assert corpus.sync()["embedded"] > 20
 
 
-def test_another_lake_and_back_is_brought_up_to_date(project: Project) -> None:
+def test_switching_to_another_lake_and_back_is_brought_up_to_date(project: Project) -> None:
     file = project.write("a/x.md", "Version one.")
     project.write("b/no.xyz", "Rejected.")
     project.sync()
@@ -236,7 +236,7 @@ def test_a_restored_backup_is_brought_up_to_date(project: Project) -> None:
     assert [r["text"] for r in project.rows("text")] == ["Version two."]
 
 
-def test_lost_rejections_are_made_again(project: Project) -> None:
+def test_lost_rejections_are_rebuilt(project: Project) -> None:
     project.write("a/x.md", "Fine.")
     project.write("a/no.xyz", "Rejected.")
     project.sync()
@@ -260,7 +260,7 @@ def test_a_file_named_like_a_row_is_another_document(project: Project) -> None:
     assert len({row["document_id"] for row in project.rows("document_id")}) == 2
 
 
-def test_windows_of_an_undone_edit_are_swept(project: Project) -> None:
+def test_windows_of_an_undone_edit_are_removed(project: Project) -> None:
     from embed_assets.lake.staging import Staging
     from embed_assets.lake.vectors import vector_batch
     from embed_assets.records import hash_text, utc_now

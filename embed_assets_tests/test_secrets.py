@@ -1,4 +1,4 @@
-"""A planted credential is found nowhere: not in what is printed, logged, recorded, stored or raised."""
+"""A planted credential appears nowhere: not in output, logs, records, tables or errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_planted_credential_is_found_nowhere(project: Project) -> None:
         stored = [storage.read(file.path).decode("latin-1") for folder in
                   ("raw_documents", "chunks", "embeddings") for file in storage.files(folder)]  # fmt: skip
         assert stored
-        # What goes wrong says nothing either: no such bucket, wrong options, no server.
+        # Errors do not reveal it either: no such bucket, wrong options, no server.
         project.set(LAKE_OPTIONS=json.dumps({"aws_session_token": PLANTED, "max_retries": "0"}))
         project.write("a/y.md", "Another text.")
         for change in ({"LAKE": "s3://nobucket/lake"}, {"LAKE": f"s3://{BUCKET}/new", "SOURCE": "s3://nobucket/x"}):
@@ -60,14 +60,14 @@ def test_a_url_with_a_login_is_refused_without_showing_it(project: Project) -> N
 
 
 @pytest.mark.parametrize("value", [PLANTED, f'{{"key": "{PLANTED}", ', f'{{"key": ["{PLANTED}"]}}', f'["{PLANTED}"]'])
-def test_options_that_are_none_are_not_shown(project: Project, value: str) -> None:
+def test_invalid_options_are_not_shown(project: Project, value: str) -> None:
     project.set(LAKE_OPTIONS=value)
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert PLANTED not in str(caught.value)
 
 
-def test_an_account_in_a_container_url_is_no_login() -> None:
+def test_an_account_in_a_container_url_is_not_a_login() -> None:
     place = "abfss://container@account.dfs.core.windows.net/lake"
     assert load_settings(lake=place).lake == place
     assert hide_secrets(place) == place

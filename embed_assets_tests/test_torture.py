@@ -20,5 +20,5 @@ def test_killed_syncs_lose_at_most_a_window_and_leave_no_damage(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("on_s3", [False, True], ids=["local", "S3"])
-def test_processes_at_once_lose_nothing(tmp_path: Path, on_s3: bool) -> None:
+def test_concurrent_processes_lose_nothing(tmp_path: Path, on_s3: bool) -> None:
     assert crowd(tmp_path, processes=3, partitions=3, on_s3=on_s3) == []

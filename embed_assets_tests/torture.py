@@ -1,7 +1,7 @@
-"""Kill syncs at random moments and look for damage: `make torture`.
+"""Kill syncs at random moments and check for damage: `make torture`.
 
-Every round changes the corpus, starts a sync, kills it with SIGKILL, and runs it again to its end, while a reader
-polls the tables. In the end the tables must be those of a lake that nobody disturbed.
+Every round changes the corpus, starts a sync, kills it with SIGKILL, and runs it again to the end, while a reader
+polls the tables. Finally the tables must equal those of an undisturbed lake.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WINDOW = re.compile(r"debug: a window of (\d+) texts")
 
 @dataclass(slots=True)
 class Report:
-    """What came of it."""
+    """The results."""
 
     kills: int = 0
     distinct_texts: int = 0
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def embedded_again(self) -> int:
-        """Texts that a kill cost."""
+        """Texts embedded again because of kills."""
         return self.embedded_texts - self.distinct_texts
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Report:
 
 
 class Corpus:
-    """Documents that change from round to round, and every state that a reader may see of a partition."""
+    """Documents that change every round, and every state in which a reader may see a partition."""
 
     def __init__(self, folder: Path, partitions: int, rows: int, seed: int) -> None:
         self._folder, self._rows, self._random = folder, rows, random.Random(seed)
@@ -68,7 +68,7 @@ class Corpus:
         self.all_texts: set[str] = set()
 
     def change(self, number: int) -> None:
-        """New texts for most partitions: all of them at first, later a part of each."""
+        """Write new texts for most partitions: all of their texts at first, later some."""
         for key in self._keys:
             texts = self._texts.get(key, [])
             kept = [text for text in texts if self._random.random() < 0.5]
@@ -83,7 +83,7 @@ class Corpus:
 
 
 class Reader(threading.Thread):
-    """Polls a table, and notes every partition that is neither as before nor as after a change."""
+    """Polls a table and records every partition that is neither in its old nor in its new state."""
 
     def __init__(self, lake: Path, corpus: Corpus, report: Report) -> None:
         super().__init__(daemon=True)
@@ -116,7 +116,7 @@ class Reader(threading.Thread):
 
 
 def torture(root: Path, kills: int, partitions: int, rows: int, texts_per_second: int, seed: int = 0) -> Report:
-    """Kill that many syncs in an empty folder `root`; prints a line for each."""
+    """Kill that many syncs in the empty folder `root`; prints a line for each."""
     report, chance = Report(), random.Random(seed)
     project = new_project(root / "killed")
     corpus = Corpus(project / "landing", partitions, rows, seed)
@@ -130,7 +130,7 @@ def torture(root: Path, kills: int, partitions: int, rows: int, texts_per_second
         after = chance.uniform(seconds / 10, seconds)
         killed = _killed_sync(project, model, after, report)
         again, lasted = _sync(project, model, report)
-        # So long does a sync take that starts where the killed one did.
+        # How long a sync takes that starts in the same state as the killed one.
         seconds = max(lasted + killed / texts_per_second, lasted)
         print(f"kill {number}: after {after:.1f} s and {killed} texts; {again} in the rerun", flush=True)
     reader.stop()
@@ -174,7 +174,7 @@ def _embedded(project: Path, report: Report) -> int:
 
 
 def _killed_sync(project: Path, model: str, after: float, report: Report) -> int:
-    """Texts that were embedded until then."""
+    """Start a sync and kill it; the number of texts embedded until then."""
     process = _start(project, model)
     try:
         process.wait(after)
@@ -186,7 +186,7 @@ def _killed_sync(project: Path, model: str, after: float, report: Report) -> int
 
 
 def _sync(project: Path, model: str, report: Report) -> tuple[int, float]:
-    """Texts embedded, and seconds."""
+    """Run a sync; (texts embedded, seconds)."""
     started = time.monotonic()
     process = _start(project, model)
     if process.wait(600) != 0:
@@ -196,7 +196,7 @@ def _sync(project: Path, model: str, report: Report) -> tuple[int, float]:
 
 
 def _compare(project: Path, quiet: Path, report: Report) -> None:
-    """The tables are equal but for times and paths."""
+    """Report every table that differs between the projects, apart from times and paths."""
     for table in ("raw_documents", "chunks", *(f"embeddings/{p.name}" for p in (quiet / "lake/embeddings").iterdir())):
         ours, theirs = (_rows(folder / "lake" / table) for folder in (project, quiet))
         if ours != theirs:

@@ -10,7 +10,7 @@ from embed_assets_tests.benchmarks import bench_chunking, bench_embedding, bench
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    # First, while this process is small: a child's peak counts what its parent held when it was started.
+    # Runs first, while this process is small: a child's peak memory includes what its parent held when it was started.
     bench_memory.run()
     bench_chunking.run(folder)
     bench_quality.run(folder)

@@ -1,7 +1,7 @@
 """How fast texts are chunked on one core, and how many chunks an inserted sentence changes.
 
 Peers: LangChain's recursive and Markdown splitters and semantic-text-splitter at 1,000 characters; greedy packing
-of our own cuts. A changed chunk is one whose text was not there before: each costs an embedding.
+of our own cuts. A changed chunk is one whose text is new: each costs an embedding.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(folder: Path | None, edits: int = 4, sample: int = 200) -> None:
 
 
 def splitters(tokenizer: ModelTokenizer, media_type: str) -> dict[str, Splitter]:
-    """Ours, the greedy packing of our cuts, and the peers that are installed."""
+    """Our splitter, greedy packing of our cuts, and the installed peers, by name."""
     found: dict[str, Splitter] = {
         "embed_assets, 256 tokens": lambda text: [c.text for c in split_document(text, media_type, tokenizer, OPTIONS)],
         "greedy packing, 256 tokens": lambda text: greedy(text, media_type, tokenizer),
@@ -83,7 +83,7 @@ def splitters(tokenizer: ModelTokenizer, media_type: str) -> dict[str, Splitter]
 
 
 def greedy(text: str, media_type: str, tokenizer: ModelTokenizer) -> list[str]:
-    """Chunks as full as the very cuts that our splitter may choose from allow."""
+    """Chunks as full as possible, from the same cuts that our splitter chooses from."""
     tokens = _Tokens.join(text, [(0, len(text))], tokenizer.spans([text]))
     cuts, _ = _Splitter(text, find_structure(text, media_type), tokens, tokenizer, OPTIONS)._cuts()
     bounds = [0, *cuts.tolist(), len(text)]

@@ -1,4 +1,4 @@
-"""Does int8 find the same documents? A query is the end of a document's first chunk, the others are to be found."""
+"""Does int8 find the same documents? Queries are ends of documents' first chunks; the other chunks should be found."""
 
 from __future__ import annotations
 

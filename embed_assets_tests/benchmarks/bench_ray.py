@@ -1,6 +1,6 @@
 """The engine on Ray against itself in one process, and against a plain Ray Data script, on the same cores.
 
-All embed the same texts, in turns; rates are from the first text to the last, without start-up.
+All embed the same texts, alternating; rates are measured from the first text to the last, without start-up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROUNDS = 3
 
 
 class Encoder:
-    """What one would write first: the model in an actor, a batch at a time."""
+    """The obvious first attempt: the model in an actor, one batch at a time."""
 
     def __init__(self, model: str, threads: int) -> None:
         import torch
@@ -59,11 +59,11 @@ class PlainScript:
 
     @property
     def name(self) -> str:
-        """With its actors and threads."""
+        """Name with the number of actors and threads."""
         return f"plain script, actors x threads: {self.actors} x {available_cores() // self.actors}"
 
     def seconds(self, texts: Sequence[str]) -> float:
-        """From the first batch's start to the last one's end: loading the model is apart."""
+        """Seconds from the start of the first batch to the end of the last, without loading the model."""
         import ray
 
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -75,14 +75,14 @@ class PlainScript:
             fn_constructor_args=(self.model, threads),
             batch_size=BATCH,
             compute=ray.data.ActorPoolStrategy(size=self.actors),
-            num_cpus=threads * 0.9,  # all of them would leave none for reading
+            num_cpus=threads * 0.9,  # leaves some CPU for reading
         ).to_pandas()
         assert len(done) == len(texts)
         return float(done["ended"].max() - done["started"].min())
 
 
 class Subject:
-    """The engine, here or there."""
+    """The engine, in this process or on Ray."""
 
     def __init__(self, name: str, lake: str, texts: Sequence[str], **settings: str) -> None:
         self.name = name
@@ -93,11 +93,11 @@ class Subject:
         started = time.perf_counter()
         self.compute = open_compute(self._pipeline)
         self.compute.start("p", list(texts), len(texts))
-        self.seconds(texts[:512])  # tunes where it runs, and warms up
+        self.seconds(texts[:512])  # tunes the engine and warms it up
         self.startup_seconds = time.perf_counter() - started
 
     def seconds(self, texts: Sequence[str]) -> float:
-        """Time the texts take, staging included."""
+        """Seconds to embed the texts, staging included."""
         staging = Staging(self._pipeline.lake, self._pipeline.embeddings_table, "p")
         embedder = self.compute.start("p", list(texts), len(self._tokens))
         windows = windows_of(self.compute, zip(texts, self._tokens, strict=False), len(texts))
@@ -128,7 +128,7 @@ def compare(texts: Sequence[str], rounds: int) -> None:
     space = Pipeline.from_settings(load_settings()).model.float_space
     tokens, cores = sum(space.tokenizer.count(list(texts))), available_cores()
     with tempfile.TemporaryDirectory() as folder:
-        # Twice the cores: the engine's worker keeps its own while it waits for the plain script's turn to end.
+        # Twice the cores: the engine's worker keeps its CPUs while the plain script runs.
         options = {"num_cpus": 2 * cores, "object_store_memory": 4 * STORE_BYTES, "include_dashboard": False}
         ray.init(address="local", logging_level="ERROR", log_to_driver=False, **options)
         on_ray = {

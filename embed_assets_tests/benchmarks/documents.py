@@ -21,6 +21,6 @@ def load(folder: Path | None, limit: int | None = None) -> tuple[list[str], str]
 
 
 def without_headings(text: str) -> str:
-    """The text with its headings' lines taken out."""
+    """The text without its heading lines."""
     text = re.sub(r"(?m)^ {0,3}#{1,6} .*\n", "", text)
     return re.sub(r"(?m)^\S.*\n([=\-*~^])\1{2,}[ \t]*\n", "", text)

@@ -1,4 +1,4 @@
-"""Runs, events and states in real Dagster instances, for the tests of this room."""
+"""Runs, events and states in real Dagster instances, for the tests of `defs`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def definitions() -> dg.Definitions:
 
 
 def materialize(*arguments: str, select: str = "*") -> subprocess.CompletedProcess[str]:
-    """`dagster asset materialize` as a user calls it."""
+    """Run `dagster asset materialize` as a user does."""
     command = [str(DAGSTER), "asset", "materialize", "-m", "embed_assets.definitions", "--select", select, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def run(instance: dg.DagsterInstance, key: str, *assets: str) -> dg.ExecuteInProcessResult:
-    """A run of one partition in this process, with all checks of its assets."""
+    """Run one partition in this process, with all checks of its assets."""
     job = definitions().resolve_implicit_global_asset_job_def()
     selection = [dg.AssetKey(asset) for asset in assets] or None
     return job.execute_in_process(instance=instance, partition_key=key, asset_selection=selection, raise_on_error=False)
 
 
 def run_range(instance: dg.DagsterInstance, first: str, last: str) -> dg.ExecuteInProcessResult:
-    """A run of neighbouring partitions."""
+    """Run a range of partitions."""
     job = definitions().resolve_implicit_global_asset_job_def()
     tags = dict(zip(RANGE, (first, last), strict=True))
     return job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
@@ -55,7 +55,7 @@ def events(instance: dg.DagsterInstance, asset: str) -> int:
 
 
 def dagster_says(instance: dg.DagsterInstance, *keys: str) -> dict[str, dict[str, str]]:
-    """State of the assets as Dagster's own resolver sees it."""
+    """States of the assets by Dagster's own resolver."""
     view = AssetGraphView.for_test(definitions(), instance)
     resolver = CachingStaleStatusResolver(instance=instance, asset_graph=view.asset_graph, loading_context=view)
     return {
@@ -64,7 +64,7 @@ def dagster_says(instance: dg.DagsterInstance, *keys: str) -> dict[str, dict[str
 
 
 def we_say(instance: dg.DagsterInstance, *keys: str) -> dict[str, dict[str, str]]:
-    """The same by our own rule, from what is recorded."""
+    """States of the assets by our own rule, from the recorded events."""
     pipeline = Pipeline.from_settings(load_settings())
     history = load_history(instance, pipeline)
     states = {k: partition_statuses(history, k, history.version(SOURCE, k), pipeline.code_versions) for k in keys}

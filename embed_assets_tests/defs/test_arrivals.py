@@ -1,4 +1,4 @@
-"""The arrivals sensor: what it registers and observes, when it waits, and what it survives."""
+"""The arrivals sensor: what it registers and observes, when it waits, and which failures it survives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from embed_assets_tests.defs.dagster_runs import definitions
 
 
 class Ticker:
-    """Ticks the sensor at times of its own and does what Dagster's daemon does with the answer."""
+    """Ticks the sensor at chosen times and applies its result as Dagster's daemon does."""
 
     def __init__(self, project: Project, instance: dg.DagsterInstance) -> None:
         self.project, self.instance = project, instance
@@ -69,7 +69,7 @@ def test_new_changed_touched_and_emptied_partitions(tick: Ticker) -> None:
     assert tick() == (set(), {"b"})
 
 
-def test_what_is_being_written_is_left_alone_until_it_settles(tick: Ticker) -> None:
+def test_files_being_written_are_ignored_until_they_settle(tick: Ticker) -> None:
     tick.project.write("a/one.md", "One.")
     tick.project.write("b/half.md", "Ha")
     tick.now = time.time()
@@ -85,7 +85,7 @@ def test_what_is_being_written_is_left_alone_until_it_settles(tick: Ticker) -> N
     assert tick(10) == (set(), {"b"})
 
 
-def test_a_file_that_is_never_at_rest_is_taken_as_it_is_after_a_while(tick: Ticker) -> None:
+def test_a_file_that_never_settles_is_taken_eventually(tick: Ticker) -> None:
     log = tick.project.write("a/log.md", "Line.")
     found = []
     for _ in range(8):
@@ -118,7 +118,7 @@ def test_an_empty_source_is_believed_only_after_a_minute(tick: Ticker) -> None:
 
 
 @pytest.mark.long
-def test_many_partitions_come_in_bounded_ticks(tick: Ticker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partitions_per_tick_are_bounded(tick: Ticker, monkeypatch: pytest.MonkeyPatch) -> None:
     tick.project.set(PARTITION_BY="file")
     for i in range(1_300):
         tick.project.write(f"doc{i}.md", "x")
@@ -140,7 +140,7 @@ def test_a_source_that_takes_long_to_list_is_listed_less_often(tick: Ticker) -> 
     assert "listing takes" not in tick.reason
 
 
-def test_times_in_the_future_say_nothing(project: Project) -> None:
+def test_times_in_the_future_are_ignored(project: Project) -> None:
     os.utime(project.write("a/one.md", "One."), (4e9, 4e9))
     (partition,) = project.pipeline().corpus.source.partitions().values()
     assert seconds_until_settled(partition, 5, time.time()) == 0
@@ -148,7 +148,7 @@ def test_times_in_the_future_say_nothing(project: Project) -> None:
 
 
 def test_an_automated_run_does_not_believe_an_empty_source(project: Project) -> None:
-    """It may be a disk that is not mounted: the rows stay, until a person says that it is to be empty."""
+    """A disk may not be mounted: the rows stay until a person confirms that the source is empty."""
     project.write("a/one.md", "One.")
     project.sync()
     shutil.rmtree(project.landing / "a")
@@ -170,7 +170,7 @@ def test_an_automated_run_waits_for_files_to_settle(project: Project) -> None:
     file = project.write("a/one.md", "Half")
     slept: list[float] = []
     assert list(wait_until_settled(project.pipeline(), ["b"], slept.append)) == ["a"]
-    assert slept == []  # the file that is being written to is another partition's
+    assert slept == []  # the file being written belongs to another partition
     wait_until_settled(project.pipeline(), ["a"], slept.append)
     assert len(slept) == 3 and all(0 < seconds <= 3000 for seconds in slept)  # it never settles
     slept.clear()
@@ -191,9 +191,9 @@ def test_the_sensor_as_dagster_calls_it(project: Project) -> None:
         result = sensor(dg.build_sensor_context(instance=instance))  # type: ignore[operator]
         assert [event.partition for event in result.asset_events] == ["a"]
         state = Cursor.loads(result.cursor, time.time())
-        state.listing_seconds = 0.0  # on a busy machine it was long, and the next listing is not due yet
+        state.listing_seconds = 0.0  # on a busy machine it was long, so the next listing would not be due yet
         again = sensor(dg.build_sensor_context(instance=instance, cursor=state.dumps()))  # type: ignore[operator]
-        assert [event.partition for event in again.asset_events] == ["a"]  # the first answer was not acted on
+        assert [event.partition for event in again.asset_events] == ["a"]  # the first result was not applied
 
 
 def test_forget_drops_a_partition_whose_files_are_gone(project: Project) -> None:
@@ -226,7 +226,7 @@ def test_partitions_without_files_are_listed_too(project: Project) -> None:
     assert {key: len(partition.files) for key, partition in found.items()} == {"a": 1, "gone": 0}
 
 
-def test_a_clock_that_is_set_back_stops_nothing(tick: Ticker) -> None:
+def test_a_clock_set_back_does_not_stop_the_sensor(tick: Ticker) -> None:
     tick.project.write("a/one.md", "One.")
     assert tick() == ({"a"}, {"a"})
     year = 365 * 24 * 3600.0
@@ -237,15 +237,15 @@ def test_a_clock_that_is_set_back_stops_nothing(tick: Ticker) -> None:
 
 
 @pytest.mark.parametrize("cursor", ["garbage", "[]", '{"unknown": 1}'])
-def test_a_cursor_that_can_not_be_read_is_as_good_as_none(tick: Ticker, cursor: str) -> None:
+def test_an_unreadable_cursor_is_ignored(tick: Ticker, cursor: str) -> None:
     tick.project.write("a/one.md", "One.")
     tick.cursor = cursor
     assert tick() == ({"a"}, {"a"})
 
 
 @pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Pacific/Apia"])
-def test_changes_of_the_hour_move_no_document(project: Project, zone: str) -> None:
-    """Times of files around a change of the clocks, seen from the zone and from UTC, are the same times."""
+def test_daylight_saving_changes_make_nothing_stale(project: Project, zone: str) -> None:
+    """File times around a daylight saving change are the same times in the local zone and in UTC."""
     changes = [1761440400 + 600 * i for i in range(-12, 12)]  # 2025-10-26 01:00 UTC
     for i, at in enumerate(changes):
         os.utime(project.write(f"a/{i}.md", f"Text {i}."), (at, at))

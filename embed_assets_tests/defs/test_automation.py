@@ -1,4 +1,4 @@
-"""What the automation condition requests, in every case that Dagster's own conditions were tried on."""
+"""What the automation condition requests, in every case in which Dagster's own conditions were tried."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ticker:
         self.cursor: object = None
 
     def __call__(self) -> Requested:
-        """One tick: the partitions requested of each asset, without those of which there are none."""
+        """One tick: the requested partitions by asset; assets without any are left out."""
         self.project.json("discover")
         result = dg.evaluate_automation_conditions(definitions(), self.instance, cursor=self.cursor)  # type: ignore[arg-type]
         self.cursor = result.cursor
@@ -59,7 +59,7 @@ def ticker(project: Project) -> Iterator[Ticker]:
         yield Ticker(project, instance)
 
 
-def test_a_backlog_is_requested_at_the_first_tick_and_again_until_it_is_made(ticker: Ticker) -> None:
+def test_a_backlog_is_requested_at_every_tick_until_it_is_materialized(ticker: Ticker) -> None:
     assert ticker() == of("abc", *ASSETS)
     assert ticker() == of("abc", *ASSETS)
     ticker.make("a")
@@ -85,7 +85,7 @@ def test_documents_read_between_two_ticks_and_a_new_partition(ticker: Ticker) ->
     assert ticker() == of("d", "chunks", "embeddings")
 
 
-def test_touched_files_are_read_again_and_nothing_follows(ticker: Ticker) -> None:
+def test_touched_files_are_read_again_and_nothing_else_runs(ticker: Ticker) -> None:
     ticker.project.sync()
     assert ticker() == {}
     os.utime(ticker.project.landing / "a/one.md", (1, 1))
@@ -94,14 +94,14 @@ def test_touched_files_are_read_again_and_nothing_follows(ticker: Ticker) -> Non
     assert ticker() == {}
 
 
-def test_an_edit_is_followed_through_in_one_run(ticker: Ticker) -> None:
+def test_an_edit_goes_through_all_assets_in_one_run(ticker: Ticker) -> None:
     ticker.project.sync()
     ticker()
     ticker.project.write("a/one.md", "Something else.")
     assert ticker() == of("a", *ASSETS)
 
 
-def test_new_documents_read_by_hand(ticker: Ticker) -> None:
+def test_new_documents_read_manually(ticker: Ticker) -> None:
     ticker.project.sync()
     ticker()
     ticker.project.write("a/one.md", "Something else.")
@@ -127,7 +127,7 @@ def test_changed_code_is_noticed_for_every_partition_also_without_a_cursor(ticke
     assert ticker() == of("abc", "embeddings")
 
 
-def test_chunks_that_come_out_the_same_are_not_embedded_again(ticker: Ticker) -> None:
+def test_unchanged_chunks_are_not_embedded_again(ticker: Ticker) -> None:
     for key in "abc":
         ticker.project.write(f"{key}/one.md", "Short.")
     ticker.project.sync()
@@ -159,7 +159,7 @@ def test_a_failure_is_not_repeated_until_code_or_data_changes(ticker: Ticker) ->
     assert ticker() == {}
 
 
-def test_a_run_that_crashed_before_it_began_is_not_requested_for_ever(ticker: Ticker) -> None:
+def test_a_run_that_crashed_before_it_began_is_not_requested_forever(ticker: Ticker) -> None:
     ticker.project.json("discover")
     job = definitions().resolve_implicit_global_asset_job_def()
     crashed = ticker.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
@@ -169,7 +169,7 @@ def test_a_run_that_crashed_before_it_began_is_not_requested_for_ever(ticker: Ti
     assert ticker() == of("abc", *ASSETS)
 
 
-def test_what_may_have_passed_is_tried_again_after_an_hour() -> None:
+def test_transient_failures_are_retried_after_an_hour() -> None:
     code = "the code"
     stale, missing = Status("stale"), Status("missing")
 
@@ -197,14 +197,14 @@ def test_a_canceled_run_is_not_started_again(ticker: Ticker) -> None:
     assert ticker() == of("bc", *ASSETS)
 
 
-def test_a_lost_lake_is_made_anew(ticker: Ticker) -> None:
+def test_a_lost_lake_is_rebuilt(ticker: Ticker) -> None:
     ticker.project.sync()
     assert ticker() == {}
     shutil.rmtree(ticker.project.root / "lake")
     assert ticker() == of("abc", *ASSETS)
 
 
-def test_a_reported_partition_is_not_requested_without_end(ticker: Ticker) -> None:
+def test_a_reported_partition_is_not_requested_endlessly(ticker: Ticker) -> None:
     ticker.project.sync()
     ticker.instance.report_runless_asset_event(dg.AssetMaterialization("raw_documents", partition="a"))
     assert ticker() == of("a", "chunks", "embeddings")
@@ -212,15 +212,15 @@ def test_a_reported_partition_is_not_requested_without_end(ticker: Ticker) -> No
     assert ticker() == {}
 
 
-def test_an_int8_model_that_is_made_later_is_taken_over(ticker: Ticker, tmp_path: Path) -> None:
+def test_an_int8_model_created_later_is_picked_up(ticker: Ticker, tmp_path: Path) -> None:
     ticker.project.set(MODEL=str(small_model(tmp_path / "small", "bert")), PRECISION="int8")
-    condition = build_definitions(load_settings())  # made before there is an int8 model, as a code server does
+    condition = build_definitions(load_settings())  # built before there is an int8 model, as in a code server
     assert ticker.project.sync()["embedded"] > 0
     result = dg.evaluate_automation_conditions(condition, ticker.instance)
     assert result.total_requested == 0
 
 
-def test_what_is_under_way_is_not_requested(ticker: Ticker) -> None:
+def test_partitions_in_progress_are_not_requested(ticker: Ticker) -> None:
     ticker.project.json("discover")
     job = definitions().resolve_implicit_global_asset_job_def()
     under_way = ticker.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
@@ -230,7 +230,7 @@ def test_what_is_under_way_is_not_requested(ticker: Ticker) -> None:
     assert ticker() == of("bc", *ASSETS)
 
 
-def test_the_sensors_run_from_the_start() -> None:
+def test_the_sensors_are_on_by_default() -> None:
     sensors = {sensor.name: sensor for sensor in definitions().sensors or ()}
     assert sorted(sensors) == ["arrivals", "unsynced"]
     assert {sensor.default_status for sensor in sensors.values()} == {dg.DefaultSensorStatus.RUNNING}  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Each asset check says yes to a good table, no to one that was made wrong on purpose, and counts per partition."""
+"""Each asset check passes on a good table, fails on one damaged on purpose, and counts per partition."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def instance(project: Project) -> Iterator[dg.DagsterInstance]:
 
 
 def answers(instance: dg.DagsterInstance, key: str) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
-    """The latest answer of every check about a partition."""
+    """The latest result of every check of a partition."""
     found = {}
     for asset, name in ALL:
         check = dg.AssetCheckKey(dg.AssetKey(asset), name)
@@ -53,7 +53,7 @@ def answers(instance: dg.DagsterInstance, key: str) -> dict[tuple[str, str], dg.
 
 
 def ask(instance: dg.DagsterInstance, *keys: str) -> None:
-    """Run the checks alone."""
+    """Run only the checks."""
     selection = dg.AssetSelection.all_asset_checks()
     job = dg.Definitions.merge(definitions(), dg.Definitions(jobs=[dg.define_asset_job("ask", selection)]))
     for key in keys:
@@ -75,7 +75,7 @@ def rewrite(project: Project, table: TableSpec, key: str, change: Callable[[Rows
     write_deltalake(lake.uri(table), changed, mode="overwrite", predicate=partition_predicate(key))
 
 
-def test_every_partition_has_every_answer(instance: dg.DagsterInstance, project: Project) -> None:
+def test_every_partition_has_a_result_of_every_check(instance: dg.DagsterInstance, project: Project) -> None:
     for key in "ab":
         found = answers(instance, key)
         assert set(found) == ALL
@@ -105,9 +105,9 @@ def first_vector(value: Callable[[list[float]], list[float]]) -> Callable[[Rows]
     ],
     ids=["missing", "duplicated", "extra", "other text", "nan", "not unit norm", "zero"],
 )
-def test_vectors_made_wrong(instance: dg.DagsterInstance, project: Project, change: Callable[[Rows], Rows]) -> None:
+def test_damaged_vectors_fail(instance: dg.DagsterInstance, project: Project, change: Callable[[Rows], Rows]) -> None:
     rewrite(project, project.pipeline().embeddings_table, "a", change)
-    # Rows that somebody else replaced are also not fresh any more.
+    # Rows that something else replaced are not fresh any more either.
     assert failing(instance, "a") - {FRESHNESS} == {"vectors"}
     assert failing(instance, "b") == set()
     assert not project.json("verify", "--repair", exit_code=1)["ok"]
@@ -115,19 +115,19 @@ def test_vectors_made_wrong(instance: dg.DagsterInstance, project: Project, chan
     assert failing(instance, "a") == set()
 
 
-def test_chunks_that_lack_text(instance: dg.DagsterInstance, project: Project) -> None:
+def test_chunks_with_missing_text_fail(instance: dg.DagsterInstance, project: Project) -> None:
     rewrite(project, CHUNK_TABLE, "a", lambda rows: sorted(rows, key=lambda r: r["chunk_index"])[1:])
     assert "coverage" in failing(instance, "a")
     assert "characters of" in answers(instance, "a")["chunks", "coverage"].description  # type: ignore[operator]
 
 
-def test_chunks_of_documents_that_are_gone(instance: dg.DagsterInstance, project: Project) -> None:
+def test_chunks_of_deleted_documents_fail(instance: dg.DagsterInstance, project: Project) -> None:
     rewrite(project, RAW, "a", lambda rows: rows[1:])
     assert "coverage" in failing(instance, "a")
     assert "1 documents with chunks are gone" in answers(instance, "a")["chunks", "coverage"].description  # type: ignore[operator]
 
 
-def test_shares_over_their_limits(instance: dg.DagsterInstance, project: Project) -> None:
+def test_shares_over_their_limits_fail(instance: dg.DagsterInstance, project: Project) -> None:
     assert failing(instance, "a") == set()
     rewrite(project, CHUNK_TABLE, "a", lambda rows: [row | {"text_hash": "0" * 32} for row in rows])
     rewrite(
@@ -143,7 +143,7 @@ def test_shares_over_their_limits(instance: dg.DagsterInstance, project: Project
     assert "EMBED_MAX_REJECTED_PERCENT" in answers(instance, "b")["raw_documents", "rejected_share"].description  # type: ignore[operator]
 
 
-def test_freshness_is_asked_of_the_source_as_it_is_now(instance: dg.DagsterInstance, project: Project) -> None:
+def test_freshness_compares_with_the_current_source(instance: dg.DagsterInstance, project: Project) -> None:
     project.write("a/three.md", "Three.")
     assert failing(instance, "a") == {FRESHNESS}
     assert "raw_documents is stale: source files changed" in answers(instance, "a")["embeddings", FRESHNESS].description  # type: ignore[operator]
@@ -153,9 +153,9 @@ def test_freshness_is_asked_of_the_source_as_it_is_now(instance: dg.DagsterInsta
     assert failing(instance, "a") == {FRESHNESS}
 
 
-def test_a_blocking_check_stops_its_partition_alone(instance: dg.DagsterInstance, project: Project) -> None:
+def test_a_blocking_check_stops_only_its_partition(instance: dg.DagsterInstance, project: Project) -> None:
     rewrite(project, CHUNK_TABLE, "a", lambda rows: rows[1:])
-    # Somebody says in the UI that the chunks are right as they are.
+    # Someone reports the chunks as materialized in the UI.
     instance.report_runless_asset_event(dg.AssetMaterialization("chunks", partition="a"))
     project.set(MODEL="fake:16@other")
     failed = project.sync(exit_code=1)["partitions"]
@@ -166,7 +166,7 @@ def test_a_blocking_check_stops_its_partition_alone(instance: dg.DagsterInstance
     assert project.sync()["partitions"]["a"]["state"] == "materialized"
 
 
-def test_checks_without_a_partition_are_asked_of_all(instance: dg.DagsterInstance, project: Project) -> None:
+def test_checks_without_a_partition_cover_all_partitions(instance: dg.DagsterInstance, project: Project) -> None:
     rewrite(project, project.pipeline().embeddings_table, "b", lambda rows: rows[1:])
     job = dg.Definitions.merge(
         definitions(), dg.Definitions(jobs=[dg.define_asset_job("ask", dg.AssetSelection.all_asset_checks())])
@@ -178,13 +178,13 @@ def test_checks_without_a_partition_are_asked_of_all(instance: dg.DagsterInstanc
 
 
 def recorded(instance: dg.DagsterInstance) -> int:
-    """Answers in the event log."""
+    """Number of check results in the event log."""
     kind = dg.DagsterEventType.ASSET_CHECK_EVALUATION
     return sum(len(instance.all_logs(run.run_id, of_type=kind)) for run in instance.get_runs())
 
 
 def shown(instance: dg.DagsterInstance, key: str) -> set[str]:
-    """What Dagster's pages show of the checks' latest executions about a partition."""
+    """The checks' latest results for a partition, as Dagster's pages show them."""
     found = set()
     for asset, name in ALL:
         check = dg.AssetCheckKey(dg.AssetKey(asset), name)
@@ -193,11 +193,11 @@ def shown(instance: dg.DagsterInstance, key: str) -> set[str]:
     return found
 
 
-def test_an_answer_is_recorded_when_it_changes(instance: dg.DagsterInstance, project: Project) -> None:
+def test_a_result_is_recorded_when_it_changes(instance: dg.DagsterInstance, project: Project) -> None:
     assert recorded(instance) == 12
     project.write("a/try.rst", topic("try") + topic("import"))
     project.sync()
-    assert recorded(instance) == 14  # of how many chunks none is a duplicate, or truncated
+    assert recorded(instance) == 14  # the number of chunks in the results of both shares differs
     os.utime(project.landing / "b/try.rst", (5, 5))
     project.sync()
     assert recorded(instance) == 14
@@ -210,7 +210,7 @@ def test_an_answer_is_recorded_when_it_changes(instance: dg.DagsterInstance, pro
     assert shown(instance, "b") == {"SUCCEEDED", "FAILED"}
 
 
-def test_a_check_that_a_dead_run_was_to_answer_is_answered_by_the_next(
+def test_a_check_planned_by_a_dead_run_is_evaluated_by_the_next_run(
     instance: dg.DagsterInstance, project: Project
 ) -> None:
     job = definitions().resolve_implicit_global_asset_job_def()
@@ -221,13 +221,13 @@ def test_a_check_that_a_dead_run_was_to_answer_is_answered_by_the_next(
     assert shown(instance, "a") == {"SUCCEEDED"}
 
 
-def test_checks_that_somebody_asks_are_always_recorded(instance: dg.DagsterInstance) -> None:
+def test_manually_executed_checks_are_always_recorded(instance: dg.DagsterInstance) -> None:
     before = recorded(instance)
     ask(instance, "a")
     assert recorded(instance) == before + len(ALL)
 
 
-def test_a_run_that_fails_leaves_the_answers_of_before(instance: dg.DagsterInstance, project: Project) -> None:
+def test_a_failed_run_keeps_the_previous_results(instance: dg.DagsterInstance, project: Project) -> None:
     [vectors] = (project.root / "lake/embeddings").glob("*/partition_key=a/*.parquet")
     vectors.write_bytes(b"damaged")
     project.write("a/three.md", "Three.")

@@ -1,4 +1,4 @@
-"""`dagster dev` with its daemon, sensors and runs, as `make ui` starts it: no click anywhere."""
+"""`dagster dev` with its daemon, sensors and runs, as `make ui` starts it, without a click."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 240
 
 @contextlib.contextmanager
 def dagster_dev(project: Project) -> Iterator[None]:
-    """The webserver and the daemon over the project, and nothing left of them afterwards."""
+    """Run the webserver and the daemon on the project; all their processes are ended afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,7 +45,7 @@ def dagster_dev(project: Project) -> Iterator[None]:
 
 
 def until(project: Project, condition: Callable[[], bool]) -> float:
-    """Seconds until the condition holds."""
+    """Wait until the condition holds; the seconds that took."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < _PATIENCE_SECONDS, (project.root / "dev.log").read_text()[-4000:]
@@ -83,7 +83,7 @@ def test_arrivals_edits_touches_and_settings_without_a_click(project: Project) -
             os.utime(project.landing / "c/try.rst", (1, 1))
             waited = until(project, lambda: events(instance, "raw_documents") == counts["raw_documents"] + 1)
             print(f"touch: {waited:.0f} s")
-            time.sleep(20)  # a tick of the condition, and then some: nothing may follow
+            time.sleep(20)  # longer than a tick of the condition: nothing may run
             assert is_idle(instance)
             assert {asset: events(instance, asset) for asset in ASSETS} == counts | {
                 "raw_documents": counts["raw_documents"] + 1

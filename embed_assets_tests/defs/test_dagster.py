@@ -37,7 +37,7 @@ def instance(project: Project) -> Iterator[dg.DagsterInstance]:
         yield opened
 
 
-def test_the_graph_is_what_it_was() -> None:
+def test_the_asset_graph_is_unchanged() -> None:
     definitions = build_definitions(load_settings())
     graph = definitions.resolve_asset_graph()
     keys = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
@@ -101,7 +101,7 @@ def _partitions() -> dg.DynamicPartitionsDefinition:
     return Names().partitions
 
 
-def test_our_states_are_dagsters(
+def test_our_states_match_dagsters(
     project: Project, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def agree(key: str = "a") -> dict[str, str]:
@@ -163,7 +163,7 @@ def test_metadata(project: Project, instance: dg.DagsterInstance) -> None:
     assert (raw["documents"], raw["rejected"], raw["table_version"]) == (1, 1, 1)
 
 
-def test_the_runs_of_sync_are_seen_in_dagster(project: Project, instance: dg.DagsterInstance) -> None:
+def test_runs_of_sync_appear_in_dagster(project: Project, instance: dg.DagsterInstance) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.sync()
@@ -172,7 +172,7 @@ def test_the_runs_of_sync_are_seen_in_dagster(project: Project, instance: dg.Dag
     assert instance.get_materialized_partitions(dg.AssetKey("embeddings")) == {"a", "b", "c"}
 
 
-def test_an_asset_before_its_inputs_says_what_to_select(project: Project, instance: dg.DagsterInstance) -> None:
+def test_an_asset_without_its_inputs_says_what_to_select(project: Project, instance: dg.DagsterInstance) -> None:
     project.write("a/one.md", "One.")
     project.json("discover")
     result = run(instance, "a", "chunks")
@@ -182,7 +182,7 @@ def test_an_asset_before_its_inputs_says_what_to_select(project: Project, instan
     assert "needs raw_documents, which was never materialized; select it as well" in str(failure)
 
 
-def test_assets_downstream_in_the_same_run_are_made(project: Project, instance: dg.DagsterInstance) -> None:
+def test_downstream_assets_in_the_same_run_are_materialized(project: Project, instance: dg.DagsterInstance) -> None:
     for key in "ab":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.json("discover")
@@ -206,7 +206,7 @@ def test_validate_and_list_as_dagster_does() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_plan_is_a_job_of_the_ui(project: Project, instance: dg.DagsterInstance) -> None:
+def test_the_plan_is_a_job_in_the_ui(project: Project, instance: dg.DagsterInstance) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.sync("--partition", "a")
@@ -224,16 +224,16 @@ def test_the_plan_is_a_job_of_the_ui(project: Project, instance: dg.DagsterInsta
     assert output.step_output_data.metadata["plan"].value == "All 4 partitions are fresh."
 
 
-def test_the_pages_show_a_summary_pictures_and_lineage(project: Project, instance: dg.DagsterInstance) -> None:
+def test_asset_pages_show_a_summary_plots_and_lineage(project: Project, instance: dg.DagsterInstance) -> None:
     project.write("a/try.rst", topic("try") + topic("import") + topic("class"))
     project.write("b/with.rst", topic("with"))
     project.sync()
     pictured = latest(instance, "embeddings", "a").metadata
-    assert not {"token_lengths", "map"} & latest(instance, "embeddings", "b").metadata.keys()  # of four chunks
+    assert not {"token_lengths", "map"} & latest(instance, "embeddings", "b").metadata.keys()  # it has only four chunks
     project.write("a/new.md", "A new document.")
     project.sync()
     found = {asset: latest(instance, asset, "a").metadata for asset in ASSETS}
-    assert not {"token_lengths", "map"} & found["embeddings"].keys()  # which would look the same
+    assert not {"token_lengths", "map"} & found["embeddings"].keys()  # they would look the same
     summary = str(found["embeddings"]["summary"].value)
     assert summary.startswith("**Why:** chunks changed; raw_documents changed.")
     assert "texts embedded" in summary and "vectors reused" in summary and "one commit" in summary
@@ -256,7 +256,7 @@ def test_the_pages_show_a_summary_pictures_and_lineage(project: Project, instanc
         assert {"dagster/table_name", "dagster/uri", "dagster/code_references"} <= metadata.keys()
 
 
-def test_after_a_failed_run_only_what_it_did_not_make_is_said_again(
+def test_after_a_failed_run_only_its_unfinished_assets_are_recorded_again(
     project: Project, instance: dg.DagsterInstance
 ) -> None:
     for key in "abc":
@@ -270,7 +270,7 @@ def test_after_a_failed_run_only_what_it_did_not_make_is_said_again(
     project.write("c/two.md", "A second document.")
     project.json("discover")
     assert not run_range(instance, "a", "c").success
-    assert [events(instance, asset) for asset in ASSETS] == [6, 6, 5]  # 3, one of a, one of b again, c's up to chunks
+    assert [events(instance, asset) for asset in ASSETS] == [6, 6, 5]  # 3, a rebuilt, b rebuilt, c up to its chunks
     said = latest(instance, "embeddings", "b")
     assert "map" not in said.metadata and "summary" not in said.metadata
     assert said.tags == first["embeddings"].tags and "recorded again" in str(said.description)

@@ -22,14 +22,14 @@ SHARED = ("deploy/postgres.yaml", "deploy/many-workers.yaml", "deploy/ray.yaml")
 
 
 def as_postgres(*command: str | Path) -> None:
-    """Run a server's tool: as the user `postgres` where we are root, which it refuses to be."""
+    """Run one of the server's tools, as the user `postgres` if we are root: they refuse to run as root."""
     prefix = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     subprocess.run([*prefix, *map(str, command)], check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server on loopback with an empty database; its URL."""
+    """URL of a server on loopback with an empty database."""
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     found = installed[-1].parent if installed else shutil.which("initdb") and Path(str(shutil.which("initdb"))).parent
     assert found, "these tests need PostgreSQL: apt-get install postgresql"
@@ -37,7 +37,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for folder in (home, *home.parents):
         if folder == Path(tempfile.gettempdir()):
             break
-        folder.chmod(0o755)  # pytest makes them for its own user alone
+        folder.chmod(0o755)  # pytest creates them for its own user only
     if os.geteuid() == 0:
         shutil.chown(home, "postgres")
     with socket.socket() as free:
@@ -81,7 +81,7 @@ def test_the_whole_pipeline_on_postgres(
 
 
 @pytest.mark.long
-def test_without_the_database_it_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_database_the_error_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(REPOSITORY / "deploy/postgres.yaml", project.root / "dagster.yaml")
     monkeypatch.setenv("DAGSTER_HOME", str(project.root))
     assert "DAGSTER_POSTGRES_URL" in project.run("plan").stderr
@@ -91,7 +91,7 @@ def test_without_the_database_it_is_one_line(project: Project, monkeypatch: pyte
     assert "hidden" not in result.output + result.stderr
 
 
-def test_every_instance_file_keeps_what_the_step_relies_on() -> None:
+def test_every_instance_file_has_the_settings_that_the_step_relies_on() -> None:
     import yaml
 
     for file in [REPOSITORY / name for name in ("dagster.yaml", *SHARED)]:
@@ -106,8 +106,8 @@ def test_every_instance_file_keeps_what_the_step_relies_on() -> None:
         assert settings["telemetry"] == {"enabled": False}
 
 
-def test_runs_become_jobs_of_a_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That such a run works is tried by `embed_assets_tests/ray/test_dagster_ray.py`; here, that the two files fit."""
+def test_the_ray_launcher_and_cluster_files_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two files must match; `embed_assets_tests/ray/test_dagster_ray.py` tests that such a run works."""
     import yaml
     from dagster._serdes import ConfigurableClassData
 

@@ -1,4 +1,4 @@
-"""Any number of processes that open an instance for the first time at once."""
+"""Several processes that open an instance for the first time at the same time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_at_once(*commands: Iterable[str | Path]) -> None:
 
 
 def stamps(root: Path) -> dict[str, int]:
-    """Revisions that each of the databases has."""
+    """Schema revisions of each database."""
     found: dict[str, int] = {}
     for name in DATABASES:
         with contextlib.closing(sqlite3.connect(root / ".dagster/storage" / name)) as connection:
@@ -49,7 +49,7 @@ def stamps(root: Path) -> dict[str, int]:
 
 
 def use_plain_sqlite(project: Project) -> None:
-    """As in a dagster.yaml of before, which names Dagster's own storage."""
+    """Use Dagster's own storage, as older dagster.yaml files do."""
     file = project.root / "dagster.yaml"
     config = yaml.safe_load(file.read_text())
     config["storage"] = {"sqlite": {"base_dir": ".dagster/storage"}}
@@ -57,7 +57,7 @@ def use_plain_sqlite(project: Project) -> None:
 
 
 @pytest.mark.long
-def test_first_syncs_at_once_all_succeed(project: Project) -> None:
+def test_concurrent_first_syncs_all_succeed(project: Project) -> None:
     for key in "abc":
         project.write(f"{key}/one.md", f"One of {key}.")
     run_at_once(*[[*CLI, "sync", "--json"]] * 4)
@@ -66,7 +66,7 @@ def test_first_syncs_at_once_all_succeed(project: Project) -> None:
 
 
 @pytest.mark.parametrize("prepare", [lambda project: None, use_plain_sqlite], ids=["ours", "plain sqlite"])
-def test_first_discovers_at_once_all_succeed(project: Project, prepare: Callable[[Project], None]) -> None:
+def test_concurrent_first_discovers_all_succeed(project: Project, prepare: Callable[[Project], None]) -> None:
     prepare(project)
     project.write("a/one.md", "One.")
     run_at_once(*[[*CLI, "discover", "--json"]] * 3)
@@ -74,7 +74,7 @@ def test_first_discovers_at_once_all_succeed(project: Project, prepare: Callable
 
 
 @pytest.mark.long
-def test_dagsters_own_commands_take_turns_too(project: Project) -> None:
+def test_dagsters_own_commands_wait_for_each_other_too(project: Project) -> None:
     """Its processes (webserver, daemon, code servers, runs) open the instance themselves."""
     job = project.root / "jobs.py"
     job.write_text("import dagster as dg\n\n\n@dg.asset\ndef one() -> None: ...\n\n\ndefs = dg.Definitions([one])\n")
@@ -86,7 +86,7 @@ def test_dagsters_own_commands_take_turns_too(project: Project) -> None:
 
 
 @pytest.mark.parametrize("prepare", [lambda project: None, use_plain_sqlite], ids=["ours", "plain sqlite"])
-def test_a_half_stamped_instance_is_mended(project: Project, prepare: Callable[[Project], None]) -> None:
+def test_a_half_stamped_instance_is_repaired(project: Project, prepare: Callable[[Project], None]) -> None:
     prepare(project)
     project.write("a/one.md", "One.")
     project.sync()
@@ -97,7 +97,7 @@ def test_a_half_stamped_instance_is_mended(project: Project, prepare: Callable[[
     assert stamps(project.root) == dict.fromkeys(DATABASES, 1)
 
 
-def test_one_that_died_while_making_the_databases_left_nothing_half_done(project: Project) -> None:
+def test_a_process_that_died_while_creating_the_databases_leaves_nothing_half_done(project: Project) -> None:
     draft = project.root / ".dagster/.storage.new/history"
     draft.mkdir(parents=True)
     (draft / "runs.db").write_bytes(b"half a database")
@@ -107,8 +107,8 @@ def test_one_that_died_while_making_the_databases_left_nothing_half_done(project
 
 
 @pytest.mark.parametrize("left", DATABASES)
-def test_databases_that_are_missing_are_made_beside_those_that_are_there(project: Project, left: str) -> None:
-    """As after a process that died between moving one and the next."""
+def test_missing_databases_are_created_next_to_existing_ones(project: Project, left: str) -> None:
+    """The state after a process died between moving one database and the next."""
     project.json("init")
     for name in DATABASES:
         if name != left:
@@ -117,7 +117,7 @@ def test_databases_that_are_missing_are_made_beside_those_that_are_there(project
     assert stamps(project.root) == dict.fromkeys(DATABASES, 1)
 
 
-def test_the_project_names_the_storage_that_takes_turns(project: Project) -> None:
+def test_the_project_uses_the_locked_storage(project: Project) -> None:
     with open_instance() as instance:
         assert isinstance(instance.get_ref().storage, LockedSqliteStorage)
 
@@ -134,7 +134,7 @@ def test_a_folder_for_the_records_can_come_from_the_environment(project: Project
     assert (project.root / "elsewhere/history/runs.db").exists()
 
 
-def test_partitions_that_others_register_meanwhile_are_no_error() -> None:
+def test_partitions_registered_concurrently_are_no_error() -> None:
     """Another process adds one of the keys between Dagster's look and its insert."""
     code = (
         "import sys, dagster as dg\n"

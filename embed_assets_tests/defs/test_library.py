@@ -69,7 +69,7 @@ def test_the_command_line_works_with_a_prefix_too(project: Project) -> None:
     assert project.json("plan")["partitions"][0]["assets"]["embeddings"]["state"] == "fresh"
 
 
-def test_a_lake_is_one_corpus_alone(project: Project) -> None:
+def test_a_lake_holds_one_corpus(project: Project) -> None:
     project.set(NAME_PREFIX="laws")
     project.write("a/one.md", "One.")
     project.sync()
@@ -80,7 +80,7 @@ def test_a_lake_is_one_corpus_alone(project: Project) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["a/b", "1a", "a b", "a" * 70])
-def test_a_prefix_is_a_word(project: Project, prefix: str) -> None:
+def test_a_prefix_must_be_a_word(project: Project, prefix: str) -> None:
     project.set(NAME_PREFIX=prefix)
     assert "EMBED_NAME_PREFIX" in project.run("plan").stderr
 
@@ -129,7 +129,7 @@ def test_the_component_from_yaml(project: Project) -> None:
     assert list((project.root / "lake/embeddings").glob("fake-8-*"))
 
 
-def test_a_component_without_a_lake_says_so(project: Project) -> None:
+def test_a_component_without_a_lake_is_an_error(project: Project) -> None:
     folder = component_project(project, {"source": "here"})
     with pytest.raises(Exception, match="handbook") as caught:
         dg.load_from_defs_folder(path_within_project=folder).resolve_asset_graph()
@@ -140,7 +140,7 @@ def test_a_component_without_a_lake_says_so(project: Project) -> None:
     ("attributes", "meant"),
     [({"sorce": "here", "lake": "there"}, "source"), ({"source": "h", "lake": "l", "nam_prefix": "x"}, "name_prefix")],
 )
-def test_a_misspelt_attribute_of_the_component_is_told(
+def test_a_misspelt_attribute_of_the_component_is_an_error(
     project: Project, attributes: dict[str, object], meant: str
 ) -> None:
     folder = component_project(project, attributes)
@@ -149,7 +149,7 @@ def test_a_misspelt_attribute_of_the_component_is_told(
     assert f"did you mean {meant}?" in str(caught.value.__cause__)
 
 
-def test_a_misspelt_setting_of_the_component_is_told(project: Project) -> None:
+def test_a_misspelt_setting_of_the_component_is_an_error(project: Project) -> None:
     settings = {"chunk_tokenz": 64, "source_options": {"anon": True}}
     folder = component_project(project, {"source": "here", "lake": "there", "settings": settings})
     with pytest.raises(Exception, match="handbook") as caught:

@@ -1,4 +1,4 @@
-"""Rows that somebody else replaced are no longer fresh, and a lake has one corpus."""
+"""Rows that something else replaced are not fresh any more, and a lake holds one corpus."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def states(project: Project, key: str = "a") -> dict[str, Any]:
 
 
 def use_instance(project: Project, name: str) -> None:
-    """Another Dagster instance, on the same source and lake."""
+    """Switch to another Dagster instance, on the same source and lake."""
     home = project.root / name
     if not home.exists():
         home.mkdir()
@@ -78,8 +78,8 @@ def test_a_step_of_another_corpus_is_refused(project: Project, instance: dg.Dags
     assert len(project.rows("text")) == 1
 
 
-def test_two_corpora_that_make_a_lake_at_once_do_not_share_it(project: Project) -> None:
-    """The second one looked when there was no table yet."""
+def test_two_corpora_that_create_a_lake_at_once_do_not_share_it(project: Project) -> None:
+    """The second one checks before there is a table."""
     project.write("docs/one.md", "The first corpus.")
     first = project.pipeline()
     project.set(SOURCE="second")
@@ -118,7 +118,7 @@ def test_a_project_can_be_moved_with_its_lake(project: Project) -> None:
     assert Project(moved, project.monkeypatch).sync()["embedded"] == 0
 
 
-def test_a_link_to_the_source_is_the_source(project: Project) -> None:
+def test_a_link_to_the_source_counts_as_the_source(project: Project) -> None:
     project.write("docs/one.md", "One.")
     project.sync()
     (project.root / "link").symlink_to(project.landing)
@@ -126,7 +126,7 @@ def test_a_link_to_the_source_is_the_source(project: Project) -> None:
     assert project.sync()["embedded"] == 0
 
 
-def test_a_rolled_back_source_is_noticed_by_the_instance_that_knew_it(project: Project) -> None:
+def test_a_rolled_back_source_is_detected_by_the_instance_that_recorded_it(project: Project) -> None:
     """Instance 1 knows version 1; instance 2 embeds version 2; the source goes back to what instance 1 recorded."""
     file = project.write("a/one.md", "Version 1.")
     backup = project.root / "backup.md"
@@ -147,7 +147,7 @@ def test_a_rolled_back_source_is_noticed_by_the_instance_that_knew_it(project: P
     assert REPLACED in states(project)["chunks"][1]
 
 
-def test_rows_where_an_instance_knows_of_no_table_are_noticed(project: Project) -> None:
+def test_rows_in_a_table_that_an_instance_never_saw_are_detected(project: Project) -> None:
     """Instance 1 recorded an empty document before there were tables; instance 2 fills it, and the source goes back."""
     file = project.write("a/one.md", " ")
     os.utime(file, (5, 5))
@@ -165,7 +165,7 @@ def test_rows_where_an_instance_knows_of_no_table_are_noticed(project: Project) 
 
 
 @pytest.mark.parametrize("look", [1, 2])
-def test_of_two_corpora_that_take_over_an_old_lake_at_once_one_is_refused(project: Project, look: int) -> None:
+def test_two_corpora_that_claim_an_old_lake_at_once_do_not_share_it(project: Project, look: int) -> None:
     project.write("docs/one.md", "One.")
     project.sync()
     DeltaTable(project.root / "lake/raw_documents").alter.set_table_properties(
@@ -173,7 +173,7 @@ def test_of_two_corpora_that_take_over_an_old_lake_at_once_one_is_refused(projec
     )
 
     class Slow(Lake):
-        """A lake that somebody else takes over after it was looked at."""
+        """A lake that another corpus claims right after it was checked."""
 
         def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
             opened = super().open_path(path, version)
@@ -189,7 +189,7 @@ def test_of_two_corpora_that_take_over_an_old_lake_at_once_one_is_refused(projec
     assert Owner.of(delta) == first.owner
 
 
-def test_rows_that_another_tool_wrote_are_noticed(project: Project) -> None:
+def test_rows_written_by_another_tool_are_detected(project: Project) -> None:
     project.write("a/one.md", "One.")
     project.write("b/one.md", "Another.")
     project.sync()
@@ -200,7 +200,7 @@ def test_rows_that_another_tool_wrote_are_noticed(project: Project) -> None:
     assert {state for state, _ in states(project).values()} == {"fresh"}
 
 
-def test_rows_where_none_were_recorded_are_noticed(project: Project, instance: dg.DagsterInstance) -> None:
+def test_rows_where_none_were_recorded_are_detected(project: Project, instance: dg.DagsterInstance) -> None:
     project.write("a/one.md", "One.")
     project.write("b/empty.md", " ")
     project.sync()
@@ -215,13 +215,13 @@ def _as_partition(delta: DeltaTable, key: str) -> pa.Table:
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["new records", "records of before"])
-def test_compaction_is_no_replacement(project: Project, instance: dg.DagsterInstance, is_old: bool) -> None:
+def test_compaction_does_not_count_as_replacement(project: Project, instance: dg.DagsterInstance, is_old: bool) -> None:
     for key in "ab":
         project.write(f"{key}/one.md", f"One of {key}.\n\nAnd more.")
     project.sync()
     if is_old:
         forget_files(instance)
-    # The same rows in several files, as large partitions have them, and then in one.
+    # The same rows in several files, as in large partitions, and then in one.
     for table in ("raw_documents", "chunks", f"embeddings/{project.pipeline().model.space.name}"):
         delta = DeltaTable(project.root / "lake" / table)
         rows = delta.to_pyarrow_table([("partition_key", "=", "a")])
@@ -234,7 +234,7 @@ def test_compaction_is_no_replacement(project: Project, instance: dg.DagsterInst
 
 
 def forget_files(instance: dg.DagsterInstance) -> None:
-    """Record everything as it was recorded before records knew their files."""
+    """Record everything as older versions did, without the names of data files."""
     for asset in ASSETS:
         for key in "ab":
             found = latest(instance, asset, key)
@@ -242,7 +242,7 @@ def forget_files(instance: dg.DagsterInstance) -> None:
             instance.report_runless_asset_event(found._replace(metadata=metadata))
 
 
-def test_records_of_before_are_believed_until_files_are_newer(project: Project, instance: dg.DagsterInstance) -> None:
+def test_older_records_are_trusted_until_files_are_newer(project: Project, instance: dg.DagsterInstance) -> None:
     for key in "ab":
         project.write(f"{key}/one.md", f"One of {key}.")
     project.sync()
@@ -252,7 +252,7 @@ def test_records_of_before_are_believed_until_files_are_newer(project: Project, 
     assert states(project)["chunks"] == ("stale", [REPLACED])
 
 
-def test_contents_that_were_compared_once_are_not_read_again(project: Project, instance: dg.DagsterInstance) -> None:
+def test_contents_are_compared_only_once(project: Project, instance: dg.DagsterInstance) -> None:
     project.write("a/one.md", "One.")
     project.sync()
     delta = DeltaTable(project.root / "lake/chunks")
@@ -283,7 +283,7 @@ def test_an_emptied_source_is_refused_by_sync(project: Project) -> None:
         result = project.run("sync", *arguments)
         assert result.exit_code == 1
         assert "is empty, and 2 partitions hold documents" in result.stderr and "--allow-empty" in result.stderr
-    project.json("discover")  # what is observed of it does not make it any more credible
+    project.json("discover")  # observing that it is empty does not confirm it
     assert project.run("sync").exit_code == 1
     assert len(project.rows("text")) == 2
     done = project.sync("--allow-empty")
@@ -303,7 +303,7 @@ def test_an_emptied_source_is_refused_by_runs(project: Project, instance: dg.Dag
     assert allowed.success and project.rows("text") == []
 
 
-def test_what_was_never_filled_may_be_empty(project: Project) -> None:
+def test_a_source_that_was_never_filled_may_be_empty(project: Project) -> None:
     assert project.sync()["partitions"] == {}
     project.write("a/empty.md", "")
     project.sync()

@@ -1,4 +1,4 @@
-"""The pool, runs whose process died, and what is tried again."""
+"""The pool, runs whose process died, and retries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def instance(project: Project) -> Iterator[dg.DagsterInstance]:
 
 
 def slow_sync(project: Project) -> subprocess.Popen[str]:
-    """A sync that takes long, once its model is at work."""
+    """A slow sync, returned once its model is computing."""
     for key in "ab":
         project.write(f"{key}/rows.jsonl", "\n".join(json.dumps({"text": f"Row {i} of {key}."}) for i in range(600)))
     project.set(MODEL="fake:16~40")
@@ -60,7 +60,7 @@ def test_the_step_holds_the_pool(instance: dg.DagsterInstance) -> None:
     assert step.pool == POOL == "gpu"
 
 
-def test_a_killed_run_is_ended_and_gives_back_its_place(project: Project, instance: dg.DagsterInstance) -> None:
+def test_a_killed_run_is_ended_and_its_slot_freed(project: Project, instance: dg.DagsterInstance) -> None:
     process = slow_sync(project)
     (record,) = instance.get_runs()
     assert record.status == dg.DagsterRunStatus.STARTED
@@ -84,7 +84,7 @@ def test_a_killed_run_is_ended_and_gives_back_its_place(project: Project, instan
 
 
 @pytest.mark.long
-def test_a_second_run_waits_and_says_for_whom(project: Project, instance: dg.DagsterInstance) -> None:
+def test_a_second_run_waits_and_names_the_run_it_waits_for(project: Project, instance: dg.DagsterInstance) -> None:
     process = slow_sync(project)
     (holder,) = holders_of_full_pool(instance, POOL)
     command = [str(DAGSTER), "asset", "materialize", "-m", "embed_assets.definitions", "--select", "*"]
@@ -100,7 +100,7 @@ def test_a_second_run_waits_and_says_for_whom(project: Project, instance: dg.Dag
     assert holder in seen
     used, began = sum(psutil.Process(waiting.pid).cpu_times()[:2]), time.monotonic()
     time.sleep(6)
-    # Busy, it would use most of a core, or a third of one where others are as busy; now and then it looks.
+    # Busy waiting would use most of a core, or a third of one on a busy machine; polling uses little.
     used = sum(psutil.Process(waiting.pid).cpu_times()[:2]) - used
     assert used < 0.25 * (time.monotonic() - began)
     os.killpg(process.pid, signal.SIGINT)
@@ -119,14 +119,14 @@ class Clock:
 
 
 def started_run(instance: dg.DagsterInstance, process: str, **options: Any) -> str:
-    """The id of a run that a process has begun."""
+    """The id of a run that a process has started."""
     job = definitions().resolve_implicit_global_asset_job_def()
     tags = {PROCESS_TAG: process} if process else {}
     return str(instance.create_run_for_job(job, tags=tags, status=dg.DagsterRunStatus.STARTED, **options).run_id)
 
 
 def elsewhere(host: str = "another-host") -> str:
-    """A process of another host or container, whose boot and numbers say nothing here."""
+    """A process of another host or container, whose boot id and process id mean nothing here."""
     _, _, _, number, since = this_process().split("|")
     return f"{host}|another-boot|4711|{number}|{since}"
 
@@ -147,13 +147,13 @@ def test_runs_of_this_host_are_dead_as_soon_as_their_process_is(instance: dg.Dag
     assert set(end_dead_runs(instance, monitor)) == {runs["reused number"], runs["gone"]}
     assert end_dead_runs(instance, monitor) == []
     child = started_run(instance, processes["gone"], parent_run_id=runs["gone"], root_run_id=runs["gone"])
-    assert end_dead_runs(instance, monitor) == []  # a retry that has its parent's tag until it begins
+    assert end_dead_runs(instance, monitor) == []  # a retry has its parent's tag until it begins
     assert instance.get_run_by_id(child) is not None
     free_slots(instance, runs["alive"])
 
 
 @pytest.mark.parametrize("host", ["another-host", socket.gethostname()])
-def test_a_run_whose_process_is_silent_is_dead_on_whatever_host(instance: dg.DagsterInstance, host: str) -> None:
+def test_a_run_without_heartbeats_is_dead_on_any_host(instance: dg.DagsterInstance, host: str) -> None:
     run, clock = started_run(instance, elsewhere(host)), Clock()
     monitor = HeartbeatMonitor(clock)
     assert end_dead_runs(instance, monitor) == []
@@ -165,7 +165,7 @@ def test_a_run_whose_process_is_silent_is_dead_on_whatever_host(instance: dg.Dag
     assert any(f"was silent for {SILENT_SECONDS:.0f} s" in message for message in messages), messages
 
 
-def test_a_process_that_is_heard_of_lives_whatever_its_clock_says(instance: dg.DagsterInstance) -> None:
+def test_a_process_with_heartbeats_is_alive_whatever_its_clock(instance: dg.DagsterInstance) -> None:
     started_run(instance, elsewhere())
     clock = Clock()
     monitor = HeartbeatMonitor(clock)
@@ -176,8 +176,8 @@ def test_a_process_that_is_heard_of_lives_whatever_its_clock_says(instance: dg.D
             clock.now += 20
 
 
-def test_time_in_which_nobody_listened_is_no_silence(instance: dg.DagsterInstance) -> None:
-    """The database was down, or both were suspended: the others get the time to beat again."""
+def test_time_when_nothing_watched_is_not_silence(instance: dg.DagsterInstance) -> None:
+    """The database was down, or both processes were suspended: the others get time for their next heartbeat."""
     started_run(instance, elsewhere())
     clock = Clock()
     monitor = HeartbeatMonitor(clock)
@@ -187,7 +187,7 @@ def test_time_in_which_nobody_listened_is_no_silence(instance: dg.DagsterInstanc
 
 
 class Outage:
-    """An instance whose storage fails at first, with an error of its own kind."""
+    """An instance whose storage fails at first, with its own type of error."""
 
     def __init__(self) -> None:
         self.run_storage = self
@@ -203,14 +203,14 @@ class Outage:
         self.has_beaten.set()
 
 
-def test_a_heart_goes_on_after_an_outage_of_the_database() -> None:
+def test_a_heartbeat_continues_after_a_database_outage() -> None:
     outage = Outage()
     with heartbeat(outage, "process", seconds=0.01):  # type: ignore[arg-type]
         assert outage.has_beaten.wait(60)
     assert list(outage.values) == ["embed_assets/heartbeat/process"]
 
 
-def test_a_heart_beats_while_something_runs_and_leaves_nothing_behind(instance: dg.DagsterInstance) -> None:
+def test_a_heartbeat_runs_with_the_step_and_leaves_nothing_behind(instance: dg.DagsterInstance) -> None:
     key = f"embed_assets/heartbeat/{this_process()}"
     seen: set[str] = set()
     with heartbeat(instance, this_process(), seconds=0.01):
@@ -223,23 +223,21 @@ def test_a_heart_beats_while_something_runs_and_leaves_nothing_behind(instance: 
     assert read_values(instance, {key}) == {}
 
 
-def test_a_sync_takes_the_place_of_a_holder_that_was_killed_elsewhere(
-    project: Project, instance: dg.DagsterInstance
-) -> None:
-    """Its container is gone, and no daemon runs."""
+def test_a_sync_takes_the_slot_of_a_holder_killed_elsewhere(project: Project, instance: dg.DagsterInstance) -> None:
+    """The holder's container is gone, and no daemon runs."""
     run = started_run(instance, elsewhere())
     instance.event_log_storage.initialize_concurrency_limit_to_default(POOL)
     instance.event_log_storage.claim_concurrency_slot(POOL, run, "embed_corpus")
     assert holders_of_full_pool(instance, POOL) == [run]
     [message] = wait_for_pool(instance, patience=1.0)
-    assert f"is held by the run {run} on 'another-host'" in message and "silent for 3 minutes" in message
+    assert f"held by the run {run} on 'another-host'" in message and "3 minutes without a heartbeat" in message
     assert holders_of_full_pool(instance, POOL) == []
     project.write("a/one.md", "One.")
     assert project.sync()["embedded"] == 1
 
 
 @pytest.mark.parametrize("status", [dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE])
-def test_a_place_that_a_finished_run_never_gave_back_is_free(
+def test_a_slot_that_a_finished_run_never_freed_is_free(
     instance: dg.DagsterInstance, status: dg.DagsterRunStatus
 ) -> None:
     job = definitions().resolve_implicit_global_asset_job_def()
@@ -259,7 +257,7 @@ def test_a_sync_with_nothing_to_do_does_not_wait(project: Project, instance: dg.
     assert holders_of_full_pool(instance, POOL) == [run]
 
 
-def test_delays_grow_and_only_what_may_pass_is_worth_them() -> None:
+def test_delays_grow_and_only_transient_errors_are_retried() -> None:
     delays = [RETRIES.calculate_delay(attempt) for attempt in (1, 2)]
     assert 0 < delays[0] < 11 and delays[1] < 22
     assert all(map(is_retryable, [LakeError("503", is_retryable=True), ConnectionResetError(), MemoryError()]))
@@ -267,7 +265,7 @@ def test_delays_grow_and_only_what_may_pass_is_worth_them() -> None:
 
 
 class Flaky(Corpus):
-    """A corpus whose reading fails at first, as a store does that hiccups."""
+    """A corpus whose first reads fail with a transient storage error."""
 
     failures = 0
 
@@ -278,7 +276,7 @@ class Flaky(Corpus):
         return super().documents(partition)
 
 
-def test_a_store_that_hangs_up_is_tried_again_and_the_rest_is_not_done_twice(
+def test_a_dropped_connection_is_retried_and_finished_work_is_not_repeated(
     project: Project, instance: dg.DagsterInstance
 ) -> None:
     for key in "ab":
@@ -297,7 +295,7 @@ def test_a_store_that_hangs_up_is_tried_again_and_the_rest_is_not_done_twice(
     assert project.sync()["embedded"] == 0
 
 
-def test_a_damaged_partition_is_not_tried_again(project: Project, instance: dg.DagsterInstance) -> None:
+def test_a_damaged_partition_is_not_retried(project: Project, instance: dg.DagsterInstance) -> None:
     project.write("a/one.md", "One.")
     project.sync()
     project.write("a/one.md", "Two.")
@@ -309,7 +307,7 @@ def test_a_damaged_partition_is_not_tried_again(project: Project, instance: dg.D
 
 
 class Broken(Lake):
-    """A lake with a fault in the program, beside all partitions."""
+    """A lake whose code raises an unexpected error, outside any partition."""
 
     def session(self) -> Lake:
         try:
@@ -318,7 +316,9 @@ class Broken(Lake):
             raise RuntimeError("a fault\nin the program") from error
 
 
-def test_an_unexpected_error_of_the_step_is_told_with_its_cause(project: Project, instance: dg.DagsterInstance) -> None:
+def test_an_unexpected_error_in_the_step_is_reported_with_its_cause(
+    project: Project, instance: dg.DagsterInstance
+) -> None:
     project.write("a/one.md", "One.")
     pipeline = project.pipeline()
     broken = replace(pipeline, lake=Broken(pipeline.lake.root))

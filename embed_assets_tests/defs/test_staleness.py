@@ -1,4 +1,4 @@
-"""Our rule of what is stale against Dagster's own, on random histories; and how the events are read."""
+"""Our staleness rule against Dagster's own, on random histories, and how events are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def instance(project: Project) -> Iterator[dg.DagsterInstance]:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
-def test_on_random_histories_our_states_are_dagsters(project: Project, instance: dg.DagsterInstance, seed: int) -> None:
+def test_our_states_match_dagsters_on_random_histories(
+    project: Project, instance: dg.DagsterInstance, seed: int
+) -> None:
     chance = random.Random(seed)
     texts = ["One.", "Two.", "Two, but longer.", "# Three\n\nOne."]
     for key in KEYS:
@@ -104,7 +106,7 @@ def test_events_are_read_as_dagster_reads_them(instance: dg.DagsterInstance) -> 
             assert event.texts == {n: v.value for n, v in values.items() if isinstance(v, dg.TextMetadataValue)}
 
 
-def test_what_was_read_before_is_not_read_again(project: Project, instance: dg.DagsterInstance) -> None:
+def test_events_are_read_only_once(project: Project, instance: dg.DagsterInstance) -> None:
     from embed_assets.defs.staleness import load_history
 
     for key in KEYS:
@@ -121,7 +123,7 @@ def test_what_was_read_before_is_not_read_again(project: Project, instance: dg.D
 
 
 @pytest.mark.parametrize("version", ["1.12.9", "1.13.5", "1.14.0", "2.0.0"])
-def test_another_dagster_is_refused_with_what_to_install(version: str) -> None:
+def test_an_untested_dagster_is_refused_with_the_version_to_install(version: str) -> None:
     with pytest.raises(SettingsError, match=rf"needs Dagster 1\.13\.x.*got {version}; pip install"):
         check_version(version)
     check_version("1.13.6")

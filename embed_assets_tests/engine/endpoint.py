@@ -1,4 +1,4 @@
-"""An OpenAI-compatible embeddings server on loopback, with the weather that real ones have."""
+"""An OpenAI-compatible embeddings server on loopback that can fail as real ones do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Weather = Callable[[int], "Answer | None"]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer other than vectors. Status 0 resets the connection."""
+    """A response other than vectors. Status 0 resets the connection."""
 
     status: int
     body: str = ""
@@ -54,7 +54,7 @@ class Endpoint:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def vector(self, text: str) -> np.ndarray:
-        """What the model gives for a text: float32 of unit norm."""
+        """The model's vector of a text: float32, unit norm."""
         found = np.zeros((1, self.dimension), np.float32)
         backend = FakeBackend(FakeModel(self.dimension, "served"))
         backend.forward([text], None, _One(), found)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _encoded(vector: np.ndarray, encoding: str) -> str | list[float]:
 
 @contextlib.contextmanager
 def serving(endpoint: Endpoint | None = None) -> Iterator[Endpoint]:
-    """A server on a free port, until the end of the block."""
+    """Run a server on a free port until the end of the block."""
     endpoint = endpoint or Endpoint()
 
     class Handler(BaseHTTPRequestHandler):

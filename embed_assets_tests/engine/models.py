@@ -1,4 +1,4 @@
-"""Small models of random weights, as sentence-transformers saves them."""
+"""Small models with random weights, saved by sentence-transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from embed_assets_tests.conftest import topic
 
 
 def small_model(folder: Path, kind: str) -> Path:
-    """A random-weight model of another architecture, saved as sentence-transformers saves it."""
+    """A model of another architecture with random weights, saved by sentence-transformers."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -57,7 +57,7 @@ def small_model(folder: Path, kind: str) -> Path:
             XLMRobertaConfig(**sizes, max_position_embeddings=70, pad_token_id=1, type_vocab_size=1)
         )
     elif kind == "modernbert":
-        # Its window of 8 tokens is far shorter than the texts, and one layer in two sees everything.
+        # The attention window of 8 tokens is far shorter than the texts; every second layer attends to everything.
         model = ModernBertModel(
             ModernBertConfig(
                 **sizes,

@@ -1,4 +1,4 @@
-"""What a job takes on a device that is not here."""
+"""Estimates of a job's time and cost on other hardware."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MINILM = ModelCost(6 * 12 * 384 * 384, 6 * 384)
     ("cost", "device", "mean", "published", "tolerance"),
     [
         (BGE_BASE, "A10G", 512, 215_000, 0.1),  # Snowflake's benchmark of TEI and ArcticInference
-        (BGE_LARGE, "L4", 449, 62_000, 0.1),  # infinity's, of TEI
-        (MINILM, "CPU", 196, 7_792 / 2, 0.05),  # this project's README, a core of two
+        (BGE_LARGE, "L4", 449, 62_000, 0.1),  # Infinity's benchmark of TEI
+        (MINILM, "CPU", 196, 7_792 / 2, 0.05),  # this project's README, per core, of two
     ],
 )
-def test_estimates_are_near_what_was_measured(
+def test_estimates_are_close_to_measurements(
     cost: ModelCost, device: str, mean: float, published: float, tolerance: float
 ) -> None:
     assert estimate_capacity(cost, 1, mean, device).tokens_per_second == pytest.approx(published, rel=tolerance)
@@ -51,7 +51,7 @@ def test_faster_devices_are_faster_and_longer_texts_slower() -> None:
     assert precise == sorted(precise)
 
 
-def test_the_models_size_is_told_without_its_weights(sample_space: object) -> None:
+def test_the_models_size_is_known_without_its_weights(sample_space: object) -> None:
     assert cost_of_space(sample_space) == MINILM  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def test_large_jobs_are_printed_in_hours_and_runs(capsys: pytest.CaptureFixture[
     assert "runs at a time" not in capsys.readouterr().out
 
 
-def test_the_precision_that_is_set_counts_on_a_gpu_too() -> None:
+def test_the_configured_precision_counts_on_a_gpu_too() -> None:
     half, single = (estimate_capacity(BGE_LARGE, 1, 200, "T4", precision) for precision in ("auto", "float32"))
     assert half.tokens_per_second > 5 * single.tokens_per_second
     assert (half.about, single.about) == ("NVIDIA T4, float16", "NVIDIA T4, float32")
@@ -88,7 +88,7 @@ def test_the_precision_that_is_set_counts_on_a_gpu_too() -> None:
         estimate_capacity(BGE_LARGE, 1, 200, "A100", "int8")
 
 
-def test_the_table_in_the_documentation_is_what_is_computed() -> None:
+def test_the_table_in_the_documentation_matches_the_estimates() -> None:
     lines = (REPOSITORY / "docs/ray.md").read_text().splitlines()
     names = [name.strip() for name in next(line for line in lines if "| T4 |" in line).strip("|").split("|")][1:]
     for label, cost in (("all-MiniLM-L6", MINILM), ("bge-base", BGE_BASE), ("bge-large", BGE_LARGE)):
@@ -98,10 +98,13 @@ def test_the_table_in_the_documentation_is_what_is_computed() -> None:
             assert float(cell.replace(",", "")) == pytest.approx(found, rel=0.02), (label, name)
 
 
-def test_mistakes_are_named(project: Project) -> None:
+def test_mistakes_are_reported(project: Project) -> None:
     project.write("a/try.md", topic("try"))
     assert "add --count" in project.json("plan", "--device", "A10", exit_code=1)["error"]
     assert "name it with --device" in project.json("plan", "--count", "--price", "1", exit_code=1)["error"]
-    assert "a model whose files are here" in project.json("plan", "--count", "--device", "A10", exit_code=1)["error"]
+    assert (
+        "needs a model whose files are on this machine"
+        in project.json("plan", "--count", "--device", "A10", exit_code=1)["error"]
+    )
     with pytest.raises(SettingsError, match="T4, L4, A10"):
         estimate_capacity(MINILM, 1, 1, "TPU")

@@ -1,4 +1,4 @@
-"""The runner over a scripted backend: order, windows in flight, out of memory, hiccups, poisoned texts, stopping."""
+"""The runner over a scripted backend: order, windows in flight, out of memory, retries, poisoned texts, stopping."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from embed_assets.errors import EmbeddingError
 
 
 class Scripted(FakeBackend):
-    """The fake model on a device that fails as a test wants it to."""
+    """The fake model on a device that fails as the test specifies."""
 
     def __init__(
         self,
@@ -128,12 +128,12 @@ def test_out_of_memory_halves_the_budget_and_runs_only_that_batch_again(layout: 
 
 
 def test_a_failed_pass_holds_no_memory_while_a_smaller_one_is_tried() -> None:
-    """A device with room for 60 tokens, whose passes hold what they have while their frames live."""
+    """A device with room for 60 tokens, whose passes hold their memory while their frames are alive."""
     import gc
     import weakref
 
     class Activations:
-        """What a pass holds on its device."""
+        """Memory that a pass holds on its device."""
 
     alive: weakref.WeakSet[Activations] = weakref.WeakSet()
 
@@ -149,12 +149,12 @@ def test_a_failed_pass_holds_no_memory_while_a_smaller_one_is_tried() -> None:
     gc.collect()
 
 
-def test_no_memory_for_one_text_is_an_error_that_says_so() -> None:
+def test_out_of_memory_on_a_single_text_is_an_error() -> None:
     with pytest.raises(EmbeddingError, match=r"not enough memory on cpu for one text of \d+ tokens"):
         embedder_over(Scripted(memory_of(3))).embed(TEXTS)
 
 
-def test_hiccups_are_waited_out(logged: list[str]) -> None:
+def test_transient_errors_are_retried(logged: list[str]) -> None:
     failures = iter([OSError("the device went away"), RuntimeError("hiccup")])
 
     def fail_at_first(texts: list[str], batch: Batch) -> None:
@@ -182,7 +182,7 @@ def test_a_poisoned_text_is_found_by_bisection_and_the_rest_goes_on(error: type[
     assert not embedded.vectors[[20, 41]].any()
 
 
-def test_a_vector_that_is_not_finite_rejects_its_text_alone() -> None:
+def test_a_vector_that_is_not_finite_rejects_only_its_text() -> None:
     texts = [*TEXTS[:5], "a nan here", *TEXTS[5:]]
     embedded = embedder_over(Scripted()).embed(texts)
     assert embedded.rejected == {5: "the model's vector is zero or not finite in float32"}
@@ -191,16 +191,16 @@ def test_a_vector_that_is_not_finite_rejects_its_text_alone() -> None:
         embedder_over(Scripted()).embed_one("a nan here")
 
 
-def test_a_model_that_embeds_nothing_is_no_texts_fault() -> None:
+def test_a_model_that_embeds_nothing_rejects_no_text() -> None:
     def broken(texts: list[str], batch: Batch) -> None:
         raise ValueError("the model is broken")
 
     with pytest.raises(ValueError, match="the model is broken") as caught:
         embedder_over(Scripted(broken)).embed(TEXTS)
-    assert "broken" in [frame.name for frame in caught.traceback]  # the original traceback, through the threads
+    assert "broken" in [frame.name for frame in caught.traceback]  # the original traceback survives the threads
 
 
-def test_a_model_that_is_never_finite_is_no_texts_fault() -> None:
+def test_a_model_that_is_never_finite_rejects_no_text() -> None:
     class AlwaysNan(Scripted):
         def fetch(self, buffer: np.ndarray) -> np.ndarray:
             return np.full_like(buffer, np.nan)
@@ -209,7 +209,7 @@ def test_a_model_that_is_never_finite_is_no_texts_fault() -> None:
         embedder_over(AlwaysNan()).embed(TEXTS)
 
 
-def test_an_error_in_the_tokenizer_or_the_reader_comes_back_as_it_was() -> None:
+def test_an_error_in_the_tokenizer_or_the_reader_is_raised_unchanged() -> None:
     def windows() -> Iterator[Window]:
         yield Window(["one"])
         raise OSError("the source is gone")
@@ -221,7 +221,7 @@ def test_an_error_in_the_tokenizer_or_the_reader_comes_back_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_leaving_early_stops_after_the_present_batch(workers: int) -> None:
+def test_leaving_early_stops_after_the_current_batch(workers: int) -> None:
     backend = Scripted(lambda texts, batch: time.sleep(0.02), workers)
     embedder = embedder_over(backend, 1)
     stream = embedder.embed_windows(map(Window, [TEXTS[:4], TEXTS, TEXTS]))
@@ -231,10 +231,10 @@ def test_leaving_early_stops_after_the_present_batch(workers: int) -> None:
     assert done < 40
     time.sleep(0.1)
     assert len(backend.batches) == done
-    assert np.array_equal(embedder.embed(TEXTS[:4]).vectors, expected(TEXTS[:4]))  # it can be used again
+    assert np.array_equal(embedder.embed(TEXTS[:4]).vectors, expected(TEXTS[:4]))  # the embedder can be used again
 
 
-def test_ticks_come_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ticks_are_called_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embed_assets.engine.embedder.TICK_SECONDS", 0.02)
     heard: list[tuple[int, int, int]] = []
     embedder = embedder_over(Scripted(lambda texts, batch: time.sleep(0.05)), 30)
@@ -247,7 +247,7 @@ def test_ticks_come_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < heard[-1][1] <= len(TEXTS) and heard[-1][2] <= total
 
 
-def test_stats_tell_padding_and_waits() -> None:
+def test_stats_report_padding_and_waits() -> None:
     stats = embedder_over(Scripted(), 1000).embed(["one", "one two three"]).stats
     assert (stats.texts, stats.tokens, stats.padded_tokens) == (2, 8, 10)
     assert stats.padding_percent == pytest.approx(20)
@@ -258,7 +258,7 @@ def test_stats_tell_padding_and_waits() -> None:
 
 
 class OutOfMemoryError(RuntimeError):
-    """What torch.cuda raises has this name."""
+    """Has the name of the error that torch.cuda raises."""
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), False, False),
     ],
 )
-def test_kinds_of_errors(error: BaseException, memory: bool, transient: bool) -> None:
+def test_errors_are_classified(error: BaseException, memory: bool, transient: bool) -> None:
     assert (is_out_of_memory(error), is_transient(error)) == (memory, transient)
 
 

@@ -75,7 +75,7 @@ def test_a_vector_does_not_depend_on_its_neighbours_or_the_budget(
     assert cosines(alone, together).min() > 0.99999
 
 
-def test_nothing_gives_nothing(embedder: LocalEmbedder) -> None:
+def test_no_texts_give_no_vectors(embedder: LocalEmbedder) -> None:
     assert embedder.embed([]).vectors.shape == (0, 384)
 
 
@@ -140,9 +140,7 @@ def copy_of(space: EmbeddingSpace, folder: Path) -> Path:
     return Path(shutil.copytree(space.directory, folder / "model"))
 
 
-def test_the_fingerprint_follows_what_changes_a_vector_and_nothing_else(
-    sample_space: EmbeddingSpace, tmp_path: Path
-) -> None:
+def test_the_fingerprint_changes_only_with_what_changes_a_vector(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
     model = copy_of(sample_space, tmp_path)
     assert resolve_space(str(model)).fingerprint == sample_space.fingerprint
     config = json.loads((model / "config.json").read_text())
@@ -225,7 +223,7 @@ def test_a_model_that_wants_to_run_its_own_code_is_refused(sample_space: Embeddi
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_swapped_behind_our_back_are_refused(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
+def test_weights_replaced_after_hashing_are_refused(sample_space: EmbeddingSpace, tmp_path: Path) -> None:
     model = copy_of(sample_space, tmp_path)
     space = resolve_space(str(model))
     with (model / "model.safetensors").open("r+b") as file:

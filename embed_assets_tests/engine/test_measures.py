@@ -1,4 +1,4 @@
-"""Precision policy, tuning, metrics and advice, the GPU monitor: pure, or over fakes."""
+"""Precision policy, tuning, metrics and advice, and the GPU monitor, tested without hardware."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_precision(
     assert choose_precision(setting, device, capability, model_type) == precision
 
 
-def test_precisions_a_device_does_not_have() -> None:
+def test_precisions_that_a_device_lacks_are_refused() -> None:
     with pytest.raises(SettingsError, match="EMBED_PRECISION=float16 needs a GPU"):
         choose_precision("float16", "cpu", None, "bert")
 
@@ -84,21 +84,21 @@ def test_a_full_sweep_shows_the_fall_and_memory_ends_it() -> None:
     assert len(sweep(measured(64), 512, 100, False, lambda point: None)) == 1  # even if nothing seems to fit
 
 
-def test_less_than_three_percent_is_no_gain() -> None:
+def test_less_than_three_percent_does_not_count_as_gain() -> None:
     points = [Point(512, 1000, 0), Point(1024, 1025, 0), Point(2048, 1035, 0), Point(4096, 900, 0)]
-    assert sweet_spot(points).max_batch_tokens == 2048  # 3.5 % over the first, together
+    assert sweet_spot(points).max_batch_tokens == 2048  # 3.5 % faster than the first, in total
     assert sweet_spot(points[:2]).max_batch_tokens == 512
 
 
 @given(st.floats(1e6, 1e10), st.floats(1.0, 1e6), st.integers(64, 1000), st.integers(1001, 100_000))
-def test_the_memory_model_finds_the_line_again(base: float, slope: float, few: int, many: int) -> None:
+def test_the_memory_model_recovers_the_line(base: float, slope: float, few: int, many: int) -> None:
     memory = Memory.from_probes(few, int(base + slope * few), many, int(base + slope * many))
     assert memory.bytes_per_token == pytest.approx(slope, rel=0.05, abs=0.1)
     free = 10**11
     assert memory.fits(free) == LARGEST_BUDGET or memory.fits(free) * memory.bytes_per_token <= 0.8 * free
 
 
-def test_memory_that_is_not_known_limits_nothing() -> None:
+def test_unknown_memory_sets_no_limit() -> None:
     assert Memory(1e9, 1000.0).fits(None) == LARGEST_BUDGET
     assert Memory(1e9, 0.0).fits(10) == LARGEST_BUDGET
     assert Memory(1e9, 1000.0).fits(1_000_000, workers=2) == 400
@@ -161,14 +161,14 @@ def test_nothing_embedded_needs_no_advice_and_divides_by_nothing() -> None:
     assert empty.roofline_percent(0.0) == 0 and empty.gpu_percent == 0
 
 
-def test_sums_add_up_and_memory_is_the_most() -> None:
+def test_stats_are_summed_and_memory_is_the_peak() -> None:
     total = stats(gpu_readings=1, gpu_percent_sum=50.0, gpu_memory_bytes=7)
     total.add(stats(gpu_readings=1, gpu_percent_sum=100.0, gpu_memory_bytes=5))
     assert (total.tokens, total.seconds, total.gpu_percent, total.gpu_memory_bytes) == (2000, 2.0, 75.0, 7)
 
 
 class Nvml:
-    """NVIDIA's library, as far as it is asked."""
+    """The part of NVIDIA's library that the monitor uses."""
 
     def __init__(self) -> None:
         self.is_lost = False
@@ -188,7 +188,7 @@ class Nvml:
         return SimpleNamespace(used=123, total=456)
 
 
-def test_the_gpu_monitor_reads_and_gives_up_aloud(logged: list[str]) -> None:
+def test_the_gpu_monitor_reads_and_warns_when_it_gives_up(logged: list[str]) -> None:
     nvml = Nvml()
     monitor = GpuMonitor("1234", nvml)
     usage = monitor.read()
@@ -196,7 +196,7 @@ def test_the_gpu_monitor_reads_and_gives_up_aloud(logged: list[str]) -> None:
     nvml.is_lost = True
     assert monitor.read() is None and "GPU is lost" in " ".join(logged)
     nvml.is_lost = False
-    assert monitor.read() is None  # once is enough
+    assert monitor.read() is None  # it does not try again
 
 
 def test_no_driver_is_no_error() -> None:

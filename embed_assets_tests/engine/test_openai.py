@@ -1,4 +1,4 @@
-"""Models behind an OpenAI-compatible endpoint: what is sent, what is survived, what is refused, and whole syncs."""
+"""Models behind an OpenAI-compatible endpoint: requests, retries, refusals, and whole syncs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_vectors_are_the_servers_in_order_and_requests_are_bounded(endpoint: End
     ],
     ids=["429", "429 in ms", "503", "424", "no JSON", "no vectors", "reset"],
 )
-def test_what_passes_is_tried_again(endpoint: Endpoint, trouble: Answer) -> None:
+def test_transient_failures_are_retried(endpoint: Endpoint, trouble: Answer) -> None:
     embedder = embedder_for(endpoint)
     endpoint.weather = lambda number: trouble if number in (0, 3, 4, 5) else None
     found = embedder.embed(TEXTS)
@@ -83,7 +83,7 @@ def test_what_passes_is_tried_again(endpoint: Endpoint, trouble: Answer) -> None
     assert np.allclose(found.vectors, expected(endpoint, TEXTS), atol=1e-6)
 
 
-def test_a_server_that_stays_away_is_a_retryable_error_and_no_texts_fault(endpoint: Endpoint) -> None:
+def test_a_server_that_stays_down_is_a_retryable_error_and_rejects_no_text(endpoint: Endpoint) -> None:
     embedder = embedder_for(endpoint, patience=0.2)
     endpoint.weather = lambda number: Answer(503)
     with pytest.raises(
@@ -93,7 +93,7 @@ def test_a_server_that_stays_away_is_a_retryable_error_and_no_texts_fault(endpoi
     assert caught.value.is_retryable
 
 
-def test_a_text_that_is_refused_is_found_and_the_others_are_embedded(endpoint: Endpoint) -> None:
+def test_a_refused_text_is_found_and_the_others_are_embedded(endpoint: Endpoint) -> None:
     embedder = embedder_for(endpoint)
     endpoint.refused = "poison"
     texts = [*TEXTS[:20], "a poison pill", *TEXTS[20:40]]
@@ -112,7 +112,7 @@ def test_a_text_that_is_refused_is_found_and_the_others_are_embedded(endpoint: E
         (Answer(429, '{"error": {"code": "insufficient_quota"}}'), "has no quota left"),
     ],
 )
-def test_what_no_waiting_ends_is_one_line_at_once(endpoint: Endpoint, answer: Answer, words: str) -> None:
+def test_permanent_failures_are_raised_at_once(endpoint: Endpoint, answer: Answer, words: str) -> None:
     endpoint.weather = lambda number: answer
     with pytest.raises(ModelError, match=words):
         embedder_for(endpoint)
@@ -127,7 +127,7 @@ def test_the_key_comes_from_the_environment(endpoint: Endpoint, monkeypatch: pyt
     assert len(embedder_for(endpoint).embed(TEXTS[:3]).vectors) == 3
 
 
-def test_another_dimension_in_the_middle_is_an_error(endpoint: Endpoint) -> None:
+def test_a_dimension_that_changes_during_a_run_is_an_error(endpoint: Endpoint) -> None:
     embedder = embedder_for(endpoint)
     endpoint.dimension = 12
     with pytest.raises(ModelError, match=r"must all have 16 dimensions, .* gave one of 12"):
@@ -150,7 +150,7 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", PAGES)
-def test_the_servers_revision_is_part_of_the_space_and_its_place_is_not(endpoint: Endpoint, kind: str) -> None:
+def test_the_servers_revision_is_part_of_the_space_and_its_address_is_not(endpoint: Endpoint, kind: str) -> None:
     space = resolve_space(MODEL, endpoint=endpoint.url)
     path, page = PAGES[kind]
     endpoint.pages[path] = page
@@ -166,7 +166,7 @@ def test_the_servers_revision_is_part_of_the_space_and_its_place_is_not(endpoint
     assert resolve_space(MODEL, endpoint=endpoint.url, revision="mine").revision == "mine"
 
 
-def test_a_server_that_is_down_has_the_revision_that_it_told_last() -> None:
+def test_a_server_that_is_down_has_the_revision_it_last_reported() -> None:
     with serving(Endpoint(pages=dict(PAGES.values()))) as endpoint:
         told = resolve_space(MODEL, endpoint=endpoint.url)
     assert resolve_space(MODEL, endpoint=endpoint.url).fingerprint == told.fingerprint
@@ -177,7 +177,7 @@ def test_a_server_that_is_down_has_the_revision_that_it_told_last() -> None:
     assert caught.value.is_retryable
 
 
-def test_chunks_can_be_measured_by_the_served_models_own_tokenizer(
+def test_chunks_can_be_measured_with_the_served_models_tokenizer(
     endpoint: Endpoint, sample_space: EmbeddingSpace
 ) -> None:
     space, words = resolve_space(f"{MODEL}+{SAMPLE_MODEL}", endpoint=endpoint.url), ["antidisestablishmentarianism"]
@@ -192,7 +192,7 @@ def test_a_served_model_needs_an_endpoint() -> None:
         resolve_space(MODEL)
 
 
-def test_limits_per_minute_space_requests_out() -> None:
+def test_rate_limits_space_requests_out() -> None:
     now, slept = [0.0], list[float]()
 
     def sleep(seconds: float) -> None:
@@ -209,7 +209,7 @@ def test_limits_per_minute_space_requests_out() -> None:
 
 
 def story(project: Project, name: str, **settings: str) -> list[tuple[int, int, int]]:
-    """Texts embedded, reused and dropped as a corpus lives: made, unchanged, edited, copied, deleted, back again."""
+    """Texts (embedded, reused, dropped) by each sync: new corpus, unchanged, edited, copied, deleted, restored."""
     project.set(SOURCE=f"landing/{name}", LAKE=f"lakes/{name}", CHUNK_TOKENS="64", **settings)
     counts: list[tuple[int, int, int]] = []
     for change in ("", "", "edit", "copy", "delete", "back"):
@@ -227,7 +227,7 @@ def story(project: Project, name: str, **settings: str) -> list[tuple[int, int, 
     return counts
 
 
-def test_syncs_reuse_as_with_a_model_here_and_survive_the_weather(project: Project) -> None:
+def test_syncs_reuse_vectors_as_with_a_local_model_and_survive_faults(project: Project) -> None:
     troubles = (RESET, Answer(429, "", {"Retry-After": "0.01"}), Answer(502))
 
     def weather(number: int) -> Answer | None:
@@ -243,8 +243,8 @@ def test_syncs_reuse_as_with_a_model_here_and_survive_the_weather(project: Proje
         assert best["text"] == rows[0]["text"]
 
 
-def test_a_killed_request_leaves_the_partition_to_the_next_run(project: Project) -> None:
-    """The server goes away in the middle: one partition fails, what was embedded is kept."""
+def test_a_partition_whose_requests_fail_is_left_to_the_next_run(project: Project) -> None:
+    """The server starts to refuse everything: one partition fails, finished work is kept."""
     stop = threading.Event()
     with serving(Endpoint(weather=lambda number: Answer(400, "no") if stop.is_set() else None)) as endpoint:
         project.set(MODEL=MODEL, ENDPOINT=endpoint.url, CHUNK_TOKENS="64")

@@ -67,7 +67,9 @@ words = st.sampled_from(
     st.integers(4, 16),
 )
 @settings(deadline=None, max_examples=300)
-def test_the_beginning_gives_the_tokens_of_the_whole(parts: list[str], times: int, kind: str, max_length: int) -> None:
+def test_the_beginning_has_the_tokens_of_the_whole_text(
+    parts: list[str], times: int, kind: str, max_length: int
+) -> None:
     text = " ".join(parts * times)
     tokenizer = trained(kind)
     found = tokenizer.tokenize([text, "short"], max_length)
@@ -76,7 +78,7 @@ def test_the_beginning_gives_the_tokens_of_the_whole(parts: list[str], times: in
     assert bool(found.is_truncated[0]) == (tokenizer.count([text])[0] > max_length)
 
 
-def test_most_of_a_very_long_text_is_not_looked_at(sample_space: EmbeddingSpace) -> None:
+def test_most_of_a_very_long_text_is_not_tokenized(sample_space: EmbeddingSpace) -> None:
     text = "many words " * 100_000
     tokenizer = sample_space.tokenizer.copy()
     tokenizer.tokenize(["warm"], 256)
@@ -85,8 +87,8 @@ def test_most_of_a_very_long_text_is_not_looked_at(sample_space: EmbeddingSpace)
     assert found.lengths.tolist() == [256] and found.is_truncated.tolist() == [True]
 
 
-def test_spaces_alone_do_not_fill_the_model(sample_space: EmbeddingSpace) -> None:
-    """20 characters per token were too few here, so all of it is read after all."""
+def test_spaces_alone_do_not_fill_the_models_window(sample_space: EmbeddingSpace) -> None:
+    """20 characters per token are not enough here, so the whole text is tokenized after all."""
     text = "a b" + " " * 20_000 + "c d " * 2000
     found = sample_space.tokenizer.copy().tokenize([text], 256)
     assert found.ids.tolist() == tokens_of_the_whole(sample_space.tokenizer, text, 256)
@@ -100,7 +102,7 @@ def test_ids_are_flat_and_small(sample_space: EmbeddingSpace) -> None:
 
 
 @pytest.mark.parametrize("make", [ModelTokenizer.copy])
-def test_copies_work_side_by_side(
+def test_copies_can_be_used_concurrently(
     sample_space: EmbeddingSpace, make: Callable[[ModelTokenizer], ModelTokenizer]
 ) -> None:
     """The library's tokenizers raise "Already borrowed" when their truncation is changed while they are in use."""

@@ -1,4 +1,4 @@
-"""Real Delta tables in a temporary folder."""
+"""The lake, with real Delta tables in a temporary folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lake(tmp_path: Path) -> Lake:
 def replace_partition(
     lake: Lake, table: TableSpec, key: str, batches: Iterable[pa.RecordBatch], provenance: Provenance, **options: Any
 ) -> Replaced:
-    """Replace a partition's rows, by a run of its own."""
+    """Replace a partition's rows in a separate run."""
     return Snapshot(lake).partition(key).replace(table, batches, provenance, **options)
 
 
@@ -78,7 +78,7 @@ def test_replacing_one_partition_leaves_the_others(lake: Lake) -> None:
     assert Snapshot(lake).keys(REJECTED) == {"a", "o'x; DROP=1 é %2F", "b c/d=e"}
 
 
-def test_equal_content_in_another_order_and_at_another_time_is_no_commit(lake: Lake) -> None:
+def test_equal_content_in_another_order_or_at_another_time_is_not_committed(lake: Lake) -> None:
     first = replace_partition(lake, REJECTED, "a", rejections("a", "x", "y"), RUN)
     again = replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN)
     assert (again.is_committed, again.data_version) == (False, first.data_version)
@@ -86,14 +86,14 @@ def test_equal_content_in_another_order_and_at_another_time_is_no_commit(lake: L
     assert replace_partition(lake, REJECTED, "a", rejections("a", "y", "x"), RUN.rewriting()).is_committed
 
 
-def test_no_rows_empty_the_partition_and_need_no_table(lake: Lake) -> None:
+def test_writing_no_rows_empties_the_partition_and_needs_no_table(lake: Lake) -> None:
     assert replace_partition(lake, REJECTED, "a", [], RUN).table_version is None
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
     assert replace_partition(lake, REJECTED, "a", [], RUN).is_committed
     assert names(lake) == []
 
 
-def test_a_failure_while_rows_are_made_changes_nothing(lake: Lake) -> None:
+def test_a_failure_while_rows_are_produced_changes_nothing(lake: Lake) -> None:
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
 
     def broken() -> object:
@@ -110,7 +110,7 @@ def test_rows_of_another_partition_are_refused(lake: Lake) -> None:
         replace_partition(lake, REJECTED, "a", rejections("b", "x"), RUN)
 
 
-def test_commits_say_where_they_come_from(lake: Lake) -> None:
+def test_commits_name_their_run(lake: Lake) -> None:
     replaced = replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
     history = DeltaTable(lake.uri(REJECTED)).history(1)[0]["embed_assets"]
     assert history["run_id"] == "run-1"
@@ -146,7 +146,7 @@ def chunks(key: str, texts: list[str]) -> pa.RecordBatch:
 
 
 def write_chunks(lake: Lake, key: str) -> None:
-    """`TEXTS` as chunks, and a document of which they are."""
+    """Write `TEXTS` as chunks, and the document that they belong to."""
     document = {
         "partition_key": key, "document_id": "doc", "uri": "u", "media_type": "text/plain", "title": "", "text": "t",
         "content_hash": hash_text("t"), "byte_size": 1, "modified_at": utc_now(), "metadata": "{}",
@@ -183,7 +183,7 @@ def test_vectors_come_back_as_lists_of_float32_for_other_readers(lake: Lake) -> 
     assert (np.array(frame["embedding"].to_list(), dtype=np.float32) == vectors).all()
 
 
-def test_tables_can_be_read_with_no_abort_at_exit(lake: Lake) -> None:
+def test_reading_tables_does_not_abort_at_exit(lake: Lake) -> None:
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(50))], RUN, dimension=4)
     code = (
         "import sys; from embed_assets.lake.tables import *; from embed_assets.lake.snapshot import Snapshot; "
@@ -195,7 +195,7 @@ def test_tables_can_be_read_with_no_abort_at_exit(lake: Lake) -> None:
         assert done.stdout.strip() == "50"
 
 
-def test_a_lake_that_is_a_file_or_damaged_says_so_in_one_line(lake: Lake, tmp_path: Path) -> None:
+def test_a_lake_that_is_a_file_or_damaged_is_a_one_line_error(lake: Lake, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LakeError, match="must be a writable folder"):
         Lake(str(tmp_path / "file")).check_usable(SPACE)
@@ -211,7 +211,7 @@ def test_a_lake_that_is_a_file_or_damaged_says_so_in_one_line(lake: Lake, tmp_pa
     batches=st.lists(st.integers(1, 20), min_size=1, max_size=5),
 )
 @settings(max_examples=30, deadline=None)
-def test_the_vector_store_gives_what_was_put_in(order: list[int], batches: list[int]) -> None:
+def test_the_vector_store_returns_what_was_put_in(order: list[int], batches: list[int]) -> None:
     hashes = [hash_text(str(i)) for i in range(40)]
     vectors = unit(40, 6)
     with VectorStore() as store:
@@ -229,7 +229,7 @@ def test_the_vector_store_gives_what_was_put_in(order: list[int], batches: list[
         assert "0" * 32 not in store
 
 
-def test_the_vector_store_leaves_out_vectors_that_are_of_no_use() -> None:
+def test_the_vector_store_skips_unusable_vectors() -> None:
     vectors = unit(3)
     vectors[1, 2] = np.nan
     with VectorStore() as store:
@@ -252,7 +252,7 @@ def test_staged_windows_survive_and_are_cleared(lake: Lake) -> None:
     assert list(again.read()) == []
 
 
-def test_only_windows_of_long_ago_are_swept(lake: Lake) -> None:
+def test_only_old_windows_are_removed(lake: Lake) -> None:
     staging = Staging(lake, SPACE, "a")
     staging.write(vector_batch([hash_text("a")], unit(1), np.zeros(1, bool), utc_now()))
     assert stale_windows(lake, SPACE, timedelta(hours=1)) == []
@@ -265,7 +265,7 @@ def test_only_windows_of_long_ago_are_swept(lake: Lake) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"no Arrow", b"truncated"])
-def test_damaged_windows_are_told_of_and_left_out(lake: Lake, logged: list[str], damage: bytes) -> None:
+def test_damaged_windows_are_logged_and_skipped(lake: Lake, logged: list[str], damage: bytes) -> None:
     staging = Staging(lake, SPACE, "a")
     for name in "ab":
         staging.write(vector_batch([hash_text(name)], unit(1), np.zeros(1, bool), utc_now()))
@@ -275,14 +275,14 @@ def test_damaged_windows_are_told_of_and_left_out(lake: Lake, logged: list[str],
     assert any(file.name in line and "damaged" in line for line in logged)
 
 
-def test_looking_for_windows_makes_no_lake(tmp_path: Path) -> None:
+def test_looking_for_windows_does_not_create_a_lake(tmp_path: Path) -> None:
     lake = Lake(str(tmp_path / "none"))
     assert (list(Staging(lake, SPACE, "a").read()), lake.spaces()) == ([], [])
     assert not (tmp_path / "none").exists()
 
 
 def reading(lake: Lake, key: str, *tables: TableSpec) -> PartitionSnapshot:
-    """A run that has begun to read a partition."""
+    """A run that has started to read a partition."""
     work = Snapshot(lake).partition(key)
     for table in tables:
         work.state(table)
@@ -300,8 +300,8 @@ def test_older_rows_do_not_replace_newer_ones(lake: Lake) -> None:
     assert [r["text"] for b in Snapshot(lake).rows(SPACE, ["text"]) for r in b.to_pylist()] == ["newer"]
 
 
-def test_a_commit_between_the_check_and_ours_is_noticed(lake: Lake) -> None:
-    """The check sees nothing, then another run replaces inputs and rows; our commit comes last, and gives way."""
+def test_a_commit_between_the_check_and_ours_is_detected(lake: Lake) -> None:
+    """The check sees nothing, then another run replaces inputs and rows; our commit comes last and is refused."""
     write_chunks(lake, "a")
     replace_partition(lake, SPACE, "a", [embeddings("a", unit(1), ["old"])], RUN, dimension=4)
     mine = reading(lake, "a", CHUNK_TABLE)
@@ -320,7 +320,7 @@ def test_a_commit_between_the_check_and_ours_is_noticed(lake: Lake) -> None:
     assert [r["text"] for b in Snapshot(lake).rows(SPACE, ["text"]) for r in b.to_pylist()] == ["newer"]
 
 
-def test_inputs_stay_the_same_when_others_change_or_theirs_are_compacted(lake: Lake) -> None:
+def test_inputs_are_unchanged_by_other_partitions_and_by_compaction(lake: Lake) -> None:
     write_chunks(lake, "a")
     read = reading(lake, "a", CHUNK_TABLE, RAW)
     write_chunks(lake, "b")
@@ -344,11 +344,11 @@ def test_search_is_exact(lake: Lake) -> None:
     assert len(search(Snapshot(lake), SPACE, query, 10_000)) == 600
 
 
-def test_a_search_reads_one_version_beside_a_writer(tmp_path: Path) -> None:
-    """Between its scan of the vectors and its look-up of the texts, all rows are replaced by others."""
+def test_a_search_reads_one_version_despite_a_concurrent_writer(tmp_path: Path) -> None:
+    """All rows are replaced between the scan of the vectors and the lookup of the texts."""
 
     class Busy(Lake):
-        """A lake whose table is replaced whenever it is opened, right after that."""
+        """A lake whose table is replaced right after each time it is opened."""
 
         def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
             opened = super().open_path(path, version)
@@ -364,7 +364,7 @@ def test_a_search_reads_one_version_beside_a_writer(tmp_path: Path) -> None:
     assert len(search(Snapshot(Busy(lake.root)), SPACE, unit(1, 8, 2)[0], 5)) == 5
 
 
-def test_the_texts_of_results_are_looked_for_in_their_partitions_alone(lake: Lake) -> None:
+def test_the_texts_of_results_are_read_only_from_their_partitions(lake: Lake) -> None:
     for i in range(5):
         replace_partition(lake, SPACE, f"p{i}", [embeddings(f"p{i}", unit(4, 8, i), TEXTS[:4])], RUN, dimension=8)
     delta = lake.open(SPACE)
@@ -388,7 +388,7 @@ def test_a_snapshot_stays_as_it_was_first_read(lake: Lake) -> None:
 
 
 class Counting(Lake):
-    """A lake that notes which tables are opened."""
+    """A lake that records which tables are opened."""
 
     opened: ClassVar[list[str]] = []
 
@@ -482,7 +482,7 @@ def test_verify_finds_wrong_dimensions(lake: Lake) -> None:
     assert dict(verify(Snapshot(lake), SPACE, ""))["a"].wrong_dimension == 1
 
 
-def test_versions_follow_content_only(lake: Lake) -> None:
+def test_versions_depend_only_on_content(lake: Lake) -> None:
     write_chunks(lake, "a")
     version = Snapshot(lake).content(CHUNK_TABLE, "a")
     assert Snapshot(lake).content(CHUNK_TABLE, "none") != version
@@ -504,12 +504,12 @@ WIDER = TableSpec("chunks", extra=(pa.field("page_start", pa.int32()), pa.field(
 """As a later version of the code has it."""
 
 
-def test_a_table_of_before_gets_new_columns_without_a_rewrite(lake: Lake) -> None:
+def test_an_older_table_gets_new_columns_without_a_rewrite(lake: Lake) -> None:
     replace_partition(lake, CHUNK_TABLE, "a", [chunk_rows("a", "one", "two")], RUN)
     delta = lake.open(CHUNK_TABLE)
     assert delta is not None
     files = delta.file_uris()
-    lake.check_tables(WIDER)  # readers take it as it is
+    lake.check_tables(WIDER)  # readers accept it as it is
     [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "page_start"])
     assert batch.column("page_start").null_count == batch.num_rows == 2
     lake.check_usable(WIDER)
@@ -526,7 +526,7 @@ def test_a_table_of_before_gets_new_columns_without_a_rewrite(lake: Lake) -> Non
     assert sorted(map(str, pages)) == ["7", "None", "None"]
 
 
-def test_columns_of_other_people_are_left_alone_and_null_in_new_rows(lake: Lake) -> None:
+def test_foreign_columns_are_left_alone_and_null_in_new_rows(lake: Lake) -> None:
     for key in "ab":
         replace_partition(lake, CHUNK_TABLE, key, [chunk_rows(key, f"one of {key}")], RUN)
     delta = lake.open(CHUNK_TABLE)
@@ -544,19 +544,19 @@ def test_columns_of_other_people_are_left_alone_and_null_in_new_rows(lake: Lake)
     assert Snapshot(lake).content(CHUNK_TABLE, "b") == before
 
 
-def test_a_column_that_can_not_be_null_is_refused(lake: Lake) -> None:
+def test_a_foreign_column_that_is_not_nullable_is_refused(lake: Lake) -> None:
     made = pa.schema([*CHUNKS, pa.field("label", pa.string(), nullable=False)])
     DeltaTable.create(lake.uri(CHUNK_TABLE), made, partition_by=["partition_key"])
     with pytest.raises(LakeError, match="it has gained label, which can't be null"):
         lake.check_usable(SPACE)
 
 
-def test_columns_are_added_beside_writers(lake: Lake) -> None:
-    """A change of the columns conflicts with every commit: both are tried again."""
+def test_columns_are_added_despite_concurrent_writers(lake: Lake) -> None:
+    """A schema change conflicts with every commit: both are retried."""
     replace_partition(lake, CHUNK_TABLE, "a", [chunk_rows("a", "one")], RUN)
 
     class Busy(Lake):
-        """A lake that is written to right after a table was opened."""
+        """A lake that another process writes to right after a table is opened."""
 
         def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
             opened = super().open_path(path, version)

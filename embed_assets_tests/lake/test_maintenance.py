@@ -1,4 +1,4 @@
-"""Compaction, vacuum, sweeping and the removal of spaces, on tables made untidy on purpose."""
+"""Compaction, vacuum, sweeping and the removal of spaces, on untidy tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def replace(lake: Lake, key: str, *names: str) -> None:
 
 
 def append(lake: Lake, key: str, *names: str) -> None:
-    """One more file in the partition, as other tools make them."""
+    """Add one more file to the partition, as other tools do."""
     write_deltalake(lake.uri(REJECTED), pa.Table.from_batches([rows(key, *names)]), mode="append")
 
 
@@ -69,7 +69,7 @@ def test_small_files_are_merged_but_not_in_a_dry_run(lake: Lake) -> None:
     assert work.partitions_to_compact == 0
 
 
-def test_compaction_beside_writers_loses_no_row(lake: Lake) -> None:
+def test_compaction_with_concurrent_writers_loses_no_row(lake: Lake) -> None:
     keys = [f"p{i}" for i in range(4)]
     for key in keys:
         replace(lake, key, f"{key}-0")
@@ -103,7 +103,7 @@ def test_compaction_beside_writers_loses_no_row(lake: Lake) -> None:
     assert names(lake) == sorted(f"{key}-7-{i}" for key in keys for i in range(7))
 
 
-def test_vacuum_takes_orphans_of_long_ago_only(lake: Lake) -> None:
+def test_vacuum_removes_only_old_orphans(lake: Lake) -> None:
     replace(lake, "a", "x")
     folder = Path(lake.uri(REJECTED)) / "partition_key=a"
     for name, age in (("old.parquet", LONG_AGO), ("new.parquet", time.time())):
@@ -117,7 +117,7 @@ def test_vacuum_takes_orphans_of_long_ago_only(lake: Lake) -> None:
     assert names(lake) == ["x"]
 
 
-def test_files_that_killed_processes_left_unfinished_are_swept(lake: Lake) -> None:
+def test_unfinished_files_of_killed_processes_are_removed(lake: Lake) -> None:
     replace(lake, "a", "x")
     old, new = (Path(lake.root) / "rejected_documents/partition_key=a" / f"part.parquet#{i}" for i in (1, 2))
     for file in (old, new):
@@ -129,7 +129,7 @@ def test_files_that_killed_processes_left_unfinished_are_swept(lake: Lake) -> No
     assert not old.exists() and new.exists()
 
 
-def test_a_checkpoint_is_made_after_some_commits(lake: Lake) -> None:
+def test_a_checkpoint_is_written_after_some_commits(lake: Lake) -> None:
     for number in range(12):
         replace(lake, "a", str(number))
     assert maintain(lake, "", timedelta(), dry_run=True).tables[0].commits_since_checkpoint == 12

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from embed_assets.defs.instance import open_instance

@@ -299,7 +299,7 @@ def test_what_ray_says_is_one_line() -> None:
     [
         ({"compute": "ray", "ray_address": "ray://host:1"}, "must be host:port or auto, got 'ray://host:1'"),
         ({"ray_gpus_per_replica": "1.5"}, "EMBED_RAY_GPUS_PER_REPLICA='1.5': must be a share of one GPU"),
-        ({"ray_replicas": "4-2"}, "EMBED_RAY_REPLICAS='4-2': the least"),
+        ({"ray_replicas": "4-2"}, "EMBED_RAY_REPLICAS='4-2': the minimum must not exceed"),
         ({"ray_replicas": "some"}, "EMBED_RAY_REPLICAS='some'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Windows for workers elsewhere, without Ray: what makes a worker refuse, what travels, how much of it at a time."""
+"""Windows for remote workers, without Ray: when a worker refuses, what is sent, and how much at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOM = 3 * REPLICAS + 1
 
 
 class Pool:
-    """Workers that do nothing, or what they are told to."""
+    """Workers that do nothing, or what the test specifies."""
 
     info = INFO
     most_replicas = REPLICAS
@@ -84,7 +84,7 @@ def pipeline(project: Project) -> Pipeline:
         ({"lake_id": "another"}, LakeError, "is another one there, or none; set EMBED_LAKE to a bucket"),
     ],
 )
-def test_a_worker_with_other_code_model_or_lake_says_which(
+def test_a_worker_with_other_code_model_or_lake_is_refused(
     pipeline: Pipeline, change: dict[str, str], kind: type[Exception], words: str
 ) -> None:
     recipe = worker_recipe(pipeline)
@@ -117,7 +117,7 @@ def test_a_worker_finds_the_model_wherever_it_is(
         project.set(MODEL="~/model")
     pipeline = project.pipeline()
     recipe = worker_recipe(pipeline)
-    os.chdir(models)  # a worker has a folder of its own
+    os.chdir(models)  # a worker has its own current folder
     worker = recipe.open()
     assert worker.info.dimension == 32
     assert recipe.table.space == pipeline.model.space.name
@@ -136,7 +136,7 @@ def rows_of(done: EmbeddedWindow, staging: Staging) -> pa.RecordBatch:
     return staging.read_window(done.staged_as)
 
 
-def test_what_a_worker_stages_is_what_one_process_makes(pipeline: Pipeline) -> None:
+def test_a_worker_stages_what_one_process_computes(pipeline: Pipeline) -> None:
     worker, staging = worker_recipe(pipeline).open(), staging_of(pipeline)
     [done] = embed(compute_over(Pool(lambda content: worker.run(content, is_retry=False))), windows(1))
     batch = rows_of(done, staging)
@@ -149,7 +149,7 @@ def test_what_a_worker_stages_is_what_one_process_makes(pipeline: Pipeline) -> N
     assert list(staging_of(pipeline).read()) == []
 
 
-def test_what_a_lost_worker_had_staged_is_not_embedded_again(pipeline: Pipeline) -> None:
+def test_windows_staged_by_a_lost_worker_are_not_embedded_again(pipeline: Pipeline) -> None:
     worker = worker_recipe(pipeline).open()
 
     def lost_once(content: bytes) -> Done:
@@ -160,7 +160,7 @@ def test_what_a_lost_worker_had_staged_is_not_embedded_again(pipeline: Pipeline)
     assert rows_of(done, staging_of(pipeline)).num_rows == 1 and done.stats.texts == 0
 
 
-def test_a_window_that_another_run_has_cleared_is_tried_again_later(pipeline: Pipeline) -> None:
+def test_a_window_removed_by_another_run_is_a_retryable_error(pipeline: Pipeline) -> None:
     worker = worker_recipe(pipeline).open()
 
     def cleared(content: bytes) -> Done:
@@ -176,13 +176,13 @@ def test_a_window_that_another_run_has_cleared_is_tried_again_later(pipeline: Pi
     assert error.value.is_retryable
 
 
-def test_texts_the_model_can_not_take_come_back_with_the_reason(pipeline: Pipeline) -> None:
+def test_texts_that_the_model_cannot_embed_come_back_with_the_reason(pipeline: Pipeline) -> None:
     answer = json.dumps({"rows": 0, "rejected": {"0": "too odd"}})
     [done] = embed(compute_over(Pool(lambda _: Done(answer, EngineStats()))), windows(1))
     assert done.rejected == {0: "too odd"} and done.staged_as is None
 
 
-def test_windows_under_way_are_bounded_whatever_there_is_to_do(pipeline: Pipeline) -> None:
+def test_windows_in_flight_are_bounded(pipeline: Pipeline) -> None:
     class Stopped(Exception):
         pass
 
@@ -191,7 +191,7 @@ def test_windows_under_way_are_bounded_whatever_there_is_to_do(pipeline: Pipelin
 
     pool = Pool()
     compute = compute_over(pool)
-    for round in (1, 2):  # what is given up makes room
+    for round in (1, 2):  # abandoned windows make room
         with pytest.raises(Stopped):
             list(compute.start("a", ["a text"], 10**6).embed_windows(windows(), stop))
         assert len(pool.sent) == round * ROOM
@@ -199,7 +199,7 @@ def test_windows_under_way_are_bounded_whatever_there_is_to_do(pipeline: Pipelin
             future.set_exception(EmbeddingError("stopped"))
 
 
-def test_a_window_is_a_share_that_pays_or_the_windows_time() -> None:
+def test_a_window_has_a_worthwhile_share_or_the_target_duration() -> None:
     compute = compute_over(Pool())
     assert not compute.is_full(249, 10**9, 1000)
     assert compute.is_full(250, 1, 1000), "a share of a worker, before anything was measured"
@@ -218,7 +218,7 @@ def report(*workers: WorkerReport, starting: int = 0, again: int = 0, info: Engi
     )  # fmt: skip
 
 
-def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
+def test_progress_names_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
     now = [100.0]
     pool = Pool()
     compute = compute_over(pool, lambda: now[0])
@@ -244,7 +244,7 @@ def test_news_name_the_cluster_once_and_the_workers_every_ten_seconds() -> None:
     assert line.endswith("; 3 windows were begun again") and "host4" not in line
 
 
-def test_metadata_tells_who_did_it_and_where_the_dashboard_is() -> None:
+def test_metadata_names_the_workers_and_the_dashboard() -> None:
     work = PartitionOutcome("a", embedded=1, engine=EngineStats(texts=1, tokens=100, seconds=1.0))
     found = engine_metadata(work, INFO, report(WorkerReport("host0", 100, 900.0, 50.0), WorkerReport("b", 9, 1e3, 40)))
     assert found["tokens_per_second"] == 1900.0, "of all workers, not of the average one"
