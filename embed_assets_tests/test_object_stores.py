@@ -34,6 +34,7 @@ def put(project: Project, path: str, text: str) -> None:
     s3fs.S3FileSystem(skip_instance_cache=True).pipe(f"{source}/{path}", text.encode())
 
 
+@pytest.mark.long
 def test_the_whole_pipeline_on_s3(stored: Project) -> None:
     for key in "ab":
         for i in range(3):

@@ -35,6 +35,7 @@ def repository(project: Project) -> Project:
     return project
 
 
+@pytest.mark.long
 def test_the_steps_in_order_then_again_from_the_cache(repository: Project) -> None:
     planned = step("plan", repository)
     assert planned.returncode == 0, planned.stderr

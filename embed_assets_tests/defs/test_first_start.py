@@ -65,7 +65,11 @@ def test_concurrent_first_syncs_all_succeed(project: Project) -> None:
     assert {p["state"] for p in project.sync()["partitions"].values()} == {"fresh"}
 
 
-@pytest.mark.parametrize("prepare", [lambda project: None, use_plain_sqlite], ids=["ours", "plain sqlite"])
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda project: None, pytest.param(use_plain_sqlite, marks=pytest.mark.long)],
+    ids=["ours", "plain sqlite"],
+)
 def test_concurrent_first_discovers_all_succeed(project: Project, prepare: Callable[[Project], None]) -> None:
     prepare(project)
     project.write("a/one.md", "One.")

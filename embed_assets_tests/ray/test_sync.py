@@ -73,6 +73,7 @@ def test_the_table_is_the_local_engines_row_for_row(project: Project, cluster: A
     assert list((project.root / "other").rglob("_staging/*")) == []
 
 
+@pytest.mark.long
 def test_metadata_tells_who_did_it(project: Project, cluster: Any) -> None:
     project.set(COMPUTE="ray", RAY_ADDRESS=cluster.address, RAY_REPLICAS="2")
     write_documents(project, partitions=2, documents=6)
