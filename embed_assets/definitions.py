@@ -14,10 +14,10 @@ from embed_assets.defs.maintenance_job import build_maintenance_job
 from embed_assets.defs.names import Names
 from embed_assets.defs.plan_job import build_plan_job
 from embed_assets.defs.processes import one_process_executor
-from embed_assets.defs.progress import RunObserver
 from embed_assets.defs.specs import source_spec
 from embed_assets.settings import Settings, load_settings
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.progress import RunObserver
 
 
 def build_definitions(

@@ -10,13 +10,13 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from embed_assets.defs.progress import RunObserver
 from embed_assets.engine.backends.quantization import QuantizedModel
 from embed_assets.engine.engine import TUNE_FROM_TEXTS, Engine
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.errors import ModelError
 from embed_assets.lake.models import keep_model, read_model
 from embed_assets.stages.outcome import PartitionOutcome, Progress
+from embed_assets.stages.progress import RunObserver
 from embed_assets_tests.conftest import Project, resolve_space, topic
 from embed_assets_tests.engine.models import small_model
 

@@ -25,7 +25,6 @@ from embed_assets.defs.names import (
     Names,
     code_tag,
 )
-from embed_assets.defs.progress import LogSink, RunObserver
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
@@ -33,6 +32,7 @@ from embed_assets.errors import UserError, is_retryable
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.progress import LogSink, RunObserver
 from embed_assets.stages.remote import open_compute
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)

@@ -15,7 +15,6 @@ from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.checks import Checker
 from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE
-from embed_assets.defs.progress import RunObserver
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.staleness import History, Status
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
@@ -28,6 +27,7 @@ from embed_assets.stages.embeddings import materialize_embeddings
 from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.progress import RunObserver
 from embed_assets.stages.raw_documents import materialize_raw_documents
 
 _log = logging.getLogger(__name__)

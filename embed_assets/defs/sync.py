@@ -27,13 +27,13 @@ from embed_assets.defs.discovery import (
 from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
-from embed_assets.defs.progress import RunObserver, Sink
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Estimate, Estimator, Pipeline
+from embed_assets.stages.progress import RunObserver, Sink
 
 _log = logging.getLogger(__name__)
 
