@@ -158,11 +158,12 @@ def _dropping_planned_evaluations(context: dg.AssetExecutionContext) -> Iterator
 
 def _only_check(run: CorpusRun) -> None:
     """Evaluate the selected checks on the tables as they are, without materializing anything."""
+    tables = Snapshot(run.pipeline.lake)
     for key in run.keys:
         statuses = partition_statuses(run.history, key, run.partitions[key].version, run.pipeline.code_versions)
         stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
         for asset in ASSETS:
-            run.checker.outcomes(asset, run.before.partition(key), stale)
+            run.checker.outcomes(asset, tables.partition(key), stale)
     run.recorder.drain()
 
 

@@ -181,7 +181,7 @@ class CorpusRun:
     def _prepare(self, key: str) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
         files = self.partitions[key]
-        task = _Task(files, self.before.begin(key, RAW), self.history.outcome(key, files.version))
+        task = _Task(files, self.before.begin(key), self.history.outcome(key, files.version))
         try:
             self._read_and_chunk(task)
         except Exception as error:  # _begin raises it, after recording what was materialized before it
@@ -191,6 +191,8 @@ class CorpusRun:
     def _read_and_chunk(self, task: _Task) -> None:
         corpus, outcome = self.pipeline.corpus, task.outcome
         if self._is_due("raw_documents", outcome):
+            # Rows that another run wrote since the source was listed may be newer than these files.
+            task.partition.set_baseline(self.before.partition(outcome.key).state(RAW))
             provenance = self._provenance("raw_documents", outcome)
             made = materialize_raw_documents(task.partition, corpus, task.files, provenance, outcome)
             _note("raw_documents", outcome, made)

@@ -136,7 +136,8 @@ def _probe_speed(pipeline: Pipeline) -> float:
 
     Returns 0 if the model is not quantized yet, or does not run in this process.
     """
-    if not pipeline.model.is_calibrated or pipeline.settings.compute != "local":
+    model = pipeline.model
+    if not model.is_calibrated or pipeline.settings.compute != "local" or model.space.is_remote:
         return 0.0
     words = pipeline.corpus.chunking.max_tokens // 2
     texts = [f"{i} " + "text of a document " * (words // 4) for i in range(_PROBE_TEXTS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,6 +83,11 @@ class Backend(Protocol):
     @property
     def cost(self) -> ModelCost:
         """Arithmetic of a forward pass, for the roofline."""
+        ...
+
+    def stop_on(self, event: threading.Event) -> None:
+        """Called once, before the first batch: a backend that waits (for a server) stops waiting when the event is
+        set."""
         ...
 
     def enter_worker(self) -> None:

@@ -68,6 +68,7 @@ class LocalEmbedder:
         self.max_batch_tokens = max_batch_tokens
         self._recovery = Recovery(backend, self._tokenizer.tokenize(["a"], max_seq_length), backoff_seconds)
         self._stop = threading.Event()
+        backend.stop_on(self._stop)
         self._idle_since: float | None = None
         self._done_texts = self._done_tokens = 0
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")

@@ -57,6 +57,11 @@ class EmbeddingSpace:
     number_format: str = "float"
     """"float", or "int8:<artifact hash>" for a quantized model."""
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server elsewhere runs the model."""
+        return False
+
     @cached_property
     def fingerprint(self) -> str:
         """32 hex characters that are equal exactly when the vectors are comparable and reusable."""

@@ -109,16 +109,9 @@ class Snapshot:
         """The partition `key` of this snapshot; it shares the snapshot's open tables."""
         return PartitionSnapshot(self, key)
 
-    def begin(self, key: str, *tables: TableSpec) -> PartitionSnapshot:
-        """The partition `key` in a new snapshot, to be materialized.
-
-        Its baseline for `tables` is taken from this snapshot, so that the work counts as superseded if another run has
-        replaced the partition's rows in them since.
-        """
-        work = PartitionSnapshot(Snapshot(self.lake), key)
-        for table in tables:
-            work.set_baseline(self.partition(key).state(table))
-        return work
+    def begin(self, key: str) -> PartitionSnapshot:
+        """The partition `key` in a new snapshot, to be materialized."""
+        return PartitionSnapshot(Snapshot(self.lake), key)
 
 
 class PartitionSnapshot:

@@ -250,8 +250,11 @@ class _Vectors:
         return input_hash in self._store or input_hash in self._under_way or input_hash in self._rejected
 
     def _whole_tables(self) -> tuple[Snapshot, ...]:
-        at_start = self.target.at_start
-        return () if at_start is None else (self.partition.tables, at_start)
+        """Snapshots of the whole table to look in: today's, and the one at the process's start if it is another."""
+        at_start, now, table = self.target.at_start, self.partition.tables, self.target.table
+        if at_start is None:
+            return ()
+        return (now,) if at_start.version(table) == now.version(table) else (now, at_start)
 
     def _without_rejected(self, chunks: _Chunks, rejections: Rejections) -> _Chunks:
         """The chunks that have a vector. The others are added to `rejections`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import pyarrow as pa
@@ -83,6 +84,7 @@ def replace_rejections(
     attempt and raises if another run meanwhile wrote rows from newer inputs. Raises ``SupersededError`` if the table
     keeps changing.
     """
+    provenance = replace(provenance, rewrite=False)  # what can't be read is replaced in any case
     for attempt in range(_ATTEMPTS):
         check()
         partition.reset_baseline(REJECTED)

@@ -51,6 +51,8 @@ class Endpoint:
     requests: list[list[str]] = field(default_factory=list)
     """Texts of every request, also of those that failed."""
     served: list[str] = field(default_factory=list)
+    credentials: list[str | None] = field(default_factory=list)
+    """The Authorization header of every request."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def vector(self, text: str) -> np.ndarray:
@@ -106,6 +108,7 @@ def serving(endpoint: Endpoint | None = None) -> Iterator[Endpoint]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            endpoint.credentials.append(self.headers["Authorization"])
             if endpoint.key and self.headers["Authorization"] != f"Bearer {endpoint.key}":
                 self._send(Answer(401, '{"error": "Unauthorized"}'))
             elif self.path != "/v1/embeddings":

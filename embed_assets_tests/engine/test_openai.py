@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embed_assets.engine.backend import Window
 from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.provider import EndpointOptions, EngineOptions
 from embed_assets.engine.providers import openai
 from embed_assets.engine.providers.openai import RateLimiter
 from embed_assets.engine.space import EmbeddingSpace
-from embed_assets.errors import EmbeddingError, ModelError, SettingsError
+from embed_assets.errors import ModelError, SettingsError
+from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.tables import REJECTED
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project, resolve_space, topic
 from embed_assets_tests.engine.endpoint import RESET, Answer, Endpoint, serving
 
@@ -86,9 +90,7 @@ def test_transient_failures_are_retried(endpoint: Endpoint, trouble: Answer) -> 
 def test_a_server_that_stays_down_is_a_retryable_error_and_rejects_no_text(endpoint: Endpoint) -> None:
     embedder = embedder_for(endpoint, patience=0.2)
     endpoint.weather = lambda number: Answer(503)
-    with pytest.raises(
-        EmbeddingError, match=r"did not answer within 0 s of trying: HTTP 503.*EMBED_ENDPOINT"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"did not answer within 0 s of trying: HTTP 503.*EMBED_ENDPOINT") as caught:
         embedder.embed(TEXTS[:4])
     assert caught.value.is_retryable
 
@@ -140,6 +142,92 @@ def test_truncated_vectors_have_unit_norm(endpoint: Endpoint) -> None:
     assert np.allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6)
     with pytest.raises(SettingsError, match="at most the model's 16 dimensions"):
         embedder_for(endpoint, truncate_dim=17)
+
+
+def test_an_outage_is_never_a_texts_fault(endpoint: Endpoint) -> None:
+    """The server is back when the health probe comes: a single text must not be rejected for its absence."""
+    embedder = embedder_for(endpoint, patience=0.0)
+    endpoint.weather = lambda number: Answer(503) if number < 2 else None
+    with pytest.raises(ModelError, match="did not answer"):
+        embedder.embed(["a single text"])
+    assert len(endpoint.requests) == 2, "tried twice, and not probed"
+
+
+def test_one_replica_with_another_model_ends_the_run_and_rejects_no_text(endpoint: Endpoint) -> None:
+    embedder = embedder_for(endpoint)
+
+    def weather(number: int) -> Answer | None:
+        endpoint.dimension = 16 if number % 2 else 12
+        return None
+
+    endpoint.weather = weather
+    with pytest.raises(ModelError, match="must all have 16 dimensions"):
+        embedder.embed(["a single text"])
+
+
+@pytest.mark.parametrize("key", ["sk-planted\n", " sk-planted"])
+def test_white_space_around_the_key_is_dropped(endpoint: Endpoint, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint.key = "sk-planted"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert len(embedder_for(endpoint).embed(TEXTS[:3]).vectors) == 3
+
+
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-pla\nnted")
+    with pytest.raises(ModelError, match="OPENAI_API_KEY must be printable ASCII") as caught:
+        embedder_for(endpoint)
+    assert "nted" not in str(caught.value)
+
+
+def test_no_other_credentials_are_sent(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("default login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    embedder_for(endpoint).embed(TEXTS[:2])
+    assert set(endpoint.credentials) == {None}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    endpoint.credentials.clear()
+    embedder_for(endpoint).embed(TEXTS[:2])
+    assert set(endpoint.credentials) == {"Bearer sk-planted"}
+
+
+def test_redirects_are_not_followed(endpoint: Endpoint) -> None:
+    endpoint.weather = lambda number: Answer(307, "", {"Location": "http://elsewhere.invalid/v1/embeddings"})
+    with pytest.raises(ModelError, match=r"redirects to 'http://elsewhere.invalid.*set EMBED_ENDPOINT"):
+        embedder_for(endpoint)
+
+
+def test_waiting_for_the_limit_does_not_count_as_trying(endpoint: Endpoint) -> None:
+    """Three threads share one request per 0.3 s, and each may try for 0.2 s: a reset is retried all the same."""
+    space = resolve_space(MODEL, endpoint=endpoint.url)
+    options = EndpointOptions(concurrency=3, batch_texts=1, requests_per_minute=200, patience_seconds=0.2)
+    embedder = LocalEmbedder(openai.load(space, EngineOptions(endpoint=options)), space.tokenizer, 256, 64)
+    endpoint.requests.clear()
+    endpoint.weather = lambda number: RESET if number == 1 else None
+    assert not embedder.embed(TEXTS[:6]).rejected
+
+
+def test_an_interrupt_ends_the_wait_for_a_server(endpoint: Endpoint) -> None:
+    embedder = embedder_for(endpoint, patience=300)
+    is_waiting = threading.Event()
+
+    def weather(number: int) -> Answer:
+        is_waiting.set()
+        return Answer(429, "", {"Retry-After": "100"})
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(texts: int, tokens: int) -> None:
+        if is_waiting.is_set():
+            raise Interrupted
+
+    endpoint.weather = weather
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        list(embedder.embed_windows([Window(TEXTS)], interrupt))
+    assert time.monotonic() - started < 90, "less than the server asked for"
 
 
 PAGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -257,3 +345,25 @@ def test_a_partition_whose_requests_fail_is_left_to_the_next_run(project: Projec
         assert failed["partitions"]["a"]["state"] == "fresh"
         stop.clear()
         assert project.sync()["partitions"]["b"]["state"] == "materialized"
+
+
+def test_planning_sends_nothing_to_the_server(project: Project) -> None:
+    with serving(Endpoint()) as endpoint:
+        project.set(MODEL=MODEL, ENDPOINT=endpoint.url)
+        project.write("a/try.md", topic("try"))
+        planned = project.json("plan", "--count")
+        assert planned["chunks_to_embed"] > 0 and planned["estimated_seconds"] is None
+        assert endpoint.requests == []
+
+
+def test_refused_chunks_are_recorded_once(project: Project) -> None:
+    """Embedding another chunk of the partition does not write the same rejections again."""
+    with serving(Endpoint(refused="poison")) as endpoint:
+        project.set(MODEL=MODEL, ENDPOINT=endpoint.url)
+        project.write("a/bad.md", "A poison pill.")
+        assert project.sync()["partitions"]["a"]["rejected_chunks"] == 1
+        before = Snapshot(project.pipeline().lake).version(REJECTED)
+        project.write("a/good.md", "Something else.")
+        done = project.sync()["partitions"]["a"]
+        assert (done["embedded"], done["rejected_chunks"]) == (1, 1)
+        assert Snapshot(project.pipeline().lake).version(REJECTED) == before

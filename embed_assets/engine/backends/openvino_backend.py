@@ -63,6 +63,9 @@ class OpenVinoBackend:
         """The library that runs the transformer."""
         return "openvino"
 
+    def stop_on(self, event: threading.Event) -> None:
+        """Does nothing: it waits for nothing but its own batch."""
+
     def enter_worker(self) -> None:
         """Give the thread its share of the cores in torch. OpenVINO has a stream per worker already."""
         share_cores(self.workers)

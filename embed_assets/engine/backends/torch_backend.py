@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,6 +65,9 @@ class TorchBackend:
     def name(self) -> str:
         """The code path, as in "torch-packed"."""
         return f"torch-{self._path}"
+
+    def stop_on(self, event: threading.Event) -> None:
+        """Does nothing: it waits for nothing but its own batch."""
 
     def enter_worker(self) -> None:
         """On CPUs, give the thread its share of the cores, so that workers do not wait for each other."""

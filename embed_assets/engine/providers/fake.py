@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class FakeBackend:
         self._model = model
         self.dimension = truncated_dimension(model.dimension, truncate_dim)
         self.layout = layout or Layout()
+
+    def stop_on(self, event: threading.Event) -> None:
+        """Does nothing: it never waits."""
 
     def enter_worker(self) -> None:
         """Does nothing: there is nothing to prepare."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import requests
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from embed_assets.engine import user_cache
 from embed_assets.engine.batching import Batch, Layout
@@ -31,7 +31,7 @@ from embed_assets.engine.model_files import hash_tokenizer, max_seq_length_of, t
 from embed_assets.engine.provider import EndpointOptions, EngineOptions
 from embed_assets.engine.space import EmbeddingSpace, ModelChoice, truncated_dimension
 from embed_assets.engine.tokenization import TokenizedTexts, word_tokenizer_json
-from embed_assets.errors import EmbeddingError, ModelError, SettingsError
+from embed_assets.errors import EmbeddingError, ModelError, SettingsError, hide_secrets
 from embed_assets.records import hash_parts
 
 _log = logging.getLogger(__name__)
@@ -43,8 +43,9 @@ _MAX_WORDS = 256
 """Maximum length in words, which are counted when no tokenizer is named: rarely more than 512 tokens."""
 _DEFAULT_BATCH_TEXTS = 32
 """Texts per request: TEI's default maximum. Other servers accept more."""
-_TIMEOUT_SECONDS = (5.0, 600.0)
-"""Timeouts to connect, and between two bytes of a response: the defaults of OpenAI's own client."""
+_TIMEOUT_SECONDS = (5.0, 120.0)
+"""Timeouts to connect, and between two bytes of a response. A server on one CPU core took 8 s for 32 long chunks of
+all-MiniLM-L6-v2; shorter would cut off larger models there, longer would hide a server that hangs."""
 _MAX_WAIT_SECONDS = 30.0
 """Longest backoff between two tries, so that a server that recovers is used again within half a minute."""
 _MAX_RETRY_AFTER_SECONDS = 120.0
@@ -69,6 +70,11 @@ class EndpointSpace(EmbeddingSpace):
     """EMBED_REVISION, or what the server reports about its model; empty if there is neither."""
     is_revision_reported: bool = field(kw_only=True, compare=False)
     """Whether the revision was reported by the server."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Always true."""
+        return True
 
     @property
     def table_name(self) -> str:
@@ -154,6 +160,10 @@ class EndpointBackend:
         self.layout = Layout(is_packed=True, max_rows=max_texts)
         self.workers = options.concurrency
 
+    def stop_on(self, event: threading.Event) -> None:
+        """Let waits for the server end when the event is set; a request under way still takes its time."""
+        self._server.stop = event
+
     def enter_worker(self) -> None:
         """Does nothing: there is nothing to prepare."""
 
@@ -233,12 +243,15 @@ class Server:
     def __init__(self, url: str, name: str, options: EndpointOptions | None = None) -> None:
         options = options or EndpointOptions()
         self.url, self.name, self._patience_seconds = url.rstrip("/"), name, options.patience_seconds
-        self._limiter = RateLimiter(options.requests_per_minute, options.tokens_per_minute)
+        self.stop = threading.Event()
+        """No request waits or is retried once it is set."""
+        self._limiter = RateLimiter(options.requests_per_minute, options.tokens_per_minute, sleep=self._sleep)
         self._local = threading.local()
         self._encoding = "base64"  # about a quarter of the bytes of lists, which servers without base64 send
         self._retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
-            stop=stop_after_delay(options.patience_seconds),
+            stop=self._has_tried_enough,
+            sleep=self._sleep,
             wait=_wait,
             before_sleep=self._warn,
             reraise=True,
@@ -247,17 +260,28 @@ class Server:
     def embed(self, texts: Sequence[str], tokens: int = 0) -> list[np.ndarray]:
         """The vectors of the texts in their order, float32 each. Transient failures are retried.
 
-        Raises ``ModelError`` when the server does not serve the model or refuses access, ``EmbeddingError`` when it
-        refuses the texts or can't be reached.
+        Raises ``ModelError`` when the server does not serve the model, refuses access or (retryable) can't be reached,
+        ``EmbeddingError`` when it refuses the texts.
         """
+        self._limiter.wait(tokens)  # does not count as trying
+        if self.stop.is_set():
+            raise EmbeddingError("embedding was stopped before the request was sent; start it again")
         try:
-            return self._retrying.copy()(self._embed, texts, tokens)
+            return self._retrying.copy()(self._embed, texts)
         except TransientError as error:
-            raise EmbeddingError(
+            raise ModelError(
                 f"the endpoint {self.url!r} did not answer within {self._patience_seconds:.0f} s of trying: {error}; "
                 "check EMBED_ENDPOINT and the server, and run again",
                 is_retryable=True,
             ) from error
+
+    def _sleep(self, seconds: float) -> None:
+        self.stop.wait(seconds)
+
+    def _has_tried_enough(self, state: RetryCallState) -> bool:
+        """Twice at least: a single request may take longer than the patience lasts."""
+        is_over = (state.seconds_since_start or 0.0) >= self._patience_seconds and state.attempt_number > 1
+        return is_over or self.stop.is_set()
 
     def _warn(self, state: RetryCallState) -> None:
         _log.warning("a request to %s failed, retrying it: %s", self.url, state.outcome and state.outcome.exception())
@@ -305,7 +329,7 @@ class Server:
         Raises ``TransientError`` when the server can't be reached, ``ModelError`` when it refuses access.
         """
         try:
-            response = self._session.get(url, timeout=_TIMEOUT_SECONDS[0])
+            response = self._session.get(url, timeout=_TIMEOUT_SECONDS[0], allow_redirects=False)
         except requests.RequestException as error:
             raise TransientError(_reason(error)) from error
         if response.status_code in _RETRYABLE:
@@ -317,16 +341,17 @@ class Server:
             answer = {}
         return answer if isinstance(answer, dict) else {}
 
-    def _embed(self, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
-        self._limiter.wait(tokens)
+    def _embed(self, texts: Sequence[str]) -> list[np.ndarray]:
         body = {"model": self.name, "input": list(texts), "encoding_format": self._encoding}
         try:
-            response = self._session.post(f"{self.url}/embeddings", json=body, timeout=_TIMEOUT_SECONDS)
+            response = self._session.post(
+                f"{self.url}/embeddings", json=body, timeout=_TIMEOUT_SECONDS, allow_redirects=False
+            )
         except requests.RequestException as error:
             raise TransientError(_reason(error)) from error
         if response.status_code in _INPUT_REFUSED and self._encoding == "base64" and "encoding" in response.text:
             self._encoding = "float"
-            return self._embed(texts, tokens)
+            return self._embed(texts)
         self._require_success(response)
         try:
             return _vectors(response.json(), len(texts))
@@ -334,6 +359,11 @@ class Server:
             raise TransientError(f"the response is not that of an embeddings endpoint ({_reason(error)})") from error
 
     def _require_success(self, response: requests.Response) -> None:
+        if response.is_redirect:  # followed, the key could go to another host
+            raise ModelError(
+                f"the endpoint {self.url!r} redirects to {response.headers['location']!r}; set EMBED_ENDPOINT to the "
+                "base URL that answers"
+            )
         if response.ok:
             return
         problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:300] or response.reason}"
@@ -364,10 +394,29 @@ class Server:
         """The thread's own session: sessions keep connections open, but are not thread-safe."""
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
-            if key := os.environ.get(KEY_VARIABLE):
-                self._local.session.headers["Authorization"] = f"Bearer {key}"
+            self._local.session.auth = _Bearer(_key())
         session: requests.Session = self._local.session
         return session
+
+
+class _Bearer(requests.auth.AuthBase):
+    """Sends the key, or none. Without an authentication of its own a session would send what ~/.netrc has."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+def _key() -> str:
+    """The key in the environment, '' without one. Raises ``ModelError`` when it can't be sent in a header."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()  # secrets from files end with a line break
+    if not (key.isascii() and key.isprintable()):
+        raise ModelError(f"{KEY_VARIABLE} must be printable ASCII, it has other characters; set it again")
+    return key
 
 
 def _reported_revision(endpoint: str, name: str) -> str:
@@ -424,4 +473,4 @@ def _wait(state: RetryCallState) -> float:
 
 def _reason(error: Exception) -> str:
     """Type and message of an error on one line of at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return hide_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
