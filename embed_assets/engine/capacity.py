@@ -23,7 +23,7 @@ _GPU_SHARE = 0.8
 _BYTES_PER_WIDTH = 80
 """A layer writes and reads about 40 values of 2 bytes per token and unit of width."""
 _CPU_SHARE = 0.8
-"""Of the cores' matrix product: float32 was measured to reach 78 to 84 % on two cores of an AMD EPYC (Zen 4)."""
+"""Share of the cores' matrix product: float32 was measured to reach 78 to 84 % on two cores of an AMD EPYC (Zen 4)."""
 _FEED_TOKENS_PER_SECOND = 500_000
 """What one run's process can chunk: `make bench` measured 480,000 on one core of an AMD EPYC (Zen 4), 620,000 on 2."""
 
@@ -69,7 +69,7 @@ class Capacity:
     devices: int
     tokens: int
     tokens_per_second: float
-    """Of one device."""
+    """Speed of one device."""
     hours: float
     """Wall-clock time if all devices are always busy."""
     device_hours: float
@@ -77,9 +77,9 @@ class Capacity:
     runs: int
     """Concurrent runs needed to keep all devices busy while documents are still being read and chunked."""
     price_per_hour: float | None
-    """Of one device; None if not given."""
+    """Price of one device; None if not given."""
     cost: float | None
-    """Of the whole job, in the currency of the price; None without a price."""
+    """Price of the whole job, in the currency of the price; None without a price."""
 
 
 def estimate_capacity(

@@ -74,10 +74,10 @@ class WorkerRecipe:
     settings: dict[str, object]
     """All fields of `Settings`."""
     fingerprint: str
-    """Of the space that the settings must lead to."""
+    """Fingerprint of the space that the settings must resolve to."""
     table: TableSpec
     lake_id: str
-    """Of the table of chunks, which tells lakes at the same path apart."""
+    """Delta's id of the table of chunks, which tells lakes at the same path apart."""
     code: str
     """`code_version` of the process that asks."""
 
