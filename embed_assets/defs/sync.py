@@ -103,7 +103,7 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     if not count:
         return Plan(plans)
     # Emptied partitions last, in the order of sync: with REUSE=table, the first partition with a text embeds it.
-    estimator = Estimator.over(pipeline, tables)
+    estimator = Estimator(pipeline, tables)
     estimates = {
         plan.partition.key: _estimate(estimator, history, plan)
         for plan in sorted(plans, key=lambda plan: not plan.partition.files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embed_assets.errors import UserError
+from embed_assets.errors import ModelError, UserError
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -40,6 +40,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_transient(error: BaseException) -> bool:
     """Whether a retry may help, as after a hiccup of the device or of the connection to it."""
     return isinstance(error, Exception) and not isinstance(error, _PERMANENT) and not is_out_of_memory(error)
+
+
+def is_models_fault(error: BaseException) -> bool:
+    """Whether the model, or the way to it, is at fault and no text: a backend that says so has retried enough."""
+    return isinstance(error, ModelError) or (isinstance(error, UserError) and error.is_retryable)
 
 
 def reason_of(error: BaseException) -> str:

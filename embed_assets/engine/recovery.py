@@ -17,9 +17,9 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from embed_assets.engine.backend import Backend
 from embed_assets.engine.batching import Batch, plan_part
-from embed_assets.engine.faults import is_out_of_memory, is_transient, reason_of
+from embed_assets.engine.faults import is_models_fault, is_out_of_memory, is_transient, reason_of
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.errors import EmbeddingError, ModelError, UserError
+from embed_assets.errors import EmbeddingError
 
 _ATTEMPTS = 4
 """With the default backoff, the waits add up to 3.5 s at most: enough for a hiccup, little lost on a lasting fault."""
@@ -97,7 +97,7 @@ class Recovery:
                 else:
                     is_last_try = True
                     waiting.append(part)
-            elif _is_no_texts_fault(error):
+            elif is_models_fault(error):
                 raise error
             elif len(part.rows) == 1:
                 self.check_health(error)
@@ -168,11 +168,6 @@ class Recovery:
     def _parts(self, tokens: TokenizedTexts, rows: np.ndarray) -> list[Batch]:
         """The rows as one batch, or as few as the layout's maximum of rows allows."""
         return plan_part(rows, tokens.lengths, 1 << 62, self._backend.layout)
-
-
-def _is_no_texts_fault(error: Exception) -> bool:
-    """Whether the model, or the way to it, is at fault: a backend that says so has tried enough itself."""
-    return isinstance(error, ModelError) or (isinstance(error, UserError) and error.is_retryable)
 
 
 def is_normalizable(vectors: np.ndarray) -> np.ndarray:

@@ -167,7 +167,7 @@ class PartitionSnapshot:
                     "the older ones, so its own were not written; run 'embed-assets plan' to see what is left to do",
                     is_retryable=True,
                 )
-            self._baselines[table.path] = now
+            self.set_baseline(now)
 
     @contextlib.contextmanager
     def watched(self, *tables: TableSpec) -> Iterator[None]:

@@ -88,8 +88,9 @@ def materialize_embeddings(
         replaced = partition.replace(
             target.table, rows, provenance, lambda: partition.require_current(RAW, CHUNK_TABLE), vectors.dimension
         )
-        own = lambda: partition.require_current(target.table)  # noqa: E731
-        replace_rejections(partition, rejections, provenance, own, target.table.space)
+        replace_rejections(
+            partition, rejections, provenance, lambda: partition.require_current(target.table), target.table.space
+        )
         outcome.rejected_chunks = rejections.count
     staging.clear()
     return replaced

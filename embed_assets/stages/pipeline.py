@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from embed_assets.corpus.source import SourcePartition
@@ -106,18 +106,16 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Estimator:
-    """Estimates what materializing partitions would embed, by reading and splitting their documents. Writes nothing."""
+    """Estimates what materializing partitions would embed, by reading and splitting their documents. Writes nothing.
+
+    One estimator serves one plan. Ask for partitions in the order in which a sync processes them.
+    """
 
     pipeline: Pipeline
     tables: Snapshot
     """Snapshot of the lake that is read."""
-    _embedded_before: set[str]
+    _embedded_before: set[str] = field(default_factory=set)
     """Input hashes that previously estimated partitions would embed; with table-wide reuse, later ones reuse them."""
-
-    @classmethod
-    def over(cls, pipeline: Pipeline, tables: Snapshot) -> Estimator:
-        """An estimator for one plan. Ask for partitions in the order in which a sync processes them."""
-        return cls(pipeline, tables, set())
 
     def estimate(self, partition: SourcePartition, stale: frozenset[str], is_damaged: bool) -> Estimate:
         """What materializing a partition would do.

@@ -96,30 +96,30 @@ def resolve(choice: ModelChoice) -> EndpointSpace:
         )
     reported = "" if choice.revision else _reported_revision(choice.endpoint, served_name)
     revision = choice.revision or reported
-    common: dict[str, Any] = {
-        "weights_hash": f"openai:{served_name}@{revision}",
-        "modules_hash": "openai",
-        "prompt": choice.prompt or "",
-        "query_prompt": choice.query_prompt or "",
-        "truncate_dim": choice.truncate_dim,
-        "endpoint": choice.endpoint,
-        "served_name": served_name,
-        "revision": revision,
-        "is_revision_reported": bool(reported),
-    }
-    if not tokenizer_model:
-        words = word_tokenizer_json()
-        return EndpointSpace(
-            choice.model, tokenizer_hash="words", max_seq_length=_MAX_WORDS, tokenizer_json=words, **common
-        )
-    directory = find_directory(tokenizer_model, None, with_weights=False)
+    tokenizer_hash, max_seq_length, tokenizer_json = _tokenizer(tokenizer_model)
     return EndpointSpace(
         choice.model,
-        tokenizer_hash=hash_tokenizer(directory),
-        max_seq_length=max_seq_length_of(directory),
-        tokenizer_json=tokenizer_file(directory).read_text("utf-8"),
-        **common,
+        weights_hash=f"openai:{served_name}@{revision}",
+        tokenizer_hash=tokenizer_hash,
+        modules_hash="openai",
+        max_seq_length=max_seq_length,
+        prompt=choice.prompt or "",
+        query_prompt=choice.query_prompt or "",
+        truncate_dim=choice.truncate_dim,
+        tokenizer_json=tokenizer_json,
+        endpoint=choice.endpoint,
+        served_name=served_name,
+        revision=revision,
+        is_revision_reported=bool(reported),
     )
+
+
+def _tokenizer(model: str) -> tuple[str, int, str]:
+    """Hash, maximum length in tokens and description of a model's tokenizer; for '' one that counts words."""
+    if not model:
+        return "words", _MAX_WORDS, word_tokenizer_json()
+    directory = find_directory(model, None, with_weights=False)
+    return hash_tokenizer(directory), max_seq_length_of(directory), tokenizer_file(directory).read_text("utf-8")
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> EndpointBackend:

@@ -1,11 +1,11 @@
-"""Runs sentence-transformers models in OpenVINO on CPUs: the stored int8 form, or the original in float32."""
+"""Runs the int8 form of sentence-transformers models, quantized once and stored in the lake, in OpenVINO on CPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from embed_assets.engine.backend import Backend
-from embed_assets.engine.backends.openvino_backend import load_int8_backend, load_openvino_backend
+from embed_assets.engine.backends.openvino_backend import load_int8_backend
 from embed_assets.engine.model import LocalSpace, require_local
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.providers import sentence_transformers
@@ -20,12 +20,10 @@ def resolve(choice: ModelChoice) -> LocalSpace:
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> Backend:
-    """The int8 form if `options` holds one, otherwise the model in float32.
+    """The int8 form that `options` hold.
 
     Raises ``ModelError`` when the model can't be loaded, ``SettingsError`` when it is not on this machine or the extra
     `cpu` is not installed.
     """
-    local = require_local(space, "OpenVINO")
-    if options.quantized is not None:
-        return load_int8_backend(local, options.quantized.xml, options.quantized.weights)
-    return load_openvino_backend(local, "float32")
+    assert options.quantized is not None, "the catalog names this provider for options that hold an int8 form alone"
+    return load_int8_backend(require_local(space, "OpenVINO"), options.quantized.xml, options.quantized.weights)
