@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -201,6 +201,8 @@ class Chunk:
     """End of the span, in code points, exclusive."""
     token_count: int
     """Length in tokens of the model's tokenizer, special tokens included."""
+    token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32), compare=False, repr=False)
+    """int32: its tokens, without special ones."""
 
 
 def hash_text(text: str) -> str:

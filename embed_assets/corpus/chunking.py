@@ -45,6 +45,20 @@ _Span = tuple[int, int]
 """Half-open range of code points."""
 
 
+class PlacedTokens(Protocol):
+    """Tokens of a text, without special tokens."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32, shape (tokens,)."""
+        ...
+
+    @property
+    def spans(self) -> np.ndarray:
+        """int32, shape (tokens, 2): the code points where each token's visible part starts and ends."""
+        ...
+
+
 class Tokenizer(Protocol):
     """The part of the model's tokenizer that chunking needs."""
 
@@ -58,12 +72,12 @@ class Tokenizer(Protocol):
         """Whether a text has exactly the tokens of its pieces when it is cut at whitespace."""
         ...
 
-    def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Per text, int32 (tokens, 2): the code points where each token's visible part starts and ends."""
+    def tokens(self, texts: Sequence[str]) -> Sequence[PlacedTokens]:
+        """The tokens of each text, with their places."""
         ...
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens per text, special tokens included, without truncation."""
+    def encode(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        """int32 ids of each text, without special tokens and truncation."""
         ...
 
 
@@ -137,17 +151,17 @@ def _split_batch(
         yield section, _Splitter(section.text, structure, tokens, tokenizer, options).chunks()
 
 
-def _tokenize(pieces: Iterable[tuple[str, tuple[int, int]]], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Token spans of each piece, as `Tokenizer.spans`; about a million characters are tokenized at a time."""
+def _tokenize(pieces: Iterable[tuple[str, tuple[int, int]]], tokenizer: Tokenizer) -> Iterator[PlacedTokens]:
+    """The tokens of each piece; about a million characters are tokenized at a time."""
     texts: list[str] = []
     size = 0
     for text, (start, end) in pieces:
         texts.append(text[start:end])
         size += end - start
         if size >= _BATCH_CHARACTERS:
-            yield from tokenizer.spans(texts)
+            yield from tokenizer.tokens(texts)
             texts, size = [], 0
-    yield from tokenizer.spans(texts)
+    yield from tokenizer.tokens(texts)
 
 
 def _segments(text: str) -> list[tuple[int, int]]:
@@ -176,17 +190,21 @@ class _Tokens:
     """int64 (tokens,): code point of each token's first visible character, ascending."""
     ends_before: np.ndarray
     """int64 (tokens + 1,): element i is where token i - 1 ends; element 0 is 0."""
+    ids: np.ndarray
+    """int32 (tokens,)."""
     unsafe_ends: list[int]
     """Ends of segments that may be cut inside a token: token counts across them may be slightly off."""
 
     @classmethod
-    def join(cls, text: str, segments: Sequence[tuple[int, int]], spans: Sequence[np.ndarray]) -> _Tokens:
-        """The tokens of a text, from the token spans of each of its segments."""
-        joined = np.concatenate([s + start for (start, _), s in zip(segments, spans, strict=True)]).astype(np.int64)
+    def join(cls, text: str, segments: Sequence[tuple[int, int]], found: Sequence[PlacedTokens]) -> _Tokens:
+        """The tokens of a text, from those of its segments."""
+        pairs = list(zip(segments, found, strict=True))
+        joined = np.concatenate([tokens.spans + np.int64(start) for (start, _), tokens in pairs])
         starts, ends = joined[:, 0], joined[:, 1]
+        ids = np.concatenate([tokens.ids for tokens in found])
         unsafe_ends = [end for _, end in segments[:-1] if text[end - 1] not in _SAFE_SPACE]
         # Tokens of one character share its span, and a token of only spaces is empty: starts must still ascend.
-        return cls(np.maximum.accumulate(starts), np.concatenate([[0], ends]), unsafe_ends)
+        return cls(np.maximum.accumulate(starts), np.concatenate([[0], ends]), ids, unsafe_ends)
 
     def index(self, positions: np.ndarray) -> np.ndarray:
         """Number of tokens that start before each position, in the positions' shape."""
@@ -211,11 +229,11 @@ class _Splitter:
             return []
         bounds = self._cheapest_path(*self._cuts())
         cores = [s for s in (_strip(self._text, *span) for span in pairwise(bounds)) if s[0] < s[1]]
-        counted = self._with_overlap(self._split_oversize(cores))
-        paths = self._structure.heading_paths([start for (start, _), _ in counted])
+        found = self._with_overlap(self._split_oversize(cores))
+        paths = self._structure.heading_paths([start for (start, _), _ in found])
         return [
-            Chunk(i, self._text[start:end], path, start, end, count)
-            for i, (((start, end), count), path) in enumerate(zip(counted, paths, strict=True))
+            Chunk(i, self._text[start:end], path, start, end, len(ids) + self._special, ids)
+            for i, (((start, end), ids), path) in enumerate(zip(found, paths, strict=True))
         ]
 
     def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
@@ -286,25 +304,24 @@ class _Splitter:
             path.append(previous[path[-1]])
         return [bounds[i] for i in reversed(path)]
 
-    def _split_oversize(self, spans: list[_Span]) -> list[tuple[_Span, int]]:
-        """The spans with their exact token counts; those that turn out to be over a limit are halved until they fit."""
-        result: list[tuple[_Span, int]] = []
-        for span, count in zip(spans, self._exact_counts(spans), strict=True):
-            is_long = count > self._limit + self._special or span[1] - span[0] > self._max_characters
+    def _split_oversize(self, spans: list[_Span]) -> list[tuple[_Span, np.ndarray]]:
+        """The spans with their exact tokens; those that turn out to be over a limit are halved until they fit."""
+        result: list[tuple[_Span, np.ndarray]] = []
+        for span, ids in zip(spans, self._exact_tokens(spans), strict=True):
+            is_long = len(ids) > self._limit or span[1] - span[0] > self._max_characters
             halves = self._halve(*span) if is_long else [span]
             # A single character can have more tokens than a very small limit. It can't be cut, so it stays.
-            result.extend([(span, count)] if halves == [span] else self._split_oversize(halves))
+            result.extend([(span, ids)] if halves == [span] else self._split_oversize(halves))
         return result
 
-    def _with_overlap(self, cores: list[tuple[_Span, int]]) -> list[tuple[_Span, int]]:
-        """The spans and counts, each span extended back over the end of the previous one where that fits the limit."""
+    def _with_overlap(self, cores: list[tuple[_Span, np.ndarray]]) -> list[tuple[_Span, np.ndarray]]:
+        """The spans and tokens, each span extended back over the end of the previous one where that fits the limit."""
         if not self._overlap:
             return cores
         extended = [_strip(self._text, *self._extend_back(one[0], *core)) for (one, _), (core, _) in pairwise(cores)]
-        counts = self._exact_counts(extended)
-        fits = (count <= self._limit + self._special for count in counts)
-        candidates = zip(cores[1:], zip(extended, counts, strict=True), fits, strict=True)
-        return [*cores[:1], *(longer if is_fitting else core for core, longer, is_fitting in candidates)]
+        longer = zip(extended, self._exact_tokens(extended), strict=True)
+        pairs = zip(cores[1:], longer, strict=True)
+        return [*cores[:1], *(long if len(long[1]) <= self._limit else core for core, long in pairs)]
 
     def _extend_back(self, before: int, start: int, end: int) -> _Span:
         """The span extended back by at most the overlap, to the start of a sentence or word.
@@ -319,15 +336,15 @@ class _Splitter:
         words = self._word_starts(earliest - 1, start)
         return (words[0] if words else start), end
 
-    def _exact_counts(self, spans: list[_Span]) -> list[int]:
-        """Tokens of each span by itself, special tokens included. Only spans with uncertain edges are tokenized."""
-        bounds = self._tokens.index(np.array(spans, dtype=np.int64).reshape(-1, 2))
-        counts = [int(n) for n in bounds[:, 1] - bounds[:, 0] + self._special]
-        uncertain = [i for i, span in enumerate(spans) if not self._is_count_exact(*span)]
+    def _exact_tokens(self, spans: list[_Span]) -> list[np.ndarray]:
+        """int32 ids of the tokens of each span by itself. Only spans with uncertain edges are tokenized again."""
+        bounds = self._tokens.index(np.array(spans, dtype=np.int64).reshape(-1, 2)).tolist()
+        found = [self._tokens.ids[first:last] for first, last in bounds]
+        uncertain = [i for i, span in enumerate(spans) if not self._has_tokens_of_text(*span)]
         texts = [self._text[slice(*spans[i])] for i in uncertain]
-        for i, count in zip(uncertain, self._tokenizer.count(texts), strict=True):
-            counts[i] = count
-        return counts
+        for i, ids in zip(uncertain, self._tokenizer.encode(texts), strict=True):
+            found[i] = ids
+        return found
 
     def _halve(self, start: int, end: int) -> list[_Span]:
         """A span's two parts, cut at the whitespace nearest its middle, else in the middle; one if it can't be cut."""
@@ -337,7 +354,7 @@ class _Splitter:
         cut = min(inner, key=lambda p: abs(p - middle)) if inner else middle
         return [s for s in (_strip(self._text, start, cut), _strip(self._text, cut, end)) if s[0] < s[1]]
 
-    def _is_count_exact(self, start: int, end: int) -> bool:
+    def _has_tokens_of_text(self, start: int, end: int) -> bool:
         """Whether the span is certain to have the same tokens by itself as within the whole text."""
         text = self._text
         if not self._tokenizer.splits_at_whitespace:

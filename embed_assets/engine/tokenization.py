@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, models, pre_tokenizers, processors
 
+from embed_assets.engine.words import PlacedTokens, splits_at_whitespace, word_cache
 from embed_assets.errors import ModelError
 
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
@@ -50,10 +52,9 @@ class ModelTokenizer:
     def __init__(self, description: str) -> None:
         """`description` is the contents of a ``tokenizer.json``."""
         self._description = description
-        pre_tokenizer = json.loads(description).get("pre_tokenizer") or {}
-        # BERT splits at whitespace and punctuation first, so text cut at whitespace has the same tokens as the whole.
-        self.splits_at_whitespace = bool(pre_tokenizer.get("type") == "BertPreTokenizer")
-        self._may_cut_at_whitespace = _splits_words(pre_tokenizer)
+        parsed = json.loads(description)
+        self.splits_at_whitespace = splits_at_whitespace(parsed)
+        self._may_cut_at_whitespace = _splits_words(parsed.get("pre_tokenizer") or {})
         self._whole = Tokenizer.from_str(description)
         self._whole.no_truncation()
         self._whole.no_padding()
@@ -64,6 +65,7 @@ class ModelTokenizer:
         probe = self._whole.encode("a b  c", add_special_tokens=False).offsets
         self._counts_spaces = any("a b  c"[start : start + 1] == " " for start, _ in probe)
         self.special_tokens = int(self._whole.num_special_tokens_to_add(is_pair=False))
+        self._words = word_cache(parsed, lambda text: self._placed([text])[0])
 
     @classmethod
     def from_description(cls, description: str, model: str) -> ModelTokenizer:
@@ -83,18 +85,43 @@ class ModelTokenizer:
         """
         return ModelTokenizer(self._description)
 
-    def spans(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Per text, an int32 array of shape (tokens, 2): where each token's visible part starts and ends.
+    def __reduce__(self) -> tuple[type[ModelTokenizer], tuple[str]]:
+        """Pickle the description alone, for worker processes."""
+        return ModelTokenizer, (self._description,)
 
-        Positions are code points. Special tokens are left out.
-        """
-        spans = [
-            np.fromiter(chain.from_iterable(e.offsets), dtype=np.int32, count=2 * len(e)).reshape(-1, 2)
+    @cached_property
+    def added_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 ids of the special tokens that the model's input has before and after a text's own."""
+        probe = self._whole.encode("a")
+        own = np.flatnonzero(np.array(probe.special_tokens_mask) == 0)
+        first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (len(probe), len(probe))
+        ids = np.array(probe.ids, dtype=np.int32)
+        return ids[:first], ids[last:]
+
+    def tokens(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        """The tokens of each text with their places, without special tokens and truncation."""
+        if self._words is not None:
+            return self._words.tokens(texts)
+        return self._placed(texts)
+
+    def _placed(self, texts: Sequence[str]) -> list[PlacedTokens]:
+        found = [
+            PlacedTokens(
+                np.array(e.ids, dtype=np.int32),
+                np.fromiter(chain.from_iterable(e.offsets), dtype=np.int32, count=2 * len(e)).reshape(-1, 2),
+            )
             for e in self._whole.encode_batch(texts, add_special_tokens=False)
         ]
         if not self._counts_spaces:
-            return spans
-        return [_without_leading_space(text, found) for text, found in zip(texts, spans, strict=True)]
+            return found
+        return [
+            PlacedTokens(f.ids, _without_leading_space(text, f.spans)) for text, f in zip(texts, found, strict=True)
+        ]
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of each text, without special tokens and truncation."""
+        encodings = self._whole.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return [np.array(e.ids, dtype=np.int32) for e in encodings]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens per text, including special tokens, without truncation."""

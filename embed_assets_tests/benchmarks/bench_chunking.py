@@ -84,7 +84,7 @@ def splitters(tokenizer: ModelTokenizer, media_type: str) -> dict[str, Splitter]
 
 def greedy(text: str, media_type: str, tokenizer: ModelTokenizer) -> list[str]:
     """Chunks as full as possible, from the same cuts that our splitter chooses from."""
-    tokens = _Tokens.join(text, [(0, len(text))], tokenizer.spans([text]))
+    tokens = _Tokens.join(text, [(0, len(text))], tokenizer.tokens([text]))
     cuts, _ = _Splitter(text, find_structure(text, media_type), tokens, tokenizer, OPTIONS)._cuts()
     bounds = [0, *cuts.tolist(), len(text)]
     before = tokens.index(np.array(bounds))

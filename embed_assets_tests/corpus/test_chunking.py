@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from embed_assets.corpus.chunking import ChunkOptions, split_document
+from embed_assets.corpus.chunking import ChunkOptions, PlacedTokens, split_document
 from embed_assets.corpus.chunking import Tokenizer as ChunkTokenizer
 from embed_assets.corpus.sections import MAX_SECTION_CHARACTERS
 from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer_json
@@ -60,7 +62,9 @@ HOSTILE_TEXT = st.lists(
 
 def check(text: str, chunks: list[Chunk], by: ChunkTokenizer, options: ChunkOptions) -> None:
     """Assert the invariants that `embed_assets.corpus.chunking` promises."""
-    counts = by.count([chunk.text for chunk in chunks])
+    ids = [ids.tolist() for ids in by.encode([chunk.text for chunk in chunks])]
+    assert [chunk.token_ids.tolist() for chunk in chunks] == ids
+    counts = [len(found) + by.special_tokens for found in ids]
     for i, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
         assert text[chunk.char_start : chunk.char_end] == chunk.text
         assert chunk.text.strip() == chunk.text != ""
@@ -247,13 +251,13 @@ def test_each_character_is_tokenized_about_once() -> None:
         splits_at_whitespace = True
         characters = 0
 
-        def spans(self, texts: list[str]) -> list[object]:
+        def tokens(self, texts: list[str]) -> Sequence[PlacedTokens]:
             self.characters += sum(map(len, texts))
-            return tokenizer("wordpiece").spans(texts)  # type: ignore[return-value]
+            return tokenizer("wordpiece").tokens(texts)
 
-        def count(self, texts: list[str]) -> list[int]:
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
             self.characters += sum(map(len, texts))
-            return tokenizer("wordpiece").count(texts)
+            return tokenizer("wordpiece").encode(texts)
 
     text = topic("types") * 3
     recording = Recording()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import ModelTokenizer
-from embed_assets_tests.conftest import topic
+from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
 
 
 @cache
@@ -49,6 +50,11 @@ def trained(kind: str) -> ModelTokenizer:
     return ModelTokenizer(raw.to_str())
 
 
+@cache
+def sample_tokenizer() -> ModelTokenizer:
+    return resolve_space(SAMPLE_MODEL).tokenizer
+
+
 def tokens_of_the_whole(tokenizer: ModelTokenizer, text: str, max_length: int) -> list[int]:
     raw = Tokenizer.from_str(tokenizer._description)
     raw.enable_truncation(max_length)
@@ -76,6 +82,52 @@ def test_the_beginning_has_the_tokens_of_the_whole_text(
     expected = tokens_of_the_whole(tokenizer, text, max_length)
     assert found.ids[: found.offsets[1]].tolist() == expected
     assert bool(found.is_truncated[0]) == (tokenizer.count([text])[0] > max_length)
+
+
+ODD_CHARACTERS = " \n\t\r\x00\x0b\x0c\x1c\x85\u00a0\u2028\u3000\u200b\u0301\u0338\u05bfaAzÉßİΣ.,;!'\"-_[]()#1٢東京한🙂ﬁ"
+strange = st.text(st.one_of(st.sampled_from(ODD_CHARACTERS), st.characters(exclude_categories=["Cs"])), max_size=60)
+added = st.sampled_from(["[SEP]", "x[CLS]y", "[MASK", "[SEP].", "don't", "e.g."])
+pieces = st.lists(st.one_of(strange, words, added), max_size=8)
+
+
+@pytest.mark.parametrize("kind", ["sample", "wordpiece"])
+@given(texts=st.lists(pieces.map("".join), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=300)
+def test_looked_up_words_have_the_tokenizers_own_tokens_and_places(kind: str, texts: list[str]) -> None:
+    tokenizer = sample_tokenizer() if kind == "sample" else trained(kind)
+    assert tokenizer._words is not None
+    raw = Tokenizer.from_str(tokenizer._description)
+    raw.no_padding()
+    raw.no_truncation()
+    for _ in range(2):  # first the words are new, then known
+        for text, found in zip(texts, tokenizer.tokens(texts), strict=True):
+            expected = raw.encode(text, add_special_tokens=False)
+            assert found.ids.tolist() == expected.ids
+            assert [tuple(span) for span in found.spans.tolist()] == expected.offsets
+
+
+def test_forgotten_words_are_learned_again(sample_space: EmbeddingSpace) -> None:
+    words = sample_space.tokenizer.copy()._words
+    assert words is not None
+    first = words.tokens([topic("try"), topic("with")])
+    words._words.rows.characters = words._parts.rows.characters = 1 << 40
+    for again in (words.tokens([topic("try"), topic("with")]), words.tokens([topic("try"), topic("with")])):
+        for one, other in zip(first, again, strict=True):
+            assert (one.ids == other.ids).all() and (one.spans == other.spans).all()
+
+
+def test_only_tokenizers_that_split_at_whitespace_look_words_up() -> None:
+    assert trained("unigram")._words is None and trained("bytes")._words is None
+    described = json.loads(trained("wordpiece")._description)
+    described["added_tokens"][0]["lstrip"] = True
+    assert ModelTokenizer(json.dumps(described))._words is None
+
+
+def test_special_tokens_surround_a_texts_own(sample_space: EmbeddingSpace) -> None:
+    for tokenizer in (sample_space.tokenizer, trained("unigram"), trained("bytes")):
+        before, after = tokenizer.added_ids
+        [own] = tokenizer.encode(["one two"])
+        assert [*before, *own, *after] == tokenizer.tokenize(["one two"], 64).ids.tolist()
 
 
 def test_most_of_a_very_long_text_is_not_tokenized(sample_space: EmbeddingSpace) -> None:
