@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -72,6 +72,21 @@ EMBEDDINGS = _schema(
     ("embedding", VECTOR),
     ("embedded_at", TIMESTAMP),
 )
+
+SPLIT_CHUNKS = pa.schema(
+    [
+        *CHUNKS,
+        pa.field("uri", pa.string(), False),
+        pa.field("title", pa.string(), False),
+        pa.field("input_hash", pa.string(), False),
+        pa.field("input_ids", pa.list_(pa.int32())),
+        pa.field("row_hash", pa.binary(16), False),
+    ]
+)
+"""Chunks just split, with what embedding them needs: uri and title of their document, hash and token ids of the model's
+input (null where only its tokenizer can tell them), and the hash of their row in the table of chunks."""
+PARSED_DOCUMENTS = pa.schema([*RAW_DOCUMENTS, pa.field("row_hash", pa.binary(16), False)])
+"""Documents just parsed, each with the hash of its row."""
 
 CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
     "raw_documents": (
@@ -168,6 +183,19 @@ class Rejection:
     """What was found and how to fix it, on one line."""
 
 
+def rejection_batch(rejections: Sequence[Rejection], key: str, when: datetime) -> pa.RecordBatch:
+    """Rows of rejected_documents for the partition `key`."""
+    columns = {
+        "partition_key": [key] * len(rejections),
+        "document_id": [rejection.document_id for rejection in rejections],
+        "uri": [rejection.uri for rejection in rejections],
+        "reason": [rejection.reason for rejection in rejections],
+        "detail": [rejection.detail for rejection in rejections],
+        "rejected_at": [when] * len(rejections),
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=REJECTED_DOCUMENTS)
+
+
 NOT_EMBEDDABLE = "not_embeddable"
 """Reason code for a document with a chunk that the model can't embed."""
 
@@ -234,8 +262,21 @@ def chunk_ids(document_id: str, text_hashes: Sequence[str]) -> list[str]:
 
 _ROW_BYTES = 16
 """Digest size per row: 128 bits make accidental collisions negligible."""
-_ROW_OVERHEAD_BYTES = 200
-"""Rough size of a row's ids, hashes and numbers, so that batches of many short texts stay bounded too."""
+
+
+def row_hashes(columns: Sequence[Sequence[object]]) -> bytes:
+    """blake2b-128 of each row of the given columns' values, end to end."""
+    blake2b = hashlib.blake2b
+    return b"".join(
+        blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=_ROW_BYTES).digest()
+        for row in zip(*columns, strict=True)
+    )
+
+
+def packed_hashes(hashes: bytes) -> pa.FixedSizeBinaryArray:
+    """128-bit hashes, end to end, as an Arrow array."""
+    count = len(hashes) // _ROW_BYTES
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(_ROW_BYTES), count, [None, pa.py_buffer(hashes)])
 
 
 class ContentVersion:
@@ -249,10 +290,13 @@ class ContentVersion:
         self._rows = bytearray()
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Add the rows of `batch`, which must have all the columns."""
-        values = [batch.column(name).to_pylist() for name in self._columns]
-        for row in zip(*values, strict=True):
-            self._rows += hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=_ROW_BYTES).digest()
+        """Add the rows of `batch`, which has all the columns or, already computed, `row_hash`."""
+        if "row_hash" in batch.schema.names:
+            hashes = batch.column("row_hash")
+            start = hashes.offset * _ROW_BYTES
+            self._rows += memoryview(hashes.buffers()[1])[start : start + len(hashes) * _ROW_BYTES]
+        else:
+            self._rows += row_hashes([batch.column(name).to_pylist() for name in self._columns])
 
     def hexdigest(self) -> str:
         """The hash as 32 hex characters. Without any rows it is a constant."""
@@ -276,21 +320,22 @@ def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def batched_bytes(
-    items: Iterable[tuple[int, dict[str, object]]], schema: pa.Schema, max_bytes: int = 8 << 20
-) -> Iterator[pa.RecordBatch]:
-    """Group rows into record batches of about `max_bytes`.
+_ROW_OVERHEAD_BYTES = 200
+"""Rough size of a row's ids, hashes and numbers, so that groups of many short texts stay bounded too."""
 
-    `items` are pairs of a row's size in bytes and its values by column. The default of 8 MiB trades memory per batch
-    against overhead per batch.
+
+def grouped_bytes(items: Iterable[T], size_of: Callable[[T], int], max_bytes: int = 4 << 20) -> Iterator[list[T]]:
+    """Consecutive groups of rows of about `max_bytes`, whose texts have `size_of(item)` bytes.
+
+    The default of 4 MiB trades memory per group against overhead per group.
     """
-    rows: list[dict[str, object]] = []
+    group: list[T] = []
     size = 0
-    for item_bytes, row in items:
-        rows.append(row)
-        size += item_bytes + _ROW_OVERHEAD_BYTES
+    for item in items:
+        group.append(item)
+        size += size_of(item) + _ROW_OVERHEAD_BYTES
         if size >= max_bytes:
-            yield pa.RecordBatch.from_pylist(rows, schema=schema)
-            rows, size = [], 0
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=schema)
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

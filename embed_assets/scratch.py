@@ -7,6 +7,8 @@ import io
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -72,6 +74,42 @@ class SpooledBatches:
         self._file.seek(0)
         with pa.ipc.open_stream(self._file) as stream:
             yield from stream
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowFile:
+    """Record batches in a file, which readers map into memory."""
+
+    path: Path
+    rows: int
+    byte_size: int
+
+    @classmethod
+    def write(cls, path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
+        """Write the batches to `path`. Raises ``LakeError`` if the disk is full."""
+        rows = 0
+        with scratch_errors(), pa.OSFile(str(path), "wb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                for batch in batches:
+                    rows += batch.num_rows
+                    stream.write_batch(batch)
+            return cls(path, rows, file.tell())
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The batches. They stay valid when the file is removed."""
+        with scratch_errors():
+            stream = pa.ipc.open_stream(pa.memory_map(str(self.path)))
+        yield from stream
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder, deleted when it is closed."""
+    with scratch_errors():
+        return tempfile.TemporaryDirectory(prefix="embed_assets_", ignore_cleanup_errors=True)
 
 
 class DiskMap:

@@ -89,6 +89,11 @@ class Settings(BaseSettings):
         None, ge=1, description="Limit on rows x longest row of one forward pass (tokens); auto is tuned."
     )
     compile: bool = Field(False, description="Optimise the model with torch.compile first; for long jobs on GPUs.")
+    prepare_processes: AutoInt = Field(
+        None,
+        ge=0,
+        description="Worker processes that read, parse and split documents; auto: one per core; 0: none.",
+    )
     chunk_tokens: AutoInt = Field(
         None, ge=16, description="Largest chunk in tokens, special tokens included; default: what fits the model."
     )

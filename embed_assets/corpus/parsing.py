@@ -49,6 +49,8 @@ _ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[
     ".parquet": ("application/vnd.apache.parquet", iter_parquet),
 }
 _TEXT_FORMATS = {".txt": "text/plain", ".md": "text/markdown", ".rst": "text/x-rst"}
+ROW_SUFFIXES = tuple(_ROW_FORMATS)
+"""Of files whose rows are documents."""
 SUPPORTED_SUFFIXES = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *FORMATS]))
 _MAX_DETAIL_CHARACTERS = 500
 """Length of a rejection's detail: room for the essence of a library's message, and a table that stays readable."""
@@ -106,6 +108,13 @@ def _read_file(
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))
+
+
+def lost(source: Source, files: SourcePartition, cause: str) -> Rejection:
+    """The rejection of the one file of `files`, whose reading twice ended its process, as `cause` says."""
+    [file] = files.files
+    detail = f"reading it ended the process twice, with {cause}, perhaps for lack of memory; split it"
+    return Rejection(files.document_id(file), source.uri(file), "too_costly", detail)
 
 
 def _text_problem(text: str) -> str:

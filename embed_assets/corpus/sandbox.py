@@ -11,16 +11,15 @@ import contextlib
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-from typing import IO
 
 from embed_assets.corpus.formats import FORMATS, MissingExtra
 from embed_assets.corpus.items import BadRow
 from embed_assets.errors import SourceError
+from embed_assets.workers import receive, send
 
 CPU_SECONDS = 60
 """CPU time for one document. 20 MB of HTML take five seconds, so this rejects only documents that blow up."""
@@ -29,8 +28,6 @@ MEMORY_BYTES = 2 << 30
 the host's memory, once per process that parses."""
 _WALL_SECONDS = 900.0
 """Elapsed time for one document, for a parser that hangs without using CPU. Generous: a busy host slows any parser."""
-_LENGTH = struct.Struct("<Q")
-"""Every message on the pipes is preceded by its length in bytes."""
 
 
 class ParserProcess:
@@ -68,8 +65,8 @@ class ParserProcess:
         watchdog = threading.Timer(_WALL_SECONDS, process.kill)
         watchdog.start()
         try:
-            _send(process.stdin, suffix.encode(), data)
-            return _receive(process.stdout), _receive(process.stdout)
+            send(process.stdin, suffix.encode(), data)
+            return receive(process.stdout), receive(process.stdout)
         except (BrokenPipeError, EOFError):
             raise _ProcessDied.diagnose(process) from None
         except BaseException:
@@ -99,7 +96,7 @@ class ParserProcess:
             )
             assert self._process.stdout is not None
             try:
-                _receive(self._process.stdout)
+                receive(self._process.stdout)
             except EOFError:
                 status = self._process.wait()
                 raise SourceError(
@@ -135,25 +132,6 @@ class _ProcessDied(Exception):
         return cls(f"parsing it ended the parser with {how}, {guess}; split it", has_aborted)
 
 
-def _send(stream: IO[bytes], *parts: bytes) -> None:
-    for part in parts:
-        stream.write(_LENGTH.pack(len(part)))
-        stream.write(part)
-    stream.flush()
-
-
-def _receive(stream: IO[bytes]) -> bytes:
-    """One message. Raises ``EOFError`` when the stream ends early."""
-    header = stream.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        raise EOFError
-    [length] = _LENGTH.unpack(header)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
-    return data
-
-
 def _parse(suffix: str, data: bytes) -> tuple[list[str], bytes]:
     """The answer to a request: the outcome with its details, and the text as UTF-8."""
     try:
@@ -173,16 +151,16 @@ def _serve() -> None:
     """The child's main loop: answer requests until standard input closes."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keep whatever a library prints out of the answers
-    _send(answers, b"ready")
+    send(answers, b"ready")
     while True:
         try:
-            suffix, data = _receive(requests).decode(), _receive(requests)
+            suffix, data = receive(requests).decode(), receive(requests)
         except EOFError:
             return
         _set_limits()
         answer, text = _parse(suffix, data)
         del data
-        _send(answers, json.dumps(answer).encode(), text)
+        send(answers, json.dumps(answer).encode(), text)
 
 
 def _set_limits() -> None:

@@ -21,12 +21,15 @@ from embed_assets.errors import ModelError, PartitionError, SettingsError, UserE
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import RAW
 from embed_assets.lake.writer import Provenance, Replaced
+from embed_assets.stages.chunk_rows import ChunkRows, PreparedChunks, StoredChunks
 from embed_assets.stages.chunks import materialize_chunks
 from embed_assets.stages.compute import Compute
+from embed_assets.stages.corpus import TEXT_COLUMNS
 from embed_assets.stages.embeddings import materialize_embeddings
 from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.preparing import Preparation, Prepared, open_preparation
 from embed_assets.stages.progress import RunObserver
 from embed_assets.stages.raw_documents import materialize_raw_documents
 
@@ -42,8 +45,16 @@ class _Task:
     files: SourcePartition
     partition: PartitionSnapshot
     outcome: PartitionOutcome
+    prepared: Prepared | None = None
+    """Its documents and chunks, if they were read or split in this run."""
     error: Exception | None = None
     """The error that reading or chunking raised."""
+
+    def close(self) -> None:
+        """Remove what was prepared, and return open tables."""
+        if self.prepared is not None:
+            self.prepared.remove()
+        self.partition.close()
 
 
 @dataclass(slots=True)
@@ -85,8 +96,9 @@ class CorpusRun:
             ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead,
             embedding_executor(self.compute) as lanes,
             contextlib.closing(self.compute),
+            self._open_preparation() as preparation,
         ):
-            upcoming = ahead.submit(self._prepare, self.keys[0]) if self.keys else None
+            upcoming = ahead.submit(self._prepare, self.keys[0], preparation) if self.keys else None
             under_way: dict[Future[_Task], str] = {}
             for place, key in enumerate(self.keys):
                 assert upcoming is not None
@@ -95,7 +107,7 @@ class CorpusRun:
                     self._end_finished(under_way, current)
                 lost = self._lost() if rest else None
                 if rest and lost is None:
-                    upcoming = ahead.submit(self._prepare, self.keys[place + 1])
+                    upcoming = ahead.submit(self._prepare, self.keys[place + 1], preparation)
                 with self._failing(key):
                     under_way[self._begin(current.result(), lanes)] = key
                 while len(under_way) >= self.compute.partitions_in_flight:
@@ -178,35 +190,54 @@ class CorpusRun:
                 for asset in self.selected:
                     self.recorder.confirm(asset, key)
 
-    def _prepare(self, key: str) -> _Task:
+    def _open_preparation(self) -> contextlib.AbstractContextManager[Preparation]:
+        """The documents to read and split in this run."""
+        to_read = [
+            self.partitions[key]
+            for key in self.keys
+            if "raw_documents" in self.selected
+            and self._status("raw_documents", self.history.outcome(key, self.partitions[key].version)).state != "fresh"
+        ]
+        pipeline = self.pipeline
+        return open_preparation(pipeline.corpus, to_read, "chunks" in self.selected, pipeline.prepare_processes)
+
+    def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
         files = self.partitions[key]
         task = _Task(files, self.before.begin(key), self.history.outcome(key, files.version))
         try:
-            self._read_and_chunk(task)
+            self._read_and_chunk(task, preparation)
         except Exception as error:  # _begin raises it, after recording what was materialized before it
             task.error = error
         return task
 
-    def _read_and_chunk(self, task: _Task) -> None:
-        corpus, outcome = self.pipeline.corpus, task.outcome
+    def _read_and_chunk(self, task: _Task, preparation: Preparation) -> None:
+        partition, outcome = task.partition, task.outcome
         if self._is_due("raw_documents", outcome):
             # Rows that another run wrote since the source was listed may be newer than these files.
-            task.partition.set_baseline(self.before.partition(outcome.key).state(RAW))
-            provenance = self._provenance("raw_documents", outcome)
-            made = materialize_raw_documents(task.partition, corpus, task.files, provenance, outcome)
+            partition.set_baseline(self.before.partition(outcome.key).state(RAW))
+            task.prepared = preparation.take(task.files)
+            provenance, source = self._provenance("raw_documents", outcome), self.pipeline.corpus.source
+            made = materialize_raw_documents(partition, task.prepared, source, task.files, provenance, outcome)
             _note("raw_documents", outcome, made)
         if self._is_due("chunks", outcome):
+            if task.prepared is None:
+                with partition.watched(RAW):
+                    task.prepared = preparation.split(outcome.key, partition.rows(RAW, TEXT_COLUMNS))
             provenance = self._provenance("chunks", outcome)
-            _note("chunks", outcome, materialize_chunks(task.partition, corpus, provenance, outcome))
+            _note("chunks", outcome, materialize_chunks(partition, task.prepared, provenance, outcome))
 
     def _begin(self, task: _Task, lanes: Executor) -> Future[_Task]:
         """Record and check what was prepared, and submit it for embedding if that is selected and due."""
         outcome = task.outcome
-        for asset in outcome.replaced:
-            self._record(asset, task)
-        if task.error is not None:
-            raise task.error
+        try:
+            for asset in outcome.replaced:
+                self._record(asset, task)
+            if task.error is not None:
+                raise task.error
+        except BaseException:
+            task.close()
+            raise
         if not self._is_due("embeddings", outcome):
             done: Future[_Task] = Future()
             done.set_result(task)
@@ -220,6 +251,7 @@ class CorpusRun:
         outcome = task.outcome
         made = materialize_embeddings(
             task.partition,
+            self._chunk_rows(task),
             self.pipeline.target,
             self.compute,
             self._provenance("embeddings", outcome),
@@ -229,11 +261,17 @@ class CorpusRun:
         _note("embeddings", outcome, made)
         return task
 
+    def _chunk_rows(self, task: _Task) -> ChunkRows:
+        """The partition's chunks: as just prepared, where possible."""
+        if task.prepared is not None and "chunks" in task.outcome.replaced:
+            return PreparedChunks(task.prepared.chunks)
+        return StoredChunks(task.partition, self.pipeline.target.prompt)
+
     def _end(self, task: _Task) -> None:
         """Record and check a partition's embeddings, and report it as finished."""
         if "embeddings" in task.outcome.replaced:
             self._record("embeddings", task)
-        task.partition.close()
+        task.close()
         self.observer.finished(task.outcome)
 
     def _is_due(self, asset: str, outcome: PartitionOutcome) -> bool:
@@ -274,7 +312,7 @@ class CorpusRun:
             outcome,
             self.pipeline.code_versions[asset],
             _inputs(asset, outcome),
-            self.metadata.of(asset, task.partition, outcome, self.compute),
+            self.metadata.of(asset, outcome, self.compute),
         )
         # Only the freshness check of embeddings needs this; what this run materialized is fresh.
         others = [a for a in ASSETS if a not in outcome.reasons] if asset == "embeddings" else []

@@ -6,25 +6,20 @@ import sys
 from typing import TypeAlias
 
 import dagster as dg
-import numpy as np
 import psutil
 
 from embed_assets.defs.staleness import History
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats, advise
 from embed_assets.engine.ray import PoolReport
-from embed_assets.lake.snapshot import PartitionSnapshot
-from embed_assets.lake.tables import CHUNK_TABLE
 from embed_assets.pictures import draw_map, draw_token_lengths
 from embed_assets.stages.compute import Compute
-from embed_assets.stages.outcome import PartitionOutcome
+from embed_assets.stages.outcome import PartitionOutcome, Sample
 from embed_assets.stages.pipeline import Pipeline
 
 MetadataValue: TypeAlias = int | float | str | dg.MetadataValue
 Metadata: TypeAlias = dict[str, MetadataValue]
 
-_MAPPED_VECTORS = 300
-"""About this many vectors are drawn on the map: more overlap in the small picture, and take longer to read."""
 _LEAST_DRAWN = 10
 """With fewer chunks, a histogram or a map shows nothing useful."""
 _LEAST_CHANGED = 0.1
@@ -46,7 +41,7 @@ class MetadataWriter:
         self._pipeline, self._history = pipeline, history
         self._rows = {asset: state.rows if state else 0 for asset, state in history.tables.items()}
 
-    def of(self, asset: str, partition: PartitionSnapshot, outcome: PartitionOutcome, compute: Compute) -> Metadata:
+    def of(self, asset: str, outcome: PartitionOutcome, compute: Compute) -> Metadata:
         """Metadata of one materialization. Every asset carries the same counts; those that do not apply to it are 0."""
         is_embeddings = asset == "embeddings"
         work = outcome if is_embeddings else PartitionOutcome(outcome.key)  # only embeddings report the model's work
@@ -78,7 +73,7 @@ class MetadataWriter:
                 "space": self._pipeline.model.space.name,
             }
             if self._is_worth_a_picture(outcome):
-                metadata |= self._pictures(partition)
+                metadata |= self._pictures(outcome.sample)
         return metadata
 
     def _is_worth_a_picture(self, outcome: PartitionOutcome) -> bool:
@@ -96,27 +91,12 @@ class MetadataWriter:
         self._rows[asset] += rows - (before.rows if before else 0)
         return max(self._rows[asset], rows)
 
-    def _pictures(self, partition: PartitionSnapshot) -> Metadata:
-        """Draw the chunks' token lengths and a sample of the vectors on a plane; empty without chunks or vectors."""
-        lengths: list[int] = []
-        for batch in partition.rows(CHUNK_TABLE, ["token_count"]):
-            lengths += batch.column("token_count").to_pylist()
-        vectors: list[np.ndarray] = []
-        documents: list[str] = []
-        stride = max(1, len(lengths) // _MAPPED_VECTORS)
-        row = 0
-        for batch in partition.rows(self._pipeline.embeddings_table, ["document_id", "embedding"]):
-            wanted = range(-row % stride, batch.num_rows, stride)
-            documents += [batch.column("document_id")[i].as_py() for i in wanted]
-            # Copy: a view of one vector would keep its whole batch in memory.
-            vectors += [batch.column("embedding")[i].values.to_numpy().copy() for i in wanted]
-            row += batch.num_rows
-        if not lengths or not vectors:
-            return {}
-        histogram = draw_token_lengths(lengths, self._pipeline.corpus.chunking.max_tokens)
+    def _pictures(self, sample: Sample) -> Metadata:
+        """Draw the chunks' token lengths and a sample of the vectors on a plane."""
+        histogram = draw_token_lengths(sample.token_counts, self._pipeline.corpus.chunking.max_tokens)
         return {
             "token_lengths": dg.MetadataValue.md(histogram),
-            "map": dg.MetadataValue.md(draw_map(np.stack(vectors), documents)),
+            "map": dg.MetadataValue.md(draw_map(sample.vectors, sample.documents)),
         }
 
 

@@ -23,6 +23,8 @@ class Window:
     """With the prompt in front of each."""
     hashes: Sequence[str] = ()
     """Input hash of each text, where results are looked up by it; empty otherwise."""
+    tokens: TokenizedTexts | None = None
+    """The texts' tokens without truncation, where they are known already."""
 
 
 @dataclass(frozen=True, slots=True)

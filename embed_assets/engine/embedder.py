@@ -108,7 +108,7 @@ class LocalEmbedder:
         self._done_texts = self._done_tokens = 0
         try:
             for window in windows:
-                tokens = self._tokenizer_thread.submit(self._tokenizer.tokenize, window.texts, self._max_seq_length)
+                tokens = self._tokenizer_thread.submit(self._tokenize, window)
                 in_flight.append(self._device_thread.submit(self._run, window, tokens))
                 if len(in_flight) == WINDOWS_IN_FLIGHT:
                     yield self._wait_for(in_flight[0], on_tick)
@@ -121,6 +121,13 @@ class LocalEmbedder:
             for future in in_flight:
                 if not future.cancel():
                     future.exception()  # waits for the current batch, not for the whole window
+
+    def _tokenize(self, window: Window) -> TokenizedTexts:
+        """The window's tokens, as the model reads them; runs in the tokenizer thread."""
+        known = window.tokens
+        if known is not None and known.lengths.max(initial=0) <= self._max_seq_length:
+            return known
+        return self._tokenizer.tokenize(window.texts, self._max_seq_length)
 
     def _wait_for(self, future: Future[EmbeddedWindow], on_tick: OnTick) -> EmbeddedWindow:
         while not wait([future], TICK_SECONDS).done:

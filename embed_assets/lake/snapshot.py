@@ -193,20 +193,20 @@ class PartitionSnapshot:
     def replace(
         self,
         table: TableSpec,
-        batches: Iterable[pa.RecordBatch],
+        new: Iterable[pa.RecordBatch] | SpooledRows,
         provenance: Provenance,
         check: Callable[[], None] = lambda: None,
         dimension: int | None = None,
     ) -> Replaced:
-        """Atomically replace the partition's rows in `table` with `batches`. Other partitions are not affected.
+        """Atomically replace the partition's rows in `table` with `new` ones. Other partitions are not affected.
 
-        The rows are first spooled to a local file, so that the commit is short and a failure while they are computed
+        Batches are first spooled to a local file, so that the commit is short and a failure while they are computed
         changes nothing. Nothing is committed if the table has the same content already, unless `provenance.rewrite`.
         `check` is called right before every commit attempt, with the table at its newest version, and raises if the
         rows must no longer be written; a later commit to the partition makes the attempt fail. `dimension` is the
         vector length if the table has to be created. Raises ``LakeError`` if the rows can't be written.
         """
-        with spool_rows(table, self.key, batches) as rows:
+        with _spooled(table, self.key, new) as rows:
             delta = self.tables.refreshed(table)
             if delta is None and not rows.count:
                 return Replaced(rows.data_version, 0, False, PartitionState(table, None))
@@ -269,3 +269,9 @@ class PartitionSnapshot:
         table, root = before.table, self.lake.root
         then = self.lake.open(table, before.version)
         return content_of(root, table, then, self.key) == content_of(root, table, now, self.key)
+
+
+def _spooled(
+    table: TableSpec, key: str, new: Iterable[pa.RecordBatch] | SpooledRows
+) -> contextlib.AbstractContextManager[SpooledRows]:
+    return contextlib.nullcontext(new) if isinstance(new, SpooledRows) else spool_rows(table, key, new)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from embed_assets.records import TIMESTAMP, VECTOR
-from embed_assets.scratch import DiskMap, scratch_errors, scratch_file
+from embed_assets.scratch import scratch_errors, scratch_file
 
 VECTOR_ROWS = pa.schema(
     [
@@ -25,6 +25,8 @@ VECTOR_COLUMNS: tuple[str, ...] = tuple(VECTOR_ROWS.names)
 _SQUARED_NORM_TOLERANCE = 2e-3
 """Largest deviation of a squared norm from 1, about 0.1 % of the norm: loose enough for vectors that were
 normalized in half precision, tight enough to reject those that never were."""
+_KEY = "S16"
+"""Sortable bytes. NumPy ignores trailing zero bytes, which makes no difference between hashes of one length."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -34,10 +36,10 @@ class StoredVectors:
 
     vectors: np.ndarray
     """float32, shape (n, dimension)."""
-    is_truncated: list[bool]
-    """Whether the model saw only the first tokens of the text."""
-    embedded_at: list[int]
-    """Microseconds since 1970, UTC."""
+    is_truncated: np.ndarray
+    """bool, shape (n,): whether the model saw only the first tokens of the text."""
+    embedded_at: np.ndarray
+    """int64, shape (n,): microseconds since 1970, UTC."""
 
 
 def is_unit(vectors: np.ndarray) -> np.ndarray:
@@ -46,13 +48,59 @@ def is_unit(vectors: np.ndarray) -> np.ndarray:
         return np.asarray(np.abs(np.einsum("ij,ij->i", vectors, vectors) - 1) < _SQUARED_NORM_TOLERANCE)
 
 
+def hash_keys(hashes: pa.StringArray | Sequence[str]) -> np.ndarray:
+    """128-bit hashes, given as 32 hex characters each, as an array of shape (n,) to look up in a `HashIndex`."""
+    digits = "".join(hashes.to_pylist() if isinstance(hashes, pa.Array) else hashes)
+    return np.frombuffer(bytes.fromhex(digits), dtype=_KEY)
+
+
+class HashIndex:
+    """Maps 128-bit hashes to numbers, in 24 bytes of memory each, and looks up many at a time."""
+
+    def __init__(self) -> None:
+        # Sorted runs, each at least twice as long as the next: adding n hashes takes n log n in all.
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys, _ in self._runs)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """int64, shape (n,): the number of each key; -1 for one that is not there."""
+        found = np.full(len(keys), -1, np.int64)
+        for known, numbers in self._runs:
+            places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            hits = known[places] == keys
+            found[hits] = numbers[places[hits]]
+        return found
+
+    def is_new(self, keys: np.ndarray) -> np.ndarray:
+        """bool, shape (n,): which keys are not there and not earlier in `keys`."""
+        is_first = np.zeros(len(keys), bool)
+        is_first[np.unique(keys, return_index=True)[1]] = True
+        return is_first & (self.find(keys) < 0)
+
+    def add(self, keys: np.ndarray, first: int = 0) -> None:
+        """Add keys that are all new, numbered from `first`."""
+        if not len(keys):
+            return
+        order = np.argsort(keys, kind="stable")
+        run = keys[order], order + first
+        while self._runs and len(self._runs[-1][0]) < 2 * len(run[0]):
+            other = self._runs.pop()
+            merged, numbers = np.concatenate([other[0], run[0]]), np.concatenate([other[1], run[1]])
+            order = np.argsort(merged, kind="stable")
+            run = merged[order], numbers[order]
+        self._runs.append(run)
+
+
 class VectorStore:
-    """Vectors keyed by input hash, in temporary files, so that memory does not grow with their number."""
+    """Vectors keyed by input hash. They are in a temporary file, so that memory hardly grows with their number."""
 
     def __init__(self) -> None:
         self._file = scratch_file()
-        self._rows = DiskMap("place", "is_truncated", "embedded_at")
-        self._count = 0
+        self._index = HashIndex()
+        self._is_truncated = np.empty(0, bool)
+        self._embedded_at = np.empty(0, np.int64)
         self.dimension: int | None = None
         """Length of the vectors; None while the store is empty."""
 
@@ -65,15 +113,15 @@ class VectorStore:
         self.close()
 
     def close(self) -> None:
-        """Remove the temporary files."""
-        self._rows.close()
+        """Remove the temporary file."""
         self._file.close()
 
-    def __contains__(self, input_hash: str) -> bool:
-        return bytes.fromhex(input_hash) in self._rows
-
     def __len__(self) -> int:
-        return self._count
+        return len(self._is_truncated)
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """bool, shape (n,): which of the `hash_keys` have a vector."""
+        return np.asarray(self._index.find(keys) >= 0)
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Add the rows of a batch that has at least `VECTOR_COLUMNS`. Hashes already present keep their vectors.
@@ -83,19 +131,17 @@ class VectorStore:
         if not batch.num_rows:
             return
         matrix = self._matrix(batch.column("embedding"))
-        is_usable = is_unit(matrix).tolist()
-        truncated = batch.column("is_truncated").to_pylist()
-        times = batch.column("embedded_at").cast(pa.int64()).to_pylist()
-        new: dict[bytes, int] = {}
-        for i, input_hash in enumerate(batch.column("input_hash").to_pylist()):
-            key = bytes.fromhex(input_hash)
-            if is_usable[i] and key not in new and key not in self._rows:
-                new[key] = i
-        self._rows.add((key, self._count + n, truncated[i], times[i]) for n, (key, i) in enumerate(new.items()))
-        self._count += len(new)
+        usable = np.flatnonzero(is_unit(matrix))
+        keys = hash_keys(batch.column("input_hash"))
+        new = usable[self._index.is_new(keys[usable])]
+        self._index.add(keys[new], first=len(self))
+        truncated = batch.column("is_truncated").to_numpy(zero_copy_only=False)[new]
+        times = batch.column("embedded_at").cast(pa.int64()).to_numpy()[new]
+        self._is_truncated = np.concatenate([self._is_truncated, truncated])
+        self._embedded_at = np.concatenate([self._embedded_at, times])
         with scratch_errors():
             self._file.seek(0, 2)
-            self._file.write((matrix if len(new) == len(matrix) else matrix[list(new.values())]).data)
+            self._file.write((matrix if len(new) == len(matrix) else matrix[new]).data)
 
     def _matrix(self, column: pa.ListArray) -> np.ndarray:
         """The vectors as a float32 array of shape (rows, dimension). Vectors of another length become NaN."""
@@ -111,28 +157,25 @@ class VectorStore:
             matrix[i] = values[starts[i] : starts[i + 1]]
         return matrix
 
-    def get(self, input_hashes: Sequence[str]) -> StoredVectors:
-        """The vectors for the hashes, in their order. Raises ``KeyError`` for an unknown hash."""
-        rows: list[tuple[int, int, int]] = []
-        for input_hash, row in zip(input_hashes, self._rows.get([bytes.fromhex(h) for h in input_hashes]), strict=True):
-            if row is None:
-                raise KeyError(input_hash)
-            rows.append(row)
-        places = [place for place, _, _ in rows]
+    def get(self, keys: np.ndarray) -> StoredVectors:
+        """The vectors for the `hash_keys`, in their order. Raises ``KeyError`` for an unknown hash."""
+        places = self._index.find(keys)
+        if (places < 0).any():
+            raise KeyError(keys[places < 0][0].hex())
         dimension = self.dimension or 0
         vectors = np.empty((len(places), dimension), dtype=np.float32)
         with scratch_errors():
             self._file.flush()
         # Adjacent vectors are read in one go: most chunks arrive in the order in which they were stored.
         order = np.argsort(places, kind="stable")
-        ordered = np.array(places, dtype=np.int64)[order]
+        ordered = places[order]
         breaks = np.flatnonzero(np.diff(ordered) > 1) + 1
-        for run in np.split(np.arange(len(places)), breaks) if places else []:
+        for run in np.split(np.arange(len(places)), breaks) if len(places) else []:
             first, last = int(ordered[run[0]]), int(ordered[run[-1]])
             self._file.seek(first * dimension * 4)
             block = np.frombuffer(self._file.read((last - first + 1) * dimension * 4), dtype=np.float32)
             vectors[order[run]] = block.reshape(-1, dimension)[ordered[run] - first]
-        return StoredVectors(vectors, [bool(truncated) for _, truncated, _ in rows], [when for _, _, when in rows])
+        return StoredVectors(vectors, self._is_truncated[places], self._embedded_at[places])
 
 
 def vector_batch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProp
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.tables import TableSpec, columns_of
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
-from embed_assets.scratch import SpooledBatches
+from embed_assets.scratch import ArrowFile, SpooledBatches
 
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
 """Columns whose values hardly repeat, so that a Parquet dictionary only costs time and space."""
@@ -74,13 +74,14 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class SpooledRows:
-    """Rows of one partition, spooled to a temporary file before they are committed."""
+    """Rows of one partition, in temporary files before they are committed."""
 
     table: TableSpec
     key: str
-    batches: SpooledBatches
+    batches: Iterable[pa.RecordBatch]
+    """Can be read any number of times. May have more columns than the table."""
     byte_size: int
-    """Size of the spool file in bytes."""
+    """Size of the files in bytes."""
     count: int
     """Number of rows."""
     data_version: str
@@ -98,16 +99,35 @@ def spool_rows(table: TableSpec, key: str, batches: Iterable[pa.RecordBatch]) ->
         yield SpooledRows(table, key, spool, spool.complete(), content.row_count, content.hexdigest())
 
 
-def _throttled(spool: SpooledBatches, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+@dataclass(frozen=True, slots=True)
+class _InFiles:
+    """The batches of several files, one file after the other."""
+
+    files: Sequence[ArrowFile]
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return (batch for file in self.files for batch in file.batches())
+
+
+def rows_in_files(table: TableSpec, key: str, files: Sequence[ArrowFile]) -> SpooledRows:
+    """Rows that are in files already. They have at least the columns of the table."""
+    content, batches = ContentVersion(CONTENT_COLUMNS[table.kind]), _InFiles(files)
+    for batch in batches:
+        content.add(batch)
+    byte_size = sum(file.byte_size for file in files)
+    return SpooledRows(table, key, batches, byte_size, content.row_count, content.hexdigest())
+
+
+def _throttled(rows: SpooledRows, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The rows, no faster than they can be written: otherwise delta-rs queues hundreds of megabytes.
 
     `columns` are those of the table. Columns that others added are filled with null.
     """
-    ours = spool.schema.names
-    for batch in spool:
+    ours = rows.table.schema.names
+    for batch in rows.batches:
         arrays = [batch.column(c.name) if c.name in ours else pa.nulls(batch.num_rows, c.type) for c in columns]
         yield pa.RecordBatch.from_arrays(arrays, schema=columns)
-        time.sleep(batch.nbytes / _FEED_BYTES_PER_SECOND)
+        time.sleep(sum(array.nbytes for array in arrays) / _FEED_BYTES_PER_SECOND)
 
 
 def rows_to_write(rows: SpooledRows, delta: DeltaTable) -> pa.RecordBatchReader:
@@ -116,7 +136,7 @@ def rows_to_write(rows: SpooledRows, delta: DeltaTable) -> pa.RecordBatchReader:
         os.environ.setdefault(name, value)
     ours = rows.table.schema
     columns = pa.schema([*ours, *(column for column in columns_of(delta) if column.name not in ours.names)])
-    return pa.RecordBatchReader.from_batches(columns, _throttled(rows.batches, columns))
+    return pa.RecordBatchReader.from_batches(columns, _throttled(rows, columns))
 
 
 def commit_properties(rows: SpooledRows, provenance: Provenance) -> CommitProperties:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice, tee
+from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from embed_assets.corpus.chunking import ChunkOptions, split_documents
@@ -15,7 +18,19 @@ from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import ModelTokenizer
 from embed_assets.errors import SettingsError
-from embed_assets.records import CHUNKS, Document, Rejection, batched_bytes, chunk_ids, hash_text
+from embed_assets.records import (
+    CONTENT_COLUMNS,
+    PARSED_DOCUMENTS,
+    SPLIT_CHUNKS,
+    Chunk,
+    Document,
+    Rejection,
+    chunk_ids,
+    grouped_bytes,
+    hash_text,
+    packed_hashes,
+    row_hashes,
+)
 from embed_assets.settings import Settings
 
 _MIN_TEXT_TOKENS = 8
@@ -24,73 +39,109 @@ _READ_FACTOR = 16
 """Chunks that a sample reads per chunk it returns. More make it more representative, fewer make it faster."""
 _MIN_READ_CHUNKS = 8
 """Chunks that a sample reads at least from a partition, so that opening its files is worth it."""
+TEXT_COLUMNS = ("document_id", "uri", "title", "media_type", "text")
+"""Columns of raw_documents that chunking needs."""
+_Row: TypeAlias = tuple[str, str, str, str, str]
+"""A document's values of `TEXT_COLUMNS`."""
+_Identified: TypeAlias = tuple[tuple[str, str, str], Chunk, str, str]
+"""((document_id, uri, title), chunk, text hash, chunk id)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceText:
-    """The parts of a document that chunking needs."""
+@dataclass(frozen=True)
+class ModelInput:
+    """How a chunk becomes the model's input: its text behind the prompt."""
 
-    document_id: str
-    text: str
-    media_type: str
+    tokenizer: ModelTokenizer
+    prompt: str
+    """Exact string before every chunk."""
+
+    def hash(self, text: str, text_hash: str) -> str:
+        """Hash of the input for a chunk's text. `text_hash` is the hash of the text alone."""
+        return hash_text(self.prompt + text) if self.prompt else text_hash
+
+    @cached_property
+    def around(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Token ids before and after a chunk's own; None if the prompt's end may change the chunk's first tokens."""
+        before, after = self.tokenizer.added_ids
+        if not self.prompt:
+            return before, after
+        if not (self.tokenizer.splits_at_whitespace and self.prompt[-1] in " \t\n\r"):
+            return None
+        return np.concatenate([before, *self.tokenizer.encode([self.prompt])]), after
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of documents with the options that decide how they are parsed and split."""
+    """A source of documents with the options that decide how they are parsed and split. Can be pickled."""
 
     source: Source
     parsing: ParseOptions
     chunking: ChunkOptions
-    tokenizer: ModelTokenizer
-    """The model's tokenizer: chunk sizes are measured in its tokens."""
+    model_input: ModelInput
+    """Chunk sizes are measured in tokens of its tokenizer."""
 
     @classmethod
     def from_settings(cls, settings: Settings, space: EmbeddingSpace) -> Corpus:
         """The corpus of the settings, split for the model of `space`. Reads nothing. Raises ``SettingsError``."""
         chunking = _chunk_options(settings, space)
-        return cls(Source.from_settings(settings), ParseOptions.from_settings(settings), chunking, space.tokenizer)
+        model_input = ModelInput(space.tokenizer, space.prompt)
+        return cls(Source.from_settings(settings), ParseOptions.from_settings(settings), chunking, model_input)
 
     def documents(self, partition: SourcePartition) -> Iterator[Document | Rejection]:
         """Read and parse the files of a partition; documents that can't be read come as rejections."""
         return read_documents(self.source, partition, self.parsing)
 
-    def chunks(self, documents: Iterable[SourceText], key: str) -> Iterator[pa.RecordBatch]:
-        """Rows of the chunks table for the partition `key`, in document order, in batches of a few megabytes."""
-        documents, texts = tee(documents)
+    def chunks(self, documents: Iterable[pa.RecordBatch], key: str) -> Iterator[pa.RecordBatch]:
+        """Split documents, given as batches with `TEXT_COLUMNS`, into the chunks of the partition `key`, in order.
 
-        def rows() -> Iterator[tuple[int, dict[str, object]]]:
-            split = split_documents(((d.text, d.media_type) for d in texts), self.tokenizer, self.chunking)
-            for document, chunks in zip(documents, split, strict=True):
-                hashes = [hash_text(chunk.text) for chunk in chunks]
-                ids = chunk_ids(document.document_id, hashes)
-                for chunk, text_hash, chunk_id in zip(chunks, hashes, ids, strict=True):
-                    yield (
-                        len(chunk.text) + len(chunk.heading_path),
-                        {
-                            "partition_key": key,
-                            "chunk_id": chunk_id,
-                            "document_id": document.document_id,
-                            "chunk_index": chunk.chunk_index,
-                            "text": chunk.text,
-                            "heading_path": chunk.heading_path,
-                            "char_start": chunk.char_start,
-                            "char_end": chunk.char_end,
-                            "token_count": chunk.token_count,
-                            "text_hash": text_hash,
-                        },
-                    )
-
-        return batched_bytes(rows(), CHUNKS)
+        Yields batches of a few megabytes with the schema `SPLIT_CHUNKS`.
+        """
+        rows, texts = tee(row for batch in documents for row in _rows_of(batch))
+        pairs = ((text, media_type) for _, _, _, media_type, text in texts)
+        split = zip(rows, split_documents(pairs, self.model_input.tokenizer, self.chunking), strict=True)
+        identified = ((row[:3], *found) for row, chunks in split for found in _identified(row[0], chunks))
+        groups = grouped_bytes(identified, lambda found: len(found[1].text))
+        return (self._chunk_batch(group, key) for group in groups)
 
     def chunks_of(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
-        """Rows of the chunks table for a partition, read and split from its source files instead of the lake."""
-        documents = (
-            SourceText(item.document_id, item.text, item.media_type)
-            for item in self.documents(partition)
-            if isinstance(item, Document)
-        )
-        return self.chunks(documents, partition.key)
+        """Chunks of a partition, read and split from its source files instead of the lake, as `chunks`."""
+        documents = (item for item in self.documents(partition) if isinstance(item, Document))
+        groups = grouped_bytes(documents, lambda document: document.byte_size)
+        return self.chunks((parsed_batch(group, partition.key) for group in groups), partition.key)
+
+    def _chunk_batch(self, group: Sequence[_Identified], key: str) -> pa.RecordBatch:
+        documents, chunks, text_hashes, ids = zip(*group, strict=True)
+        hash_input = self.model_input.hash
+        columns: dict[str, Any] = {
+            "partition_key": [key] * len(group),
+            "chunk_id": ids,
+            "document_id": [document_id for document_id, _, _ in documents],
+            "chunk_index": [chunk.chunk_index for chunk in chunks],
+            "text": [chunk.text for chunk in chunks],
+            "heading_path": [chunk.heading_path for chunk in chunks],
+            "char_start": [chunk.char_start for chunk in chunks],
+            "char_end": [chunk.char_end for chunk in chunks],
+            "token_count": [chunk.token_count for chunk in chunks],
+            "text_hash": text_hashes,
+            "uri": [uri for _, uri, _ in documents],
+            "title": [title for _, _, title in documents],
+            "input_hash": [hash_input(chunk.text, h) for chunk, h in zip(chunks, text_hashes, strict=True)],
+        }
+        hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["chunks"]])
+        columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(chunks)}
+        return pa.RecordBatch.from_pydict(columns, schema=SPLIT_CHUNKS)
+
+    def _input_ids(self, chunks: Sequence[Chunk]) -> pa.Array:
+        """list<int32>: token ids of the model's input for each chunk; null where only its tokenizer can tell them."""
+        around = self.model_input.around
+        if around is None:
+            return pa.nulls(len(chunks), pa.list_(pa.int32()))
+        before, after = around
+        lengths = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int64, len(chunks))
+        offsets = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum(lengths + len(before) + len(after), out=offsets[1:])
+        values = np.concatenate([ids for chunk in chunks for ids in (before, chunk.token_ids, after)])
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
 
     def sample(self, count: int, max_tokens: int | None = None) -> list[str]:
         """Texts of up to `count` chunks (of at most `max_tokens`, if given), deterministic for the same corpus.
@@ -109,6 +160,37 @@ class Corpus:
             if len(texts) >= _READ_FACTOR * count:
                 break
         return [texts[key] for key in sorted(texts)[:count]]
+
+
+def parsed_batch(documents: Sequence[Document], key: str) -> pa.RecordBatch:
+    """Documents of the partition `key` as a batch with the schema `PARSED_DOCUMENTS`."""
+    columns: dict[str, Any] = {
+        "partition_key": [key] * len(documents),
+        "document_id": [document.document_id for document in documents],
+        "uri": [document.uri for document in documents],
+        "media_type": [document.media_type for document in documents],
+        "title": [document.title for document in documents],
+        "text": [document.text for document in documents],
+        "content_hash": [hash_text(document.text) for document in documents],
+        "byte_size": [document.byte_size for document in documents],
+        "modified_at": [document.modified_at for document in documents],
+        "metadata": [document.metadata for document in documents],
+    }
+    hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["raw_documents"]])
+    return pa.RecordBatch.from_pydict(columns | {"row_hash": packed_hashes(hashes)}, schema=PARSED_DOCUMENTS)
+
+
+def _identified(document_id: str, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, str, str]]:
+    """Each chunk of a document with its text hash and its id."""
+    hashes = [hash_text(chunk.text) for chunk in chunks]
+    yield from zip(chunks, hashes, chunk_ids(document_id, hashes), strict=True)
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[_Row]:
+    columns = [batch.column(name) for name in TEXT_COLUMNS]
+    for i in range(batch.num_rows):  # one at a time: the texts of a batch take more memory as Python's than as Arrow's
+        document_id, uri, title, media_type, text = (str(column[i].as_py()) for column in columns)
+        yield document_id, uri, title, media_type, text
 
 
 def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:

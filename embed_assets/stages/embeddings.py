@@ -7,31 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import pyarrow as pa
 
 from embed_assets.engine.backend import EmbeddedWindow, Embedder, Window
+from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of, is_one_of
-from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_array, vector_batch
+from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced
-from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, hash_text, utc_now
-from embed_assets.scratch import DiskMap
+from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, utc_now
+from embed_assets.stages.chunk_rows import ROWS, ChunkRows
 from embed_assets.stages.compute import Compute
-from embed_assets.stages.outcome import PartitionOutcome, Progress
+from embed_assets.stages.outcome import PartitionOutcome, Progress, Sample
 from embed_assets.stages.rejections import Rejections, replace_rejections
-
-_CHUNK_COLUMNS = (
-    "chunk_id",
-    "document_id",
-    "chunk_index",
-    "text",
-    "heading_path",
-    "char_start",
-    "char_end",
-    "token_count",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +37,17 @@ class Target:
     """Snapshot of the lake from before this process changed it, for reusing vectors of the whole table; None to reuse
     only those of the partition."""
 
-    def input_hash(self, text: str) -> str:
-        """Hash of the model's input for a chunk's text."""
-        return hash_text(self.prompt + text)
-
 
 def materialize_embeddings(
     partition: PartitionSnapshot,
+    chunks: ChunkRows,
     target: Target,
     compute: Compute,
     provenance: Provenance,
     outcome: PartitionOutcome,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Replaced:
-    """Replace the partition's embeddings with one row per chunk, in one commit, and count them in `outcome`.
+    """Replace the partition's embeddings with one row for each of `chunks`, in one commit, and count them in `outcome`.
 
     Vectors are reused from the partition, from windows staged by a killed run and, if `target` says so, from the whole
     table. The model is loaded only if a text has no vector yet. Windows are staged as they finish; `on_progress` is
@@ -69,7 +57,7 @@ def materialize_embeddings(
     staging = Staging(partition.lake, target.table, partition.key)
     with (
         partition.watched(RAW, CHUNK_TABLE),
-        _Vectors(partition, target) as vectors,
+        _Vectors(partition, chunks, target) as vectors,
         Rejections(partition.key) as rejections,
     ):
         vectors.look_up(staging, may_be_damaged=provenance.rewrite)
@@ -132,19 +120,20 @@ def window_rows(finished: EmbeddedWindow) -> pa.RecordBatch:
 
 @dataclass(slots=True)
 class _Vectors:
-    """The vectors of a partition's chunks: those available, those being embedded and those that were rejected."""
+    """The vectors of a partition's chunks: those available, those asked for and those that were rejected."""
 
     partition: PartitionSnapshot
+    chunks: ChunkRows
     target: Target
     embedded: int = 0
     """Texts embedded so far."""
     max_missing: int = 1
     """Upper limit for the texts to embed."""
     _store: VectorStore = field(default_factory=VectorStore)
-    _previous: DiskMap = field(default_factory=DiskMap)
+    _previous: HashIndex = field(default_factory=HashIndex)
     """Ids of the chunks in the partition's previous embeddings."""
-    _under_way: set[str] = field(default_factory=set)
-    """Input hashes of the windows being embedded."""
+    _asked: HashIndex = field(default_factory=HashIndex)
+    """Hashes of the inputs that were put into a window."""
     _rejected: dict[str, str] = field(default_factory=dict)
     """Why inputs were rejected, by input hash."""
 
@@ -153,7 +142,6 @@ class _Vectors:
 
     def __exit__(self, *_: object) -> None:
         self._store.close()
-        self._previous.close()
 
     @property
     def dimension(self) -> int | None:
@@ -169,34 +157,32 @@ class _Vectors:
         try:
             for batch in self.partition.rows(self.target.table, [*VECTOR_COLUMNS, "chunk_id"]):
                 self._store.add(batch)
-                self._previous.add((bytes.fromhex(chunk_id),) for chunk_id in batch.column("chunk_id").to_pylist())
+                ids = hash_keys(batch.column("chunk_id"))
+                self._previous.add(ids[self._previous.is_new(ids)])
         except LakeError:
             if not may_be_damaged:
                 raise
         for batch in staging.read():
             self._store.add(batch)
-        self.max_missing = max(1, self.partition.count(CHUNK_TABLE) - len(self._store))
+        self.max_missing = max(1, self.chunks.count - len(self._store))
 
     def missing_windows(self, compute: Compute) -> Iterator[Window]:
         """Windows of inputs without a vector, each distinct input once."""
         for found in self._missing(compute):
             for tables in self._whole_tables():
-                where = is_one_of("input_hash", found)
+                where = is_one_of("input_hash", found.column("input_hash").to_pylist())
                 for batch in tables.rows(self.target.table, VECTOR_COLUMNS, where):
                     self._store.add(batch)
-                found = {input_hash: text for input_hash, text in found.items() if input_hash not in self._store}
-                if not found:
+                found = found.filter(pa.array(~self._store.has(hash_keys(found.column("input_hash")))))
+                if not found.num_rows:
                     break
-            if found:
-                self._under_way.update(found)
-                yield Window(list(found.values()), list(found))
+            if found.num_rows:
+                yield _window(found, self.target.prompt)
 
     def add(self, finished: EmbeddedWindow, batch: pa.RecordBatch) -> None:
         """Record an embedded window; `batch` are its rows with `VECTOR_COLUMNS`."""
-        hashes = finished.window.hashes
         self._store.add(batch)
-        self._rejected |= {hashes[row]: reason for row, reason in finished.rejected.items()}
-        self._under_way.difference_update(hashes)
+        self._rejected |= {finished.window.hashes[row]: reason for row, reason in finished.rejected.items()}
         self.embedded += batch.num_rows
 
     def require_dimension(self, dimension: int) -> None:
@@ -222,33 +208,32 @@ class _Vectors:
         document.
         """
         outcome.chunks = outcome.truncated = 0
+        outcome.sample = Sample()
         outcome.dropped = len(self._previous)
-        with DiskMap("uri", "title") as documents:
-            for batch in self.partition.rows(RAW, ["document_id", "uri", "title"]):
-                documents.add(zip(*(column.to_pylist() for column in batch.columns), strict=True))
-            for batch in self.partition.rows(CHUNK_TABLE, _CHUNK_COLUMNS):
-                rows = self._without_rejected(_Chunks.of(batch, self.target, documents, self.partition.key), rejections)
-                if rows.batch.num_rows:
-                    yield self._joined(rows, outcome)
+        for batch in self.chunks.rows():
+            kept = self._without_rejected(batch, rejections)
+            if kept.num_rows:
+                yield self._joined(kept, outcome)
 
-    def _missing(self, compute: Compute) -> Iterator[dict[str, str]]:
-        """Windows of inputs, by hash, that have no vector, are not being embedded and were not rejected."""
-        found: dict[str, str] = {}
-        tokens = 0
-        for batch in self.partition.rows(CHUNK_TABLE, ["text", "token_count"]):
-            for text, count in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                input_hash = self.target.input_hash(text)
-                if input_hash not in found and not self._is_known(input_hash):
-                    found[input_hash] = self.target.prompt + text
-                    tokens += count
-                    if compute.is_full(len(found), tokens, self.max_missing):
-                        yield found
-                        found, tokens = {}, 0
-        if found:
-            yield found
-
-    def _is_known(self, input_hash: str) -> bool:
-        return input_hash in self._store or input_hash in self._under_way or input_hash in self._rejected
+    def _missing(self, compute: Compute) -> Iterator[pa.RecordBatch]:
+        """Batches with `INPUTS`, a window each, of inputs that have no vector and were in no window before."""
+        parts: list[pa.RecordBatch] = []
+        texts = tokens = 0
+        for batch in self.chunks.inputs():
+            keys = hash_keys(batch.column("input_hash"))
+            new = np.flatnonzero(self._asked.is_new(keys) & ~self._store.has(keys))
+            self._asked.add(keys[new])
+            counts = batch.column("token_count").to_numpy()[new].tolist()
+            first = 0
+            for i, count in enumerate(counts):
+                texts, tokens = texts + 1, tokens + count
+                if compute.is_full(texts, tokens, self.max_missing):
+                    yield _joined_batch([*parts, batch.take(pa.array(new[first : i + 1]))])
+                    parts, texts, tokens, first = [], 0, 0, i + 1
+            if first < len(new):
+                parts.append(batch.take(pa.array(new[first:])))
+        if parts:
+            yield _joined_batch(parts)
 
     def _whole_tables(self) -> tuple[Snapshot, ...]:
         """Snapshots of the whole table to look in: today's, and the one at the process's start if it is another."""
@@ -257,71 +242,51 @@ class _Vectors:
             return ()
         return (now,) if at_start.version(table) == now.version(table) else (now, at_start)
 
-    def _without_rejected(self, chunks: _Chunks, rejections: Rejections) -> _Chunks:
+    def _without_rejected(self, chunks: pa.RecordBatch, rejections: Rejections) -> pa.RecordBatch:
         """The chunks that have a vector. The others are added to `rejections`."""
         if not self._rejected:
             return chunks
         kept = []
-        columns = (chunks.batch.column(name).to_pylist() for name in ("chunk_id", "document_id"))
-        for row, (chunk_id, document_id, input_hash) in enumerate(zip(*columns, chunks.hashes, strict=True)):
+        columns = (chunks.column(name).to_pylist() for name in ("chunk_id", "document_id", "uri", "input_hash"))
+        for row, (chunk_id, document_id, uri, input_hash) in enumerate(zip(*columns, strict=True)):
             if input_hash in self._rejected:
                 detail = chunk_detail(self.target.table.space, chunk_id, self._rejected[input_hash])
-                rejections.add(Rejection(document_id, chunks.origins[row][0], NOT_EMBEDDABLE, detail))
+                rejections.add(Rejection(document_id, uri, NOT_EMBEDDABLE, detail))
             else:
                 kept.append(row)
-        return chunks.take(kept)
+        return chunks.take(pa.array(kept, pa.int64()))
 
-    def _joined(self, chunks: _Chunks, outcome: PartitionOutcome) -> pa.RecordBatch:
-        stored = self._store.get(chunks.hashes)
-        chunk = {name: chunks.batch.column(name) for name in _CHUNK_COLUMNS}
-        ids = [bytes.fromhex(chunk_id) for chunk_id in chunk["chunk_id"].to_pylist()]
-        outcome.dropped -= sum(row is not None for row in self._previous.get(ids))
-        outcome.chunks += len(ids)
-        outcome.truncated += sum(stored.is_truncated)
-        columns = chunk | {
-            "partition_key": pa.array([self.partition.key] * len(ids), pa.string()),
-            "uri": pa.array([uri for uri, _ in chunks.origins], pa.string()),
-            "title": pa.array([title for _, title in chunks.origins], pa.string()),
+    def _joined(self, chunks: pa.RecordBatch, outcome: PartitionOutcome) -> pa.RecordBatch:
+        stored = self._store.get(hash_keys(chunks.column("input_hash")))
+        outcome.dropped -= int((self._previous.find(hash_keys(chunks.column("chunk_id"))) >= 0).sum())
+        outcome.chunks += chunks.num_rows
+        outcome.truncated += int(stored.is_truncated.sum())
+        columns = {name: chunks.column(name) for name in ROWS} | {
+            "partition_key": pa.repeat(pa.scalar(self.partition.key, pa.string()), chunks.num_rows),
             "is_truncated": pa.array(stored.is_truncated, pa.bool_()),
-            "input_hash": pa.array(chunks.hashes, pa.string()),
             "embedding": vector_array(stored.vectors),
             "embedded_at": pa.array(stored.embedded_at, pa.int64()).cast(TIMESTAMP),
         }
-        return pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
+        rows = pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
+        outcome.sample.add(rows)
+        return rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunks:
-    """Some rows of the chunks table, with the attributes needed to join them."""
+def _joined_batch(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
 
-    batch: pa.RecordBatch
-    hashes: Sequence[str]
-    """Input hash of each chunk."""
-    origins: Sequence[tuple[str, str]]
-    """uri and title of each chunk's document."""
 
-    @classmethod
-    def of(cls, batch: pa.RecordBatch, target: Target, documents: DiskMap, key: str) -> _Chunks:
-        """Look up the chunks' documents in `documents`. `key` is the partition's, for error messages.
-
-        Raises ``LakeError`` if a document is missing.
-        """
-        origins: list[tuple[str, str]] = []
-        for document_id, found in zip(
-            batch.column("document_id").to_pylist(), documents.get(batch.column("document_id").to_pylist()), strict=True
-        ):
-            if found is None:
-                raise LakeError(
-                    f"partition {key!r}: the chunks of {document_id!r} have no document in raw_documents; "
-                    "materialize raw_documents and chunks again"
-                )
-            origins.append((found[0], found[1]))
-        return cls(batch, [target.input_hash(text) for text in batch.column("text").to_pylist()], origins)
-
-    def take(self, rows: Sequence[int]) -> _Chunks:
-        """The chunks at the given row numbers."""
-        batch = self.batch.take(pa.array(rows, pa.int64()))
-        return _Chunks(batch, [self.hashes[i] for i in rows], [self.origins[i] for i in rows])
+def _window(inputs: pa.RecordBatch, prompt: str) -> Window:
+    """The window of a batch with `INPUTS`, tokenized if all token ids are known."""
+    texts = inputs.column("text").to_pylist()
+    ids, tokens = inputs.column("input_ids"), None
+    if not ids.null_count:
+        offsets = ids.offsets.to_numpy().astype(np.int64)
+        flat = ids.values.to_numpy()[offsets[0] : offsets[-1]]
+        tokens = TokenizedTexts(flat, offsets - offsets[0], np.zeros(len(texts), bool))
+    return Window(
+        [prompt + text for text in texts] if prompt else texts, inputs.column("input_hash").to_pylist(), tokens
+    )
 
 
 def known_inputs(partition: PartitionSnapshot, target: Target, test_vectors: bool) -> tuple[set[str], set[str]]:
@@ -338,7 +303,8 @@ def known_inputs(partition: PartitionSnapshot, target: Target, test_vectors: boo
             found = batch.column("input_hash").to_pylist()
             if test_vectors:
                 store.add(batch)
-                found = [input_hash for input_hash in found if input_hash in store]
+                is_known = store.has(hash_keys(batch.column("input_hash"))).tolist()
+                found = [input_hash for input_hash, known in zip(found, is_known, strict=True) if known]
             hashes.update(found)
             ids.update(batch.column("chunk_id").to_pylist())
     for batch in Staging(partition.lake, table, partition.key).read():

@@ -6,8 +6,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import pyarrow as pa
+
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.lake.writer import Replaced
+
+_SAMPLED_VECTORS = 300
+"""At least this many vectors are kept of a larger partition: more overlap in the small map that is drawn of them."""
+
+
+class Sample:
+    """A sample of a partition's embeddings, and the lengths of all its chunks, for pictures."""
+
+    def __init__(self) -> None:
+        self.token_counts = np.zeros(0, np.int64)
+        """Number of chunks by their length in tokens."""
+        self._documents: list[str] = []
+        self._vectors: list[np.ndarray] = []
+        self._rows, self._stride = 0, 1
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Add rows of an embeddings table."""
+        counts = np.bincount(batch.column("token_count").to_numpy(), minlength=len(self.token_counts))
+        counts[: len(self.token_counts)] += self.token_counts
+        self.token_counts = counts
+        wanted = range(-self._rows % self._stride, batch.num_rows, self._stride)
+        documents, vectors = batch.column("document_id"), batch.column("embedding")
+        self._documents += [documents[i].as_py() for i in wanted]
+        # Copy: a view of one vector would keep its whole batch in memory.
+        self._vectors += [vectors[i].values.to_numpy().copy() for i in wanted]
+        self._rows += batch.num_rows
+        while len(self._vectors) > 2 * _SAMPLED_VECTORS:
+            self._documents, self._vectors, self._stride = self._documents[::2], self._vectors[::2], 2 * self._stride
+
+    @property
+    def documents(self) -> Sequence[str]:
+        """The document of each sampled vector."""
+        return self._documents
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """float32, shape (sampled, dimension)."""
+        return np.stack(self._vectors)
 
 
 @dataclass(slots=True)
@@ -39,6 +80,8 @@ class PartitionOutcome:
     """Time until the model was ready."""
     engine: EngineStats = field(default_factory=EngineStats)
     """Statistics of the engine, summed over windows."""
+    sample: Sample = field(default_factory=Sample)
+    """Some of the embeddings, if they were materialized."""
     error: str | None = None
     """Why processing failed, in one line; None if it did not."""
 

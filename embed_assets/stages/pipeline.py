@@ -8,14 +8,14 @@ from functools import cached_property
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.backends.quantization import CALIBRATION_TEXTS
+from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.ray_cluster import require_ray
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
 from embed_assets.records import hash_text
 from embed_assets.settings import Settings
-from embed_assets.stages.chunks import stored_texts
-from embed_assets.stages.corpus import Corpus
+from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
 from embed_assets.stages.embeddings import Target, known_inputs
 from embed_assets.stages.model import Model
 
@@ -85,6 +85,12 @@ class Pipeline:
         is_wide = self.settings.reuse == "table"
         return Target(self.embeddings_table, self.model.space.prompt, self.at_start if is_wide else None)
 
+    @property
+    def prepare_processes(self) -> int:
+        """Upper limit for processes that read and split documents."""
+        configured = self.settings.prepare_processes
+        return available_cores() if configured is None else configured
+
     @cached_property
     def code_versions(self) -> dict[str, str]:
         """Code version of each asset: what determines its output besides its input."""
@@ -145,7 +151,7 @@ class Estimator:
         if "raw_documents" in stale:
             batches = corpus.chunks_of(partition)
         elif "chunks" in stale:
-            batches = corpus.chunks(stored_texts(tables), partition.key)
+            batches = corpus.chunks(tables.rows(RAW, TEXT_COLUMNS), partition.key)
         else:
             batches = tables.rows(CHUNK_TABLE, ["chunk_id", "text", "token_count"])
         for batch in batches:

@@ -17,6 +17,7 @@ from embed_assets.records import (
     REJECTED_DOCUMENTS,
     Rejection,
     is_chunk_of,
+    rejection_batch,
     utc_now,
 )
 from embed_assets.scratch import SpooledBatches
@@ -55,19 +56,13 @@ class Rejections:
             self._write()
         yield from self._rows
 
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Add rows of rejected_documents. Not allowed after `batches`."""
+        self.count += batch.num_rows
+        self._rows.add(batch)
+
     def _write(self) -> None:
-        rows = [
-            {
-                "partition_key": self._key,
-                "document_id": rejection.document_id,
-                "uri": rejection.uri,
-                "reason": rejection.reason,
-                "detail": rejection.detail,
-                "rejected_at": self._now,
-            }
-            for rejection in self._waiting
-        ]
-        self._rows.add(pa.RecordBatch.from_pylist(rows, schema=REJECTED_DOCUMENTS))
+        self._rows.add(rejection_batch(self._waiting, self._key, self._now))
         self._waiting.clear()
 
 

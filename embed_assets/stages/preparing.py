@@ -1,0 +1,289 @@
+"""Read, parse and split documents, in worker processes that leave the results in files.
+
+    files of partitions ─▶ tasks of half a megabyte ─▶ workers: read, parse, split ─▶ Arrow files ─▶ commits, windows
+
+Workers run ahead of the partition at hand by a bounded number of tasks. They pass on names of files, which readers map
+into memory. The result is the same with any number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+
+from embed_assets.corpus.parsing import ROW_SUFFIXES, lost
+from embed_assets.corpus.source import SourcePartition
+from embed_assets.records import (
+    PARSED_DOCUMENTS,
+    REJECTED_DOCUMENTS,
+    SPLIT_CHUNKS,
+    Document,
+    Rejection,
+    grouped_bytes,
+    rejection_batch,
+    utc_now,
+)
+from embed_assets.scratch import ArrowFile, scratch_folder
+from embed_assets.stages.corpus import Corpus, parsed_batch
+from embed_assets.workers import Stream, WorkerDied, Workers
+
+_TASK_BYTES = 1 << 19
+"""Bytes of files read by one task. Larger tasks have less overhead, smaller ones spread more evenly over workers."""
+_TASK_FILES = 256
+"""Files read by one task, so that many small ones are spread too."""
+_LEAST_BYTES = 1 << 20
+"""Bytes of files for which processes are started: that takes as long as reading and splitting about a megabyte."""
+_TASKS_AHEAD = 4
+"""Tasks per worker that are queued, under way, or done and not taken yet. More keep workers busy during long commits,
+fewer take less space on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTask:
+    """Read and parse files of one partition."""
+
+    files: SourcePartition
+    splits: bool
+    """Whether the same worker also splits the documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitTask:
+    """Split documents that were read already."""
+
+    key: str
+    documents: ArrowFile
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A few megabytes of a task's results."""
+
+    documents: ArrowFile | None = None
+    """Rows with the schema `PARSED_DOCUMENTS`."""
+    chunks: ArrowFile | None = None
+    """Rows with the schema `SPLIT_CHUNKS`; None if the documents were not split."""
+    rejections: ArrowFile | None = None
+    """Rows with the schema `REJECTED_DOCUMENTS`."""
+
+    @property
+    def files(self) -> list[ArrowFile]:
+        """All files of the piece."""
+        return [file for file in (self.documents, self.chunks, self.rejections) if file is not None]
+
+
+PreparingWorkers = Workers[ReadTask | SplitTask, Piece]
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Runs the tasks, in a worker process or here."""
+
+    corpus: Corpus
+    folder: Path
+    """Where results are left."""
+
+    def __call__(self, task: ReadTask | SplitTask) -> Iterator[Piece]:
+        """Yield the results of a task, in the order of its documents."""
+        if isinstance(task, SplitTask):
+            yield Piece(chunks=self._split(task.documents.batches(), task.key))
+            return
+        key = task.files.key
+        for group in grouped_bytes(self.corpus.documents(task.files), _text_bytes):
+            documents = [item for item in group if isinstance(item, Document)]
+            parsed = [parsed_batch(documents, key)] if documents else []
+            rejected = [item for item in group if isinstance(item, Rejection)]
+            yield Piece(
+                self._write(PARSED_DOCUMENTS, parsed) if parsed else None,
+                self._split(parsed, key) if parsed and task.splits else None,
+                self._write(REJECTED_DOCUMENTS, [rejection_batch(rejected, key, utc_now())]) if rejected else None,
+            )
+
+    def rejected(self, rejection: Rejection, key: str) -> Piece:
+        """A piece with a rejection and nothing else."""
+        return Piece(rejections=self._write(REJECTED_DOCUMENTS, [rejection_batch([rejection], key, utc_now())]))
+
+    def stored(self, batches: Iterable[pa.RecordBatch]) -> Iterator[ArrowFile]:
+        """Files with the given batches of documents, one each, to be split."""
+        return (self._write(batch.schema, [batch]) for batch in batches)
+
+    def _split(self, documents: Iterable[pa.RecordBatch], key: str) -> ArrowFile:
+        return self._write(SPLIT_CHUNKS, self.corpus.chunks(documents, key))
+
+    def _write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
+        return ArrowFile.write(self.folder / f"{uuid.uuid4().hex}.arrow", schema, batches)
+
+
+def _text_bytes(item: Document | Rejection) -> int:
+    return item.byte_size + len(item.metadata) if isinstance(item, Document) else 0
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A partition's documents and chunks, in files."""
+
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def documents(self) -> list[ArrowFile]:
+        """Rows with the schema `PARSED_DOCUMENTS`."""
+        return [piece.documents for piece in self.pieces if piece.documents is not None]
+
+    @property
+    def chunks(self) -> list[ArrowFile]:
+        """Rows with the schema `SPLIT_CHUNKS`."""
+        return [piece.chunks for piece in self.pieces if piece.chunks is not None]
+
+    @property
+    def rejections(self) -> list[ArrowFile]:
+        """Rows with the schema `REJECTED_DOCUMENTS`."""
+        return [piece.rejections for piece in self.pieces if piece.rejections is not None]
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for piece in self.pieces:
+            for file in piece.files:
+                file.remove()
+        self.pieces.clear()
+
+
+@contextlib.contextmanager
+def open_preparation(
+    corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, max_processes: int
+) -> Iterator[Preparation]:
+    """A `Preparation` of the partitions, in processes if there is enough to read."""
+    is_small = sum(files.byte_size for files in partitions) < _LEAST_BYTES
+    with scratch_folder() as folder:
+        preparer = Preparer(corpus, Path(folder))
+        with Workers(preparer, 0 if is_small else max_processes) as workers:
+            yield Preparation(workers, preparer, partitions, splits)
+
+
+class Preparation:
+    """Prepares the partitions of a run, in order."""
+
+    def __init__(
+        self, workers: PreparingWorkers, preparer: Preparer, partitions: Iterable[SourcePartition], splits: bool
+    ) -> None:
+        """`partitions` are those whose files are to be read, `splits` says whether their documents are to be split."""
+        self._workers, self._preparer, self._splits = workers, preparer, splits
+        self._upcoming = (task for files in partitions for task in _read_tasks(files, splits))
+        self._begun: deque[tuple[ReadTask, Stream[Piece]]] = deque()
+
+    def take(self, files: SourcePartition) -> Prepared:
+        """The partition with these files, read and split. Ask for partitions in their order; some may be left out.
+
+        Raises ``SourceError`` if a file can't be opened or read.
+        """
+        prepared = Prepared()
+        if not files.files:
+            return prepared
+        self._skip_others(files.key)
+        taken = 0
+        while self._begun and self._begun[0][0].files.key == files.key:
+            task, stream = self._begun.popleft()
+            self._begin_more()
+            taken += len(task.files.files)
+            try:
+                prepared.pieces += self._pieces(task, stream)
+            except BaseException:
+                prepared.remove()
+                raise
+        if taken != len(files.files):
+            raise RuntimeError(f"{taken} of the {len(files.files)} files of the partition {files.key!r} were prepared")
+        return prepared
+
+    def _skip_others(self, key: str) -> None:
+        """Abandon the tasks before those of the partition `key`: their partitions failed."""
+        self._begin_more()
+        while self._begun and self._begun[0][0].files.key != key:
+            self._begun.popleft()[1].abandon()
+            self._begin_more()
+
+    def split(self, key: str, documents: Iterable[pa.RecordBatch]) -> Prepared:
+        """The chunks of documents that were read before; `documents` have at least `TEXT_COLUMNS`."""
+        files = list(self._preparer.stored(documents))
+        begun = [(file, self._workers.submit(SplitTask(key, file))) for file in files]
+        prepared = Prepared([piece for file, stream in begun for piece in self._split_pieces(key, file, stream)])
+        for file in files:
+            file.remove()
+        return Prepared([replace(piece, documents=None) for piece in prepared.pieces])
+
+    def _begin_more(self) -> None:
+        while len(self._begun) < _TASKS_AHEAD * max(1, self._workers.processes):
+            if (task := next(self._upcoming, None)) is None:
+                return
+            self._begun.append((task, self._workers.submit(task)))
+
+    def _pieces(self, task: ReadTask, stream: Stream[Piece], is_retry: bool = False) -> list[Piece]:
+        """The results of a task. If it kills its worker, its files are read one by one, and a culprit is rejected."""
+        key = task.files.key
+        found: list[tuple[Piece, Stream[Piece] | None]] = []
+        try:
+            for piece in stream:
+                split = None
+                if self._splits and piece.documents is not None and piece.chunks is None:
+                    split = self._workers.submit(SplitTask(key, piece.documents))
+                found.append((piece, split))
+        except WorkerDied as died:
+            if is_retry and len(task.files.files) == 1:
+                return [self._preparer.rejected(lost(self._preparer.corpus.source, task.files, str(died)), key)]
+            alone = [replace(task, files=replace(task.files, files=(file,))) for file in task.files.files]
+            is_last = len(alone) == 1
+            return [p for one in alone for p in self._pieces(one, self._workers.submit(one), is_last)]
+        pieces: list[Piece] = []
+        for piece, split in found:
+            if split is None or piece.documents is None:
+                pieces.append(piece)
+            else:
+                pieces.append(Piece(rejections=piece.rejections))
+                pieces += self._split_pieces(key, piece.documents, split)
+        return pieces
+
+    def _split_pieces(
+        self, key: str, documents: ArrowFile, stream: Stream[Piece], is_retry: bool = False
+    ) -> list[Piece]:
+        """The documents with their chunks. If splitting kills its worker, they are split one by one."""
+        try:
+            return [replace(piece, documents=documents) for piece in stream]
+        except WorkerDied as died:
+            if is_retry and documents.rows == 1:
+                [row] = next(iter(documents.batches())).select(["document_id", "uri"]).to_pylist()
+                detail = f"splitting it ended the process twice, with {died}, perhaps for lack of memory; split it"
+                return [self._preparer.rejected(Rejection(row["document_id"], row["uri"], "too_costly", detail), key)]
+            rows = (batch.slice(i, 1) for batch in documents.batches() for i in range(batch.num_rows))
+            alone = self._preparer.stored(rows)
+            is_last = documents.rows == 1
+            return [
+                piece
+                for one in alone
+                for piece in self._split_pieces(key, one, self._workers.submit(SplitTask(key, one)), is_last)
+            ]
+
+
+def _read_tasks(files: SourcePartition, splits: bool) -> Iterator[ReadTask]:
+    """Tasks for consecutive files of a partition. A large file of rows has one of its own, and is split by others."""
+    group: list[int] = []
+    size = 0
+
+    def task(indices: Sequence[int], with_splits: bool) -> ReadTask:
+        return ReadTask(replace(files, files=tuple(files.files[i] for i in indices)), with_splits)
+
+    for i, file in enumerate(files.files):
+        is_large = file.size > _TASK_BYTES and PurePosixPath(file.path).suffix.lower() in ROW_SUFFIXES
+        if group and (is_large or size + file.size > _TASK_BYTES or len(group) >= _TASK_FILES):
+            yield task(group, splits)
+            group, size = [], 0
+        if is_large:
+            yield task([i], False)
+        else:
+            group.append(i)
+            size += file.size
+    if group:
+        yield task(group, splits)

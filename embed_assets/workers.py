@@ -1,0 +1,250 @@
+"""Worker processes that stream their results. One that dies costs the task at hand and is replaced.
+
+Each process is driven by a thread of its own, which mostly waits. Without processes, tasks run in one thread here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, Generic, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_MAX_WAITING = 16
+"""Results of a task that wait to be taken. More let a worker get further ahead, fewer make it wait sooner."""
+_POLL_SECONDS = 0.2
+"""How soon a worker whose results nobody takes notices that its task was abandoned."""
+_LENGTH = struct.Struct("<Q")
+"""Every message on the pipes is preceded by its length in bytes."""
+_ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""One thread per worker: there are as many workers as cores."""
+_NICENESS = 5
+"""Lower priority than the process that drives the device, so that the device never waits for a core."""
+
+
+class WorkerDied(Exception):
+    """A worker process ended in the middle of a task. The message says how."""
+
+
+class Stream(Generic[Result]):
+    """Results of one task, as they come."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[tuple[str, Any]] = queue.Queue(_MAX_WAITING)
+        self._is_abandoned = threading.Event()
+
+    def __iter__(self) -> Iterator[Result]:
+        """Yield the results. Raises what the task raised, or ``WorkerDied``."""
+        while True:
+            kind, value = self._waiting.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+
+    def abandon(self) -> None:
+        """Stop the task at its next result; nobody takes it."""
+        self._is_abandoned.set()
+
+    def put(self, kind: str, value: Any = None) -> bool:
+        """Pass on one message. False if the stream was abandoned."""
+        while not self._is_abandoned.is_set():
+            with contextlib.suppress(queue.Full):
+                self._waiting.put((kind, value), timeout=_POLL_SECONDS)
+                return True
+        return False
+
+
+class Workers(Generic[Task, Result]):
+    """Runs tasks in up to `processes` worker processes, started when there is work; 0 runs them in a thread here."""
+
+    def __init__(self, serve: Callable[[Task], Iterator[Result]], processes: int) -> None:
+        """`serve` runs one task. It is pickled to each worker, so it must be picklable unless `processes` is 0."""
+        self._serve, self.processes = serve, processes
+        self._threads = ThreadPoolExecutor(max(1, processes), thread_name_prefix="worker")
+        self._mine = threading.local()
+        self._children: list[_Child] = []
+        self._is_closed = False
+
+    def __enter__(self) -> Workers[Task, Result]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, task: Task) -> Stream[Result]:
+        """Queue a task; tasks begin in the order of their submission."""
+        stream: Stream[Result] = Stream()
+        self._threads.submit(self._run, task, stream)
+        return stream
+
+    def close(self) -> None:
+        """Kill the processes and wait for the threads. Tasks that were not finished never are."""
+        self._is_closed = True
+        for child in self._children:
+            child.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+    def _run(self, task: Task, stream: Stream[Result]) -> None:
+        """Run a task and pass its results on; in a thread of the pool."""
+        try:
+            results = self._child().run(task) if self.processes else self._serve(task)
+            with contextlib.closing(results):  # type: ignore[type-var]
+                for result in results:
+                    if self._is_closed or not stream.put("result", result):
+                        return
+            stream.put("end")
+        except BaseException as error:
+            stream.put("error", error)
+
+    def _child(self) -> _Child:
+        """This thread's worker process."""
+        if not hasattr(self._mine, "child"):
+            self._mine.child = _Child(self._serve)
+            self._children.append(self._mine.child)
+        child: _Child = self._mine.child
+        return child
+
+
+class _Child:
+    """A worker process. It starts with its first task, and again after it died."""
+
+    def __init__(self, serve: Callable[[Any], Iterator[Any]]) -> None:
+        self._serve = serve
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, task: Any) -> Iterator[Any]:
+        """Yield the task's results. Raises what it raised, or ``WorkerDied``. Closing it early kills the process."""
+        is_idle = False
+        try:
+            self._send(task)
+            while True:
+                kind, value = self._receive()
+                is_idle = kind != "result"
+                if kind == "error":
+                    raise value
+                if kind == "end":
+                    return
+                yield value
+        finally:
+            if not is_idle:
+                self.kill()
+
+    def _send(self, task: Any) -> None:
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._process = _start(self._serve)
+        assert process.stdin is not None
+        try:
+            send(process.stdin, pickle.dumps(task))
+        except BrokenPipeError:
+            raise WorkerDied(_cause_of_death(process)) from None
+
+    def _receive(self) -> tuple[str, Any]:
+        process = self._process
+        assert process is not None and process.stdout is not None
+        try:
+            kind, value = pickle.loads(receive(process.stdout))
+        except EOFError:
+            raise WorkerDied(_cause_of_death(process)) from None
+        return str(kind), value
+
+    def kill(self) -> None:
+        """Kill the process, if it is running."""
+        if self._process is not None:
+            self._process.kill()
+
+    def close(self) -> None:
+        """Kill the process and close its pipes."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def _start(serve: Callable[[Any], Iterator[Any]]) -> subprocess.Popen[bytes]:
+    """A new worker process. Raises ``WorkerDied`` when it does not start."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "embed_assets.workers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | _ENVIRONMENT,
+        start_new_session=True,  # Ctrl-C must reach only the parent
+    )
+    assert process.stdin is not None
+    try:
+        send(process.stdin, pickle.dumps(serve))
+    except BrokenPipeError:
+        raise WorkerDied(_cause_of_death(process)) from None
+    return process
+
+
+def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
+    status = process.wait()
+    return f"signal {-status}" if status < 0 else f"status {status}"
+
+
+def send(stream: IO[bytes], *messages: bytes) -> None:
+    """Write messages, each preceded by its length."""
+    for message in messages:
+        stream.write(_LENGTH.pack(len(message)))
+        stream.write(message)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes:
+    """One message. Raises ``EOFError`` when the stream ends early."""
+    header = stream.read(_LENGTH.size)
+    if len(header) < _LENGTH.size:
+        raise EOFError
+    [length] = _LENGTH.unpack(header)
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
+
+
+def _main() -> None:
+    """The worker's main loop: serve tasks until standard input closes, which it does when the parent ends."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # keep whatever a library prints out of the answers
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(_NICENESS)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        serve = pickle.loads(receive(requests))
+        while True:
+            task = pickle.loads(receive(requests))
+            try:
+                for result in serve(task):
+                    send(answers, pickle.dumps(("result", result)))
+                send(answers, pickle.dumps(("end", None)))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                send(answers, _pickled_error(error))
+
+
+def _pickled_error(error: Exception) -> bytes:
+    """The error as a message; one that can't be pickled, as a ``RuntimeError`` of the same text."""
+    try:
+        data = pickle.dumps(("error", error))
+        pickle.loads(data)
+        return data
+    except Exception:
+        return pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+if __name__ == "__main__":
+    _main()
