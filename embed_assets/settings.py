@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     prepare_processes: AutoInt = Field(
         None,
         ge=0,
-        description="Worker processes that read, parse and split documents; auto: one per core; 0: none.",
+        description="Processes that read, parse and split documents; auto: one per core if there is much; 0: none.",
     )
     chunk_tokens: AutoInt = Field(
         None, ge=16, description="Largest chunk in tokens, special tokens included; default: what fits the model."

@@ -6,6 +6,7 @@ Each process is driven by a thread of its own, which mostly waits. Without proce
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
 import os
 import pickle
 import queue
@@ -220,6 +221,7 @@ def _main() -> None:
     """The worker's main loop: serve tasks until standard input closes, which it does when the parent ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keep whatever a library prints out of the answers
+    sys.meta_path.insert(0, _WithoutPandas())
     with contextlib.suppress(AttributeError, OSError):
         os.nice(_NICENESS)
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -234,6 +236,15 @@ def _main() -> None:
                 raise
             except Exception as error:
                 send(answers, _pickled_error(error))
+
+
+class _WithoutPandas(importlib.abc.MetaPathFinder):
+    """Hides pandas: pyarrow imports it with its first conversion, if it is installed, and no worker needs it."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        """Nothing, so that other finders go on. Raises ``ModuleNotFoundError`` for pandas."""
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is hidden from worker processes", name=name)
 
 
 def _pickled_error(error: Exception) -> bytes:

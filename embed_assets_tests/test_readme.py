@@ -65,7 +65,7 @@ def test_every_setting_is_listed_and_exists() -> None:
 README_ORDER = [
     *("source", "source_options", "lake", "lake_options", "partition_by", "text_column", "id_column", "title_column"),
     *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
-    *("max_batch_tokens", "compile", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
+    *("max_batch_tokens", "compile", "prepare_processes", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
     *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent", "name_prefix"),
     *("compute", "trust_remote_code", "allow_pickled_weights"),
     *("endpoint", "endpoint_concurrency", "endpoint_batch_texts", "endpoint_requests_per_minute"),

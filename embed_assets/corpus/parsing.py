@@ -17,7 +17,7 @@ from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet
 from embed_assets.corpus.sandbox import parser_process
 from embed_assets.corpus.source import Source, SourcePartition
-from embed_assets.corpus.structure import find_structure
+from embed_assets.corpus.structure import find_headings
 from embed_assets.records import Document, Rejection
 from embed_assets.scratch import SpillingSet
 
@@ -179,5 +179,5 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
 
 def _title_of(text: str, media_type: str) -> str:
     """The first heading near the document's start, if it is one of the outer two levels; else ''."""
-    headings = find_structure(text[:_TITLE_SEARCH_CHARACTERS], media_type).headings
+    headings = find_headings(text[:_TITLE_SEARCH_CHARACTERS], media_type)
     return headings[0].title if headings and headings[0].depth <= 2 else ""

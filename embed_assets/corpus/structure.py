@@ -33,11 +33,15 @@ _CONTEXT_CHARACTERS = 6
 """On either side of a cut, to derive its noise from. With six, an edited word changes one chunk in 99 of 100 cases."""
 
 BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
-_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])|[。！？｡]+[」』”）]*\s*")
-_LIST_ITEM = re.compile(r"(?m)^[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|^[ \t]*\|")
-_FENCE = re.compile(r"(?m)^[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$")
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])")
+_CJK_SENTENCE_END = re.compile(r"[。！？｡]+[」』”）]*\s*")
+# Patterns that begin with a line end are for texts with one put in front of them: a match then starts where its line
+# does in the text itself, and searching for a character is several times as fast as trying "^" at each.
+_LIST_ITEM = re.compile(r"\n[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|\|)")
+_FENCE = re.compile(r"(?m)\n[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:.*\n){0,200}?---[ \t]*$", re.MULTILINE)
-_ATX_HEADING = re.compile(r"(?m)^ {0,3}(#{1,6})(?:[ \t](.*))?$")
+_ATX_HEADING = re.compile(r"(?m)\n {0,3}(#{1,6})(?:[ \t](.*))?$")
+_SETEXT_UNDERLINE = re.compile(r"\n {0,3}(?:=|--)")
 _SETEXT_HEADING = re.compile(
     r"(?m)^ {0,3}(?![-*+][ \t]|\d{1,9}[.)][ \t]|#{1,6}[ \t]|[>|<]|(?:[-*_=][ \t]*)+$|\s)(\S.*)\n {0,3}(=+|-{2,})[ \t]*$"
 )
@@ -121,15 +125,20 @@ def find_structure(text: str, media_type: str, outline: Outline | None = None) -
     outline = outline or Outline()
     fences = find_fences(text, media_type)
     headings = _headings(text, media_type, fences, outline)
-    kinds: dict[int, int] = {}
-    for pattern, kind in ((_SENTENCE_END, SENTENCE), (_LIST_ITEM, ITEM), (BLANK_LINES, BLOCK)):
-        # Later kinds take precedence at the same position. A list item is cut at its start, the others after their end.
-        kinds.update(dict.fromkeys((m.start() if kind == ITEM else m.end() for m in pattern.finditer(text)), kind))
+    # Later kinds take precedence at the same position. A list item is cut at its start, the others after their end.
+    kinds = {m.end(): SENTENCE for pattern in (_SENTENCE_END, _CJK_SENTENCE_END) for m in pattern.finditer(text)}
+    kinds |= {m.start(): ITEM for m in _LIST_ITEM.finditer("\n" + text)}
+    kinds |= {m.end(): BLOCK for m in BLANK_LINES.finditer(text)}
     _apply_fences(text, kinds, fences)
     depths = {h.start: h.depth for h in headings}
     positions = sorted(p for p in kinds.keys() | depths.keys() if 0 < p < len(text))
     costs = [_cost(text, p, kinds.get(p, BLOCK), depths.get(p)) for p in positions]
     return Structure(np.array(positions, dtype=np.int64), np.array(costs), fences, headings, outline)
+
+
+def find_headings(text: str, media_type: str) -> list[Heading]:
+    """The headings of a text, in order of their start."""
+    return _headings(text, media_type, find_fences(text, media_type), Outline())
 
 
 def cut_cost(text: str, position: int, kind: int) -> float:
@@ -148,16 +157,16 @@ def _cost(text: str, position: int, kind: int, heading_depth: int | None) -> flo
 
 def find_fences(text: str, media_type: str) -> list[tuple[int, int]]:
     """Half-open spans of Markdown's fenced code blocks, fences included. An unclosed one runs to the text's end."""
-    if media_type != "text/markdown":
+    if media_type != "text/markdown" or ("```" not in text and "~~~" not in text):
         return []
     fences: list[tuple[int, int]] = []
     opening: re.Match[str] | None = None
-    for line in _FENCE.finditer(text):
+    for line in _FENCE.finditer("\n" + text):
         if opening is None:
             if line[1][0] == "~" or "`" not in line[2]:  # ```a``` on one line is inline code
                 opening = line
         elif line[1].startswith(opening[1]) and not line[2].strip():
-            fences.append((opening.start(), line.end()))
+            fences.append((opening.start(), line.end() - 1))
             opening = None
     if opening is not None:
         fences.append((opening.start(), len(text)))
@@ -187,9 +196,13 @@ def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], out
         return _rst_headings(text, outline.styles)
     if media_type != "text/markdown":
         return []
-    setext = [Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(m[1])) for m in _SETEXT_HEADING.finditer(text)]
+    setext = [
+        Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(m[1]))
+        for m in (_SETEXT_HEADING.finditer(text) if _SETEXT_UNDERLINE.search(text) else ())
+    ]
     atx = [
-        Heading(m.start(), len(m[1]), _title(_strip_closing_hashes(m[2] or ""))) for m in _ATX_HEADING.finditer(text)
+        Heading(m.start(), len(m[1]), _title(_strip_closing_hashes(m[2] or "")))
+        for m in _ATX_HEADING.finditer("\n" + text)
     ]
     front_matter = _FRONT_MATTER.match(text)
     hidden = [

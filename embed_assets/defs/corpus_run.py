@@ -199,7 +199,9 @@ class CorpusRun:
             and self._status("raw_documents", self.history.outcome(key, self.partitions[key].version)).state != "fresh"
         ]
         pipeline = self.pipeline
-        return open_preparation(pipeline.corpus, to_read, "chunks" in self.selected, pipeline.prepare_processes)
+        return open_preparation(
+            pipeline.corpus, to_read, "chunks" in self.selected, pipeline.settings.prepare_processes
+        )
 
     def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""

@@ -15,6 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 _MAX_WORDS = 400_000
 """Words remembered at a time; then all are forgotten. 2.5 million tokens of English Markdown have 107,000."""
@@ -134,10 +136,13 @@ class WordCache:
 
     def _look_up(self, texts: Sequence[str]) -> list[PlacedTokens]:
         # As one long text: a space between two texts separates their words, and splitting all at once is fastest.
-        words = " ".join(texts).replace("\n", " ").replace("\t", " ").replace("\r", " ").split(" ")
-        rows = self._words.rows.numbers(words)
+        joined = " ".join(texts).replace("\n", " ").replace("\t", " ").replace("\r", " ")
+        words = pc.split_pattern(pa.array([joined], pa.large_string()), " ").flatten()
+        distinct = words.dictionary_encode()
+        rows = self._words.rows.numbers(distinct.dictionary.to_pylist())[distinct.indices.to_numpy()]
         self._learn_words()
-        starts = _starts(words, gap=1)
+        lengths = pc.utf8_length(words).to_numpy().astype(np.int64) + 1
+        starts = np.cumsum(lengths) - lengths
         owner, found = self._words.get(rows, starts)
         if self._words.rows.is_full or self._parts.rows.is_full:
             self._words, self._parts = _Table(), _Table()

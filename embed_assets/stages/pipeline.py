@@ -8,7 +8,6 @@ from functools import cached_property
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.backends.quantization import CALIBRATION_TEXTS
-from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.ray_cluster import require_ray
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import Snapshot
@@ -84,12 +83,6 @@ class Pipeline:
         """Where vectors are stored, and where else they may be reused from."""
         is_wide = self.settings.reuse == "table"
         return Target(self.embeddings_table, self.model.space.prompt, self.at_start if is_wide else None)
-
-    @property
-    def prepare_processes(self) -> int:
-        """Upper limit for processes that read and split documents."""
-        configured = self.settings.prepare_processes
-        return available_cores() if configured is None else configured
 
     @cached_property
     def code_versions(self) -> dict[str, str]:

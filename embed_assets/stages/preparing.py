@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from embed_assets.corpus.parsing import ROW_SUFFIXES, lost
 from embed_assets.corpus.source import SourcePartition
+from embed_assets.engine.hardware import available_cores
 from embed_assets.records import (
     PARSED_DOCUMENTS,
     REJECTED_DOCUMENTS,
@@ -155,13 +156,15 @@ class Prepared:
 
 @contextlib.contextmanager
 def open_preparation(
-    corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, max_processes: int
+    corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, processes: int | None
 ) -> Iterator[Preparation]:
-    """A `Preparation` of the partitions, in processes if there is enough to read."""
-    is_small = sum(files.byte_size for files in partitions) < _LEAST_BYTES
+    """A `Preparation` of the partitions. With None processes, there is one per core if there is enough to read."""
+    if processes is None:
+        is_small = sum(files.byte_size for files in partitions) < _LEAST_BYTES
+        processes = 0 if is_small else available_cores()
     with scratch_folder() as folder:
         preparer = Preparer(corpus, Path(folder))
-        with Workers(preparer, 0 if is_small else max_processes) as workers:
+        with Workers(preparer, processes) as workers:
             yield Preparation(workers, preparer, partitions, splits)
 
 
@@ -169,11 +172,16 @@ class Preparation:
     """Prepares the partitions of a run, in order."""
 
     def __init__(
-        self, workers: PreparingWorkers, preparer: Preparer, partitions: Iterable[SourcePartition], splits: bool
+        self,
+        workers: PreparingWorkers,
+        preparer: Preparer,
+        partitions: Iterable[SourcePartition],
+        splits: bool,
+        task_bytes: int = _TASK_BYTES,
     ) -> None:
         """`partitions` are those whose files are to be read, `splits` says whether their documents are to be split."""
         self._workers, self._preparer, self._splits = workers, preparer, splits
-        self._upcoming = (task for files in partitions for task in _read_tasks(files, splits))
+        self._upcoming = (task for files in partitions for task in _read_tasks(files, splits, task_bytes))
         self._begun: deque[tuple[ReadTask, Stream[Piece]]] = deque()
 
     def take(self, files: SourcePartition) -> Prepared:
@@ -267,7 +275,7 @@ class Preparation:
             ]
 
 
-def _read_tasks(files: SourcePartition, splits: bool) -> Iterator[ReadTask]:
+def _read_tasks(files: SourcePartition, splits: bool, task_bytes: int) -> Iterator[ReadTask]:
     """Tasks for consecutive files of a partition. A large file of rows has one of its own, and is split by others."""
     group: list[int] = []
     size = 0
@@ -276,8 +284,8 @@ def _read_tasks(files: SourcePartition, splits: bool) -> Iterator[ReadTask]:
         return ReadTask(replace(files, files=tuple(files.files[i] for i in indices)), with_splits)
 
     for i, file in enumerate(files.files):
-        is_large = file.size > _TASK_BYTES and PurePosixPath(file.path).suffix.lower() in ROW_SUFFIXES
-        if group and (is_large or size + file.size > _TASK_BYTES or len(group) >= _TASK_FILES):
+        is_large = file.size > task_bytes and PurePosixPath(file.path).suffix.lower() in ROW_SUFFIXES
+        if group and (is_large or size + file.size > task_bytes or len(group) >= _TASK_FILES):
             yield task(group, splits)
             group, size = [], 0
         if is_large:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from embed_assets.corpus.items import BadRow
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.sandbox import ParserProcess, _send
+from embed_assets.corpus.sandbox import ParserProcess
 from embed_assets.errors import SourceError
+from embed_assets.workers import send
 from embed_assets_tests.corpus.test_parsing import read
 
 PAGE = b"<div><b>words and words</b></div>" * 1_000_000
@@ -52,7 +53,7 @@ def test_an_interrupted_request_leaves_no_answer_for_the_next_one() -> None:
     parser.parse(".html", b"<p>Zero.</p>")
     process = parser._running()
     assert process.stdin is not None
-    _send(process.stdin, b".html", b"<p>One.</p>")
+    send(process.stdin, b".html", b"<p>One.</p>")
     with pytest.raises(KeyboardInterrupt):
         parse_interrupted(parser)
     assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"

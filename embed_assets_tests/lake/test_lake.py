@@ -34,7 +34,7 @@ from embed_assets.lake.tables import (
     is_one_of,
     partition_predicate,
 )
-from embed_assets.lake.vectors import VECTOR_COLUMNS, VectorStore, vector_batch
+from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_batch
 from embed_assets.lake.verify import verify
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS, chunk_ids, hash_text, utc_now
@@ -223,10 +223,10 @@ def test_the_vector_store_returns_what_was_put_in(order: list[int], batches: lis
             if start == 40:
                 break
         assert len(store) == 40
-        found = store.get([hashes[i] for i in order])
+        found = store.get(hash_keys([hashes[i] for i in order]))
         assert (found.vectors == vectors[list(order)]).all()
-        assert found.is_truncated == [i % 2 == 0 for i in order]
-        assert "0" * 32 not in store
+        assert found.is_truncated.tolist() == [i % 2 == 0 for i in order]
+        assert store.has(hash_keys(["0" * 32, hashes[0]])).tolist() == [False, True]
 
 
 def test_the_vector_store_skips_unusable_vectors() -> None:
@@ -234,7 +234,23 @@ def test_the_vector_store_skips_unusable_vectors() -> None:
     vectors[1, 2] = np.nan
     with VectorStore() as store:
         store.add(vector_batch([hash_text(c) for c in "abc"], vectors, np.zeros(3, bool), utc_now()))
-        assert [hash_text(c) in store for c in "abc"] == [True, False, True]
+        assert store.has(hash_keys([hash_text(c) for c in "abc"])).tolist() == [True, False, True]
+
+
+@given(st.lists(st.lists(st.integers(0, 60), max_size=30), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_the_hash_index_finds_what_was_added(batches: list[list[int]]) -> None:
+    hashes = [f"{i:02x}" * 15 + "00" for i in range(61)]  # hashes that end in zero bytes are no exception
+    index, expected = HashIndex(), dict[int, int]()
+    for batch in batches:
+        keys = hash_keys([hashes[i] for i in batch])
+        is_new = index.is_new(keys)
+        assert is_new.tolist() == [i not in expected and i not in batch[:n] for n, i in enumerate(batch)]
+        index.add(keys[is_new], first=len(index))
+        for i in dict.fromkeys(batch):
+            expected.setdefault(i, len(expected))
+        assert len(index) == len(expected)
+    assert index.find(hash_keys(hashes)).tolist() == [expected.get(i, -1) for i in range(61)]
 
 
 def test_staged_windows_survive_and_are_cleared(lake: Lake) -> None:
