@@ -142,11 +142,12 @@ class _Child:
                 yield value
         finally:
             if not is_idle:
-                self.kill()
+                self.close()
 
     def _send(self, task: Any) -> None:
         process = self._process
         if process is None or process.poll() is not None:
+            self.close()
             process = self._process = _start(self._serve)
         assert process.stdin is not None
         try:
@@ -173,6 +174,7 @@ class _Child:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
+            self._process = None
 
 
 def _start(serve: Callable[[Any], Iterator[Any]]) -> subprocess.Popen[bytes]:
