@@ -43,6 +43,24 @@ class EmbeddedWindow:
     """Name under which a remote worker staged the vectors; `vectors` does not hold them in that case."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Vectors of a window, from the device."""
+
+    vectors: np.ndarray
+    """float32, shape (rows, dimension), unit norm; undefined in rows that are not usable."""
+    is_usable: np.ndarray
+    """bool, shape (rows,): whether the vector that the model gave is finite and not zero."""
+
+    @classmethod
+    def normalized(cls, raw: np.ndarray) -> Fetched:
+        """The vectors in `raw`, float32 of shape (rows, dimension), scaled to unit length."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.linalg.norm(raw, axis=1, keepdims=True)
+            is_usable = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
+            return cls(np.asarray(raw / np.where(is_usable[:, None], norms, 1), dtype=np.float32), is_usable)
+
+
 OnTick = Callable[[int, int], None]
 """Progress callback, called every few seconds with the number of texts and of tokens embedded so far."""
 
@@ -104,8 +122,8 @@ class Backend(Protocol):
         """Compute a batch and write its vectors, not normalised, to its rows of `buffer`."""
         ...
 
-    def fetch(self, buffer: Any) -> np.ndarray:
-        """The vectors in `buffer`, in main memory: float32, shape (rows, dimension)."""
+    def fetch(self, buffer: Any) -> Fetched:
+        """The vectors in `buffer`, scaled to unit length, in main memory."""
         ...
 
     def usage(self) -> GpuUsage | None:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from embed_assets.engine.backend import Backend, EmbeddedWindow, OnTick, Window
+from embed_assets.engine.backend import Backend, EmbeddedWindow, Fetched, OnTick, Window
 from embed_assets.engine.batching import Batch, plan_batches, plan_part
 from embed_assets.engine.metrics import EngineStats
-from embed_assets.engine.recovery import Outcome, Recovery, is_normalizable
+from embed_assets.engine.recovery import Outcome, Recovery
 from embed_assets.engine.tokenization import ModelTokenizer, TokenizedTexts
 from embed_assets.errors import EmbeddingError
 
@@ -79,6 +79,10 @@ class LocalEmbedder:
     def dimension(self) -> int:
         """Length of a vector."""
         return self.backend.dimension
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """int64: tokens that the model reads of each text."""
+        return self._tokenizer_thread.submit(self._tokenize, Window(texts)).result().lengths
 
     def embed(self, texts: Sequence[str]) -> EmbeddedWindow:
         """One unit-norm vector per text. The texts include the prompt. Raises what `embed_windows` raises."""
@@ -144,7 +148,7 @@ class LocalEmbedder:
         job = _Job(window, tokens, self.backend.new_buffer(len(window.texts)), deque(batches))
         self._drain_on_workers(job)
         usage = self.backend.usage()
-        vectors = self._normalized(job, self.backend.fetch(job.buffer))
+        vectors = self._checked(job, self.backend.fetch(job.buffer))
         finished = time.perf_counter()
         _log.debug("finished a window of %d texts", len(window.texts))
         idle = 0.0 if self._idle_since is None else max(0.0, asked - self._idle_since)
@@ -207,16 +211,18 @@ class LocalEmbedder:
         rows = np.concatenate([batch.rows for batch in job.batches])
         return deque(plan_part(rows, job.tokens.lengths, self.max_batch_tokens, self.backend.layout))
 
-    def _normalized(self, job: _Job, vectors: np.ndarray) -> np.ndarray:
-        """The vectors scaled to unit length: float32, shape (texts, dimension).
+    def _checked(self, job: _Job, fetched: Fetched) -> np.ndarray:
+        """The vectors, float32 of shape (texts, dimension), once each was usable or its text rejected.
 
         A text whose vector is zero or not finite is embedded once more on its own, then rejected; its row is zeros.
         """
-        for row in np.flatnonzero(~is_normalizable(vectors)).tolist():
+        vectors = fetched.vectors
+        for row in np.flatnonzero(~fetched.is_usable).tolist():
             if row not in job.rejected:
                 with contextlib.suppress(Exception):  # the vector stays as it is, and is rejected below
-                    vectors[row] = self._recovery.embed_alone(job.window.texts, job.tokens, row)
-                if not is_normalizable(vectors[row]):
+                    alone = self._recovery.embed_alone(job.window.texts, job.tokens, row)
+                    vectors[row], fetched.is_usable[row] = alone.vectors[0], alone.is_usable[0]
+                if not fetched.is_usable[row]:
                     reason = f"the model's vector is zero or not finite in {self.backend.precision}"
                     self._recovery.check_health(
                         EmbeddingError(f"{reason} for any text; set another EMBED_PRECISION or EMBED_MODEL")
@@ -224,5 +230,4 @@ class LocalEmbedder:
                     job.rejected[row] = reason
         if job.rejected:
             vectors[list(job.rejected)] = 0
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
+        return vectors

@@ -40,7 +40,14 @@ DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384, "mps": 4096, "endpoint": 16
 On CPUs, 1,024 to 4,096 were measured faster than 16,384, as activations stay in the caches. 16,384 is the default of
 Text Embeddings Inference. The value for MPS is not measured: it trades launch overhead against memory.
 """
-_FIRST_BUDGET = {"cpu": 512, "cuda": 4096, "mps": 1024}
+_SMALL_MODEL_WEIGHTS = 100_000_000
+"""Weights in linear layers of a model whose batches must be large to keep a large GPU busy."""
+_LARGE_GPU_BYTES = 40 << 30
+"""Free memory of a GPU that a small model needs large batches to keep busy."""
+_LARGE_BATCH_TOKENS = 65_536
+"""For those. An H100 computes 16,384 tokens of MiniLM in 1.8 ms, about as long as it takes to launch the kernels; by
+arithmetic, not measured yet."""
+_FIRST_BUDGET = {"cpu": 512, "cuda": 16_384, "mps": 1024}
 """Where a sweep begins: below the defaults, so that it sees throughput rise before it levels off."""
 _log = logging.getLogger(__name__)
 
@@ -187,7 +194,10 @@ class Engine:
                     yield library, embedder
 
     def _new_embedder(self, backend: Backend) -> LocalEmbedder:
-        budget = self._options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, backend.device.partition(":")[0])
+        kind = backend.device.partition(":")[0]
+        budget = self._options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, kind)
+        if kind == "cuda" and self._options.max_batch_tokens is None:
+            budget = default_gpu_budget(backend.cost.linear_weights, self._device.free_bytes())
         return LocalEmbedder(backend, self._space.tokenizer, self._space.max_seq_length, budget)
 
 
@@ -195,6 +205,12 @@ def configured(options: EngineOptions) -> EngineInfo:
     """What is known about the engine before the model is loaded."""
     budget = options.max_batch_tokens or _for_kind(DEFAULT_BATCH_TOKENS, options.device.partition(":")[0])
     return EngineInfo(options.device, options.precision, budget)
+
+
+def default_gpu_budget(linear_weights: int, free_bytes: int | None) -> int:
+    """Tokens per forward pass until tuned, for a model with so many weights in linear layers on a GPU."""
+    needs_much = linear_weights <= _SMALL_MODEL_WEIGHTS and (free_bytes or 0) >= _LARGE_GPU_BYTES
+    return _LARGE_BATCH_TOKENS if needs_much else DEFAULT_BATCH_TOKENS["cuda"]
 
 
 def _for_kind(values: Mapping[str, int], kind: str) -> int:

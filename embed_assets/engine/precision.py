@@ -8,22 +8,19 @@ FLOAT16_MODELS = frozenset({"bert", "distilbert", "electra", "roberta", "xlm-rob
 """Architectures whose activations stay well within float16's range. Gemma, Qwen and their relatives overflow it."""
 
 
-def choose_precision(setting: str, device: str, capability: tuple[int, int] | None, model_type: str) -> str:
-    """The precision that `setting` means for a model of `model_type` on `device`.
+def precisions_for(setting: str, device: str, capability: tuple[int, int] | None, model_type: str) -> list[str]:
+    """The precisions that `setting` means for a model of `model_type` on `device`, in the order in which to try them.
 
-    "auto" becomes bfloat16 on GPUs that have it in hardware (CUDA `capability` 8.0 and later), float16 on GPUs from 7.0
-    on for models known to stay within its range, and float32 everywhere else; the checkpoint's own dtype plays no part.
-    Any other setting is returned unchanged. Raises ``SettingsError`` for float16 on a CPU.
+    "auto" is bfloat16 on GPUs that have it in hardware (CUDA `capability` 8.0 and later), float16 on GPUs from 7.0 on
+    for models known to stay within its range, and float32 at last; the checkpoint's own dtype plays no part. Any other
+    setting is the only one. Raises ``SettingsError`` for float16 on a CPU.
     """
-    on_cuda = device.startswith("cuda")
     if setting == "auto":
-        if not on_cuda or capability is None:
-            return "float32"
-        if capability >= (8, 0):
-            return "bfloat16"
-        return "float16" if capability >= (7, 0) and model_type in FLOAT16_MODELS else "float32"
+        found = capability if device.startswith("cuda") and capability is not None else (0, 0)
+        has_range = model_type in FLOAT16_MODELS
+        return [*["bfloat16"] * (found >= (8, 0)), *["float16"] * (found >= (7, 0) and has_range), "float32"]
     if setting == "float16" and device == "cpu":
         raise SettingsError(
             "EMBED_PRECISION=float16 needs a GPU, but the model runs on the CPU; use float32, bfloat16 or int8 there"
         )
-    return setting
+    return [setting]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from embed_assets.engine.backend import Backend
+from embed_assets.engine.backend import Backend, Fetched
 from embed_assets.engine.batching import Batch, plan_part
 from embed_assets.engine.faults import is_models_fault, is_out_of_memory, is_transient, reason_of
 from embed_assets.engine.tokenization import TokenizedTexts
@@ -108,22 +108,22 @@ class Recovery:
                 waiting += self._parts(tokens, part.rows[half:]) + self._parts(tokens, part.rows[:half])
         return outcome
 
-    def embed_alone(self, texts: Sequence[str], tokens: TokenizedTexts, row: int) -> np.ndarray:
-        """The vector of one text, computed in a batch of its own: shape (dimension,), not normalised."""
+    def embed_alone(self, texts: Sequence[str], tokens: TokenizedTexts, row: int) -> Fetched:
+        """The vector of one text, computed in a batch of its own."""
         ids = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
         alone = TokenizedTexts(ids, np.array([0, len(ids)]), tokens.is_truncated[row : row + 1])
         buffer = self._backend.new_buffer(1)
         for part in self._parts(alone, np.array([0])):
             self._backend.forward([texts[row]], alone, part, buffer)
-        return np.asarray(self._backend.fetch(buffer)[0])
+        return self._backend.fetch(buffer)
 
     def check_health(self, error: Exception) -> None:
         """Raise `error` if the model can't embed a harmless text either, since then no text is to blame."""
         try:
-            vector = self.embed_alone(["a"], self._probe, 0)
+            alone = self.embed_alone(["a"], self._probe, 0)
         except Exception:
             raise error from None
-        if not is_normalizable(vector):
+        if not alone.is_usable[0]:
             raise error
 
     def _attempt(
@@ -168,8 +168,3 @@ class Recovery:
     def _parts(self, tokens: TokenizedTexts, rows: np.ndarray) -> list[Batch]:
         """The rows as one batch, or as few as the layout's maximum of rows allows."""
         return plan_part(rows, tokens.lengths, 1 << 62, self._backend.layout)
-
-
-def is_normalizable(vectors: np.ndarray) -> np.ndarray:
-    """Whether each vector along the last axis is finite and not zero, and so can be scaled to unit length."""
-    return np.asarray(np.isfinite(vectors).all(axis=-1) & vectors.any(axis=-1))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
+
 from embed_assets.engine import user_cache
 from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.hardware import Device
@@ -19,17 +21,19 @@ MIN_GAIN = 0.03
 """Relative gain in throughput a larger budget must bring. Less is not worth its memory, and ends the search."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that batches may take; the rest is left to fragmentation and other processes."""
-LARGEST_BUDGET = 1 << 20
-"""Tokens at which a search ends where memory sets no limit."""
-_MEMORY_BUDGETS = (512, 4096)
-"""Tokens of the two memory probes: far enough apart to show a slope, small enough to fit any device."""
-_MEMORY_TEXTS = 16
-"""Long texts per worker: enough to fill a batch of the larger budget."""
+LARGEST_BUDGET = 1 << 18
+"""Tokens at which a search ends where memory sets no limit: at several times fewer, any GPU is busy."""
+_MEMORY_BUDGETS = {"cuda": (4096, 32_768)}
+"""Tokens of the two memory probes, by kind of device: far enough apart to show a slope, small enough to fit."""
+_OTHER_MEMORY_BUDGETS = (512, 4096)
+"""The same for other kinds."""
+_SAMPLE_BATCHES = 4
+"""Full batches per pass: with fewer, a larger budget could not show whether it is faster."""
 _REPEATS = 3
 """Passes per budget, for a median that one disturbed pass does not move."""
 _PROBE_SECONDS = 0.5
 """Time per pass above which passes are dropped, so that slow models are tuned in seconds too."""
-_VERSION = "1"
+_VERSION = "2"
 """Part of the cache key: a new value discards cached tunings."""
 
 
@@ -120,14 +124,18 @@ class Tuning:
 
 
 def measure_budget(embedder: LocalEmbedder, texts: Sequence[str], budget: int) -> Point:
-    """Median throughput of a few passes over `texts` with a budget. Leaves the embedder's own budget unchanged."""
+    """Median throughput of a few passes over texts like `texts`, without tokenizing, with a budget.
+
+    The texts are repeated to fill several batches. Leaves the embedder's own budget unchanged.
+    """
+    sample = repeated(texts, embedder, _SAMPLE_BATCHES * budget * embedder.backend.workers)
     before, embedder.max_batch_tokens = embedder.max_batch_tokens, budget
     speeds: list[float] = []
     padding = 0.0
     try:
         started = time.perf_counter()
         while len(speeds) < _REPEATS and (not speeds or time.perf_counter() - started < _REPEATS * _PROBE_SECONDS):
-            stats = embedder.embed(texts).stats
+            stats = embedder.embed(sample).stats
             speeds.append(stats.tokens_per_second)
             padding = stats.padding_percent
     finally:
@@ -137,13 +145,13 @@ def measure_budget(embedder: LocalEmbedder, texts: Sequence[str], budget: int) -
 
 def measure_memory(embedder: LocalEmbedder, texts: Sequence[str], device: Device) -> Memory:
     """Memory that batches need, from the peaks of two budgets over the longest texts."""
-    wanted = _MEMORY_TEXTS * embedder.backend.workers
-    longest = sorted(texts, key=len, reverse=True)[:wanted]
-    longest *= -(-wanted // len(longest))
+    budgets = _MEMORY_BUDGETS.get(device.kind, _OTHER_MEMORY_BUDGETS)
+    longest = sorted(texts, key=len, reverse=True)[: max(1, len(texts) // 4)]
+    longest = repeated(longest, embedder, max(budgets) * embedder.backend.workers)
     peaks: dict[int, int] = {}
     before = embedder.max_batch_tokens
     try:
-        for budget in _MEMORY_BUDGETS:
+        for budget in budgets:
             embedder.max_batch_tokens = budget
             device.reset_peak()
             embedder.embed(longest)
@@ -153,6 +161,15 @@ def measure_memory(embedder: LocalEmbedder, texts: Sequence[str], device: Device
     (few, few_bytes), (many, many_bytes) = peaks.items()
     workers = embedder.backend.workers
     return Memory.from_probes(few * workers, few_bytes, many * workers, many_bytes)
+
+
+def repeated(texts: Sequence[str], embedder: LocalEmbedder, tokens: int) -> list[str]:
+    """The texts as often as it takes for at least so many tokens; a part of the texts if they have more."""
+    lengths = embedder.lengths(texts)
+    rounds = max(1, -(-tokens // max(1, int(lengths.sum()))))
+    if rounds > 1:
+        return [*texts] * rounds
+    return list(texts[: int(np.searchsorted(np.cumsum(lengths), tokens)) + 1])
 
 
 def tuning_key(space: EmbeddingSpace, device: Device, precision: str, compiles: bool = False) -> str:

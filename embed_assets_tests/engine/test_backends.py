@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embed_assets.engine.backend import Window
+from embed_assets.engine.backend import Fetched, Window
+from embed_assets.engine.backends.attention import varlen_options
+from embed_assets.engine.backends.features import pool, pooling_mode
 from embed_assets.engine.backends.openvino_backend import load_int8_backend, load_openvino_backend
 from embed_assets.engine.backends.openvino_library import import_openvino
-from embed_assets.engine.backends.parity import CHECK_TEXTS, MIN_COSINE, min_cosine, reference_vectors
+from embed_assets.engine.backends.parity import CHECK_TEXTS, MIN_COSINE, InaccurateError, min_cosine, reference_vectors
 from embed_assets.engine.backends.quantization import QuantizedModel, quantize
 from embed_assets.engine.backends.torch_backend import TorchBackend, load_torch_backend
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.embedder import LocalEmbedder
-from embed_assets.engine.engine import Engine
+from embed_assets.engine.engine import Engine, default_gpu_budget
 from embed_assets.engine.model import load_sentence_transformer
 from embed_assets.engine.provider import EngineOptions
+from embed_assets.engine.providers.sentence_transformers import first_accurate
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
+from embed_assets.engine.tuning import repeated
 from embed_assets.errors import ModelError
 from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
 from embed_assets_tests.engine.models import small_model
@@ -143,11 +147,11 @@ class Wrong:
         else:
             self._right.forward(texts, tokens, batch, buffer)
 
-    def fetch(self, buffer: Any) -> np.ndarray:
-        vectors = self._right.fetch(buffer)
+    def fetch(self, buffer: Any) -> Fetched:
+        fetched: Fetched = self._right.fetch(buffer)
         if self._mistake == "not finite":
-            vectors[2] = np.nan
-        return vectors
+            fetched.is_usable[2] = False
+        return fetched
 
 
 @pytest.mark.parametrize("mistake", ["wrong row", "neighbours", "not finite"])
@@ -216,3 +220,96 @@ def test_the_layout_of_openvino_rounds_widths_only_a_little() -> None:
     layout = Layout(width_multiple=16)
     assert [layout.width_of(n) for n in (16, 31, 46, 47, 250, 256)] == [16, 32, 48, 48, 256, 256]
     assert [layout.width_of(n) for n in (1, 17, 33, 45)] == [1, 17, 33, 45]
+
+
+@pytest.mark.parametrize(
+    ("release", "known"),
+    [
+        ("2.10", {"is_causal", "return_aux"}),
+        ("2.11", {"return_aux", "scale", "window_size"}),
+        ("2.12", {"return_aux", "scale", "window_size", "enable_gqa", "num_splits"}),
+    ],
+)
+def test_packed_attention_uses_what_each_torch_release_has(release: str, known: set[str]) -> None:
+    def options(scale: float = 0.125, causal: bool = False, reach: int = -1, grouped: bool = False) -> dict[str, Any]:
+        found = varlen_options(dict.fromkeys(known), 64, scale, causal, reach, grouped)
+        assert set(found) <= known
+        return found
+
+    plain, grouped = options(), options(grouped=True)
+    assert plain.get("num_splits") == (1 if release == "2.12" else None)
+    assert grouped.get("enable_gqa") == (True if release == "2.12" else None)
+    if release == "2.10":
+        assert options(causal=True) == {"is_causal": True}
+        for unsupported in ({"scale": 0.3}, {"reach": 7}):
+            with pytest.raises(NotImplementedError):
+                options(**unsupported)  # type: ignore[arg-type]
+    else:
+        assert options(scale=0.3)["scale"] == 0.3
+        assert options(reach=7)["window_size"] == (7, 7) and options(reach=7, causal=True)["window_size"] == (7, 0)
+        assert options(causal=True)["window_size"] == (-1, 0)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])
+def test_packed_pooling_equals_that_of_sentence_transformers(mode: str) -> None:
+    import torch
+    from sentence_transformers.models import Pooling
+
+    lengths = [3, 1, 5]
+    boundaries = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    numbers = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(lengths))[None]
+    features = {"token_embeddings": torch.randn(1, 9, 4), "cu_seq_lens_q": boundaries, "seq_idx": numbers}
+    module = Pooling(4, mode)
+    assert pooling_mode(module) == mode
+    theirs = module(dict(features))["sentence_embedding"]
+    torch.testing.assert_close(pool(features, mode), theirs)
+
+
+def test_other_poolings_are_left_to_sentence_transformers() -> None:
+    from sentence_transformers.models import Normalize, Pooling
+
+    assert [pooling_mode(module) for module in (Pooling(4, "max"), Pooling(4, ["mean", "cls"]), Normalize())] == [
+        None
+    ] * 3
+    assert pooling_mode(Pooling(4, "mean", include_prompt=False)) is None
+
+
+def test_vectors_are_normalized_and_unusable_ones_are_told(sample_space: EmbeddingSpace, backends: Backends) -> None:
+    import torch
+
+    raw = np.array([[3.0, 4.0], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]], dtype=np.float32)
+    for fetched in (Fetched.normalized(raw), backends["torch"].fetch(torch.from_numpy(raw))):
+        assert fetched.is_usable.tolist() == [True, False, False, False]
+        assert fetched.vectors[0].tolist() == pytest.approx([0.6, 0.8])
+
+
+def test_a_precision_that_is_too_inaccurate_gives_way_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[str] = []
+
+    def load(precision: str) -> str:
+        tried.append(precision)
+        if precision != "float32":
+            raise InaccurateError(f"the cosines are too low in {precision}; set EMBED_PRECISION=float32")
+        return precision
+
+    assert first_accurate(["bfloat16", "float16", "float32"], load) == "float32"
+    assert tried == ["bfloat16", "float16", "float32"]
+    assert "too low in bfloat16" in caplog.text and "too low in float16" in caplog.text
+    with pytest.raises(InaccurateError, match="bfloat16"):
+        first_accurate(["bfloat16"], load)
+
+
+def test_tuning_samples_are_measured_in_tokens(sample_space: EmbeddingSpace, backends: Backends) -> None:
+    embedder = over(backends["torch"], sample_space)
+    for tokens in (1, 50, 5000):
+        sample = repeated(["one", "two words", "three more words"], embedder, tokens)
+        assert int(embedder.lengths(sample).sum()) >= tokens
+    assert repeated(["one", "two"], embedder, 1) == ["one"]
+
+
+def test_small_models_get_large_batches_on_large_gpus() -> None:
+    assert default_gpu_budget(11_000_000, 79 << 30) == 65_536
+    assert default_gpu_budget(85_000_000, 79 << 30) == 65_536
+    assert default_gpu_budget(300_000_000, 79 << 30) == 16_384
+    assert default_gpu_budget(11_000_000, 14 << 30) == 16_384
+    assert default_gpu_budget(11_000_000, None) == 16_384

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embed_assets.engine.backend import Window
+from embed_assets.engine.backend import Fetched, Window
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.embedder import LocalEmbedder
 from embed_assets.engine.faults import is_out_of_memory, is_transient
@@ -204,8 +204,8 @@ def test_a_model_that_embeds_nothing_rejects_no_text() -> None:
 
 def test_a_model_that_is_never_finite_rejects_no_text() -> None:
     class AlwaysNan(Scripted):
-        def fetch(self, buffer: np.ndarray) -> np.ndarray:
-            return np.full_like(buffer, np.nan)
+        def fetch(self, buffer: np.ndarray) -> Fetched:
+            return Fetched.normalized(np.full_like(buffer, np.nan))
 
     with pytest.raises(EmbeddingError, match="not finite in float32 for any text; set another EMBED_PRECISION"):
         embedder_over(AlwaysNan()).embed(TEXTS)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from embed_assets.engine.gpu import GpuMonitor
 from embed_assets.engine.hardware import Device
 from embed_assets.engine.metrics import EngineStats, ModelCost, advise
-from embed_assets.engine.precision import choose_precision
+from embed_assets.engine.precision import precisions_for
 from embed_assets.engine.tuning import (
     LARGEST_BUDGET,
     Memory,
@@ -32,30 +32,30 @@ from embed_assets_tests.conftest import resolve_space
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "capability", "model_type", "precision"),
+    ("setting", "device", "capability", "model_type", "precisions"),
     [
-        ("auto", "cpu", None, "bert", "float32"),
-        ("auto", "mps", None, "bert", "float32"),
-        ("auto", "cuda", (9, 0), "gemma3_text", "bfloat16"),
-        ("auto", "cuda", (8, 0), "bert", "bfloat16"),
-        ("auto", "cuda", (7, 5), "bert", "float16"),
-        ("auto", "cuda", (7, 5), "xlm-roberta", "float16"),
-        ("auto", "cuda", (7, 5), "qwen3", "float32"),
-        ("auto", "cuda", (6, 1), "bert", "float32"),
-        ("float32", "cuda", (9, 0), "bert", "float32"),
-        ("float16", "cuda", (9, 0), "qwen3", "float16"),
-        ("bfloat16", "cpu", None, "bert", "bfloat16"),
+        ("auto", "cpu", None, "bert", ["float32"]),
+        ("auto", "mps", None, "bert", ["float32"]),
+        ("auto", "cuda", (9, 0), "gemma3_text", ["bfloat16", "float32"]),
+        ("auto", "cuda", (8, 0), "bert", ["bfloat16", "float16", "float32"]),
+        ("auto", "cuda", (7, 5), "bert", ["float16", "float32"]),
+        ("auto", "cuda", (7, 5), "xlm-roberta", ["float16", "float32"]),
+        ("auto", "cuda", (7, 5), "qwen3", ["float32"]),
+        ("auto", "cuda", (6, 1), "bert", ["float32"]),
+        ("float32", "cuda", (9, 0), "bert", ["float32"]),
+        ("float16", "cuda", (9, 0), "qwen3", ["float16"]),
+        ("bfloat16", "cpu", None, "bert", ["bfloat16"]),
     ],
 )
-def test_precision(
-    setting: str, device: str, capability: tuple[int, int] | None, model_type: str, precision: str
+def test_precisions(
+    setting: str, device: str, capability: tuple[int, int] | None, model_type: str, precisions: list[str]
 ) -> None:
-    assert choose_precision(setting, device, capability, model_type) == precision
+    assert precisions_for(setting, device, capability, model_type) == precisions
 
 
 def test_precisions_that_a_device_lacks_are_refused() -> None:
     with pytest.raises(SettingsError, match="EMBED_PRECISION=float16 needs a GPU"):
-        choose_precision("float16", "cpu", None, "bert")
+        precisions_for("float16", "cpu", None, "bert")
 
 
 def measured(knee: int, gain: float = 2.0) -> Callable[[int], Point]:

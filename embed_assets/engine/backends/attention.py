@@ -6,6 +6,10 @@ transformers lets a program register an attention function by name. This one get
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,16 +59,48 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        window = (reach, 0 if causal else reach)
         grouped = query.shape[1] != key.shape[1]
+        scale = 1 / math.sqrt(query.shape[3]) if scaling is None else scaling
+        options = varlen_options(_parameters(varlen_attn), query.shape[3], scale, causal, reach, grouped)
         boundaries = cu_seq_lens_q
-        out = varlen_attn(
-            q, k, v, boundaries, boundaries, max_length_q, max_length_q,
-            scale=scaling, window_size=window, enable_gqa=grouped,
-        )  # fmt: skip
+        out = varlen_attn(q, k, v, boundaries, boundaries, max_length_q, max_length_q, **options)
         assert isinstance(out, torch.Tensor)  # it is a tuple only with `return_aux`
         return out[None], None
     return _attention_by_text(query, key, value, cu_seq_lens_q.tolist(), scaling, causal, reach)[None], None
+
+
+def varlen_options(
+    known: Mapping[str, object], head_size: int, scale: float, causal: bool, reach: int, grouped: bool
+) -> dict[str, Any]:
+    """Keyword arguments for torch's `varlen_attn`, of which its release knows those in `known`.
+
+    A token sees others up to `reach` away, and all with -1. torch 2.10 has only `is_causal`; 2.11 has `scale` and
+    `window_size`, and groups heads by itself; `enable_gqa` and `num_splits` came with 2.12. Raises
+    ``NotImplementedError`` for what a release can't do, so that the model runs padded instead.
+    """
+    options: dict[str, Any] = {}
+    if "scale" in known:
+        options["scale"] = scale
+    elif not math.isclose(scale, 1 / math.sqrt(head_size)):
+        raise NotImplementedError(f"this torch scales attention by the head size only, not by {scale:g}")
+    if "window_size" in known:
+        options["window_size"] = (reach, 0 if causal else reach)
+    elif reach >= 0:
+        raise NotImplementedError("this torch has no attention within a window over packed texts")
+    else:
+        options["is_causal"] = causal
+    if grouped and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    if "num_splits" in known:
+        # One split keeps vectors independent of the batch, and torch from cuDNN's kernel, which was measured four times
+        # as slow: https://github.com/pytorch/pytorch/issues/187770.
+        options["num_splits"] = 1
+    return options
+
+
+@cache
+def _parameters(function: Callable[..., object]) -> Mapping[str, object]:
+    return inspect.signature(function).parameters
 
 
 def _attention_by_text(

@@ -44,6 +44,33 @@ def packed_features(array: torch.Tensor, batch: Batch, longest: int) -> tuple[di
     return features, rows.long()
 
 
+def pooling_mode(module: Any) -> str | None:
+    """How a sentence-transformers module pools, if `pool` can do it; None for other modules and modes."""
+    if type(module).__name__ != "Pooling" or not getattr(module, "include_prompt", True):
+        return None
+    mode = getattr(module, "pooling_mode", None)
+    modes = (mode,) if isinstance(mode, str) else tuple(mode or ())
+    return modes[0] if len(modes) == 1 and modes[0] in ("mean", "cls", "lasttoken") else None
+
+
+def pool(features: dict[str, Any], mode: str) -> torch.Tensor:
+    """Pool packed token embeddings by text: shape (texts, hidden size).
+
+    sentence-transformers does the same, but before 6.2 its host waits for the device in each batch.
+    """
+    import torch
+
+    tokens: torch.Tensor = features["token_embeddings"][0]
+    boundaries: torch.Tensor = features["cu_seq_lens_q"]
+    if mode == "cls":
+        return tokens.index_select(0, boundaries[:-1])
+    if mode == "lasttoken":
+        return tokens.index_select(0, boundaries[1:] - 1)
+    lengths = (boundaries[1:] - boundaries[:-1])[:, None]
+    sums = torch.zeros((len(lengths), tokens.shape[1]), dtype=tokens.dtype, device=tokens.device)
+    return sums.index_add_(0, features["seq_idx"][0], tokens) / lengths
+
+
 def padded_ids(tokens: TokenizedTexts, batch: Batch, pad_id: int, pads_left: bool = False) -> np.ndarray:
     """Token ids of a batch, filled up with `pad_id`: int32, shape (rows, width)."""
     lengths = tokens.lengths[batch.rows]

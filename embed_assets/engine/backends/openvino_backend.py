@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embed_assets.engine.backend import Fetched
 from embed_assets.engine.backends import features as make
 from embed_assets.engine.backends.openvino_library import import_openvino, without_telemetry
 from embed_assets.engine.backends.parity import MIN_COSINE, check_tokenizer, min_cosine, reference_vectors
@@ -94,9 +95,9 @@ class OpenVinoBackend:
                 features = module(features)
         buffer[batch.rows] = features["sentence_embedding"][:, : self.dimension].float().numpy()
 
-    def fetch(self, buffer: np.ndarray) -> np.ndarray:
-        """The buffer itself, which is in main memory."""
-        return buffer
+    def fetch(self, buffer: np.ndarray) -> Fetched:
+        """The vectors in the buffer, scaled to unit length."""
+        return Fetched.normalized(buffer)
 
     def usage(self) -> None:
         """Always None: there is no GPU."""

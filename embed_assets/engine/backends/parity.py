@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from embed_assets.engine.backend import Fetched
 from embed_assets.engine.batching import Batch, Layout, plan_batches
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
@@ -37,6 +38,16 @@ room for deeper models and the odd texts above, while swapped rows or texts that
 """
 
 
+_TINY_TOKENS = 4
+"""Texts of up to this many tokens, special ones included, say little: rounding moves their vectors ten times as far."""
+_TINY_SLACK = 10
+"""How much farther they may be from the reference."""
+
+
+class InaccurateError(ModelError):
+    """The model's vectors in one precision differ too much from those in float32."""
+
+
 class Forward(Protocol):
     """The part of a backend that the self-check needs."""
 
@@ -47,7 +58,7 @@ class Forward(Protocol):
 
     def forward(self, texts: Sequence[str], tokens: TokenizedTexts, batch: Batch, buffer: Any) -> None: ...
 
-    def fetch(self, buffer: Any) -> np.ndarray: ...
+    def fetch(self, buffer: Any) -> Fetched: ...
 
 
 def reference_vectors(space: EmbeddingSpace, model: SentenceTransformer) -> np.ndarray:
@@ -59,18 +70,19 @@ def reference_vectors(space: EmbeddingSpace, model: SentenceTransformer) -> np.n
 def min_cosine(backend: Forward, space: EmbeddingSpace, reference: np.ndarray) -> float:
     """The lowest cosine to `reference` (shape (texts, dimension)), over each text alone and all in one batch.
 
-    It exposes swapped rows and texts that attend to their neighbours in the batch. NaN counts as -1.
+    It exposes swapped rows and texts that attend to their neighbours in the batch. An unusable vector counts as -1.
     """
     texts = [space.prompt + text for text in CHECK_TEXTS]
     tokens = space.tokenizer.tokenize(texts, space.max_seq_length)
+    slack = np.where(tokens.lengths <= _TINY_TOKENS, _TINY_SLACK, 1)
     worst = 1.0
     for budget in (1, len(texts) * space.max_seq_length):
         buffer = backend.new_buffer(len(texts))
         for batch in plan_batches(tokens.lengths, budget, backend.layout):
             backend.forward(texts, tokens, batch, buffer)
-        vectors = backend.fetch(buffer)
-        norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        worst = min(worst, float(np.nan_to_num((vectors / norms * reference).sum(axis=1), nan=-1.0).min()))
+        fetched = backend.fetch(buffer)
+        cosines = np.where(fetched.is_usable, (fetched.vectors * reference).sum(axis=1), -1.0)
+        worst = min(worst, float((1 - (1 - cosines) / slack).min()))
     return worst
 
 

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from embed_assets.engine.backend import Fetched
 from embed_assets.engine.backends import features as make
 from embed_assets.engine.backends.attention import ATTENTION, register_attention
 from embed_assets.engine.backends.onednn import use_onednn_linears
 from embed_assets.engine.backends.openvino_library import has_openvino, import_openvino
-from embed_assets.engine.backends.parity import MIN_COSINE, check_tokenizer, min_cosine, reference_vectors
+from embed_assets.engine.backends.parity import (
+    MIN_COSINE,
+    InaccurateError,
+    check_tokenizer,
+    min_cosine,
+    reference_vectors,
+)
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
@@ -70,9 +77,13 @@ class TorchBackend:
         """Does nothing: it waits for nothing but its own batch."""
 
     def enter_worker(self) -> None:
-        """On CPUs, give the thread its share of the cores, so that workers do not wait for each other."""
+        """Bind the thread to the GPU or, on CPUs, to its share of the cores, so that workers do not wait for others."""
+        import torch
+
         if self._device.type == "cpu":
             share_cores(self.workers)
+        elif self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # pinning memory would otherwise open a context on the first GPU
 
     def new_buffer(self, rows: int) -> torch.Tensor:
         """Zeros on the device: float32, shape (rows, dimension)."""
@@ -105,9 +116,23 @@ class TorchBackend:
                 vectors = self._through_modules(features)
             buffer.index_copy_(0, rows, vectors[:, : self.dimension].float())
 
-    def fetch(self, buffer: torch.Tensor) -> np.ndarray:
-        """Copy the vectors to main memory. This is the only time per window that the host waits for the device."""
-        return np.asarray(buffer.cpu().numpy())
+    def fetch(self, buffer: torch.Tensor) -> Fetched:
+        """Scale the vectors to unit length on the device and copy them to main memory, on GPUs into pinned memory.
+
+        This is the only time per window that the host waits for the device.
+        """
+        import torch
+
+        with torch.inference_mode():
+            norms = torch.linalg.vector_norm(buffer, dim=1)
+            is_usable = torch.isfinite(norms) & (norms > 0)
+            vectors = buffer / torch.where(is_usable, norms, 1)[:, None]
+            if self._device.type == "cuda":
+                host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+                host.copy_(vectors, non_blocking=True)
+                torch.cuda.current_stream(self._device).synchronize()
+                vectors = host
+            return Fetched(vectors.cpu().numpy(), is_usable.cpu().numpy())
 
     def usage(self) -> GpuUsage | None:
         """How busy the GPU is; None on other devices."""
@@ -131,6 +156,10 @@ class TorchBackend:
         if self._has_token_types:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
         for number, module in enumerate(self._model):
+            mode = make.pooling_mode(module) if "cu_seq_lens_q" in features else None
+            if mode is not None and "cls_token_embeddings" not in features:
+                features["sentence_embedding"] = make.pool(features, mode)
+                continue
             features = module(features)
             if number == 0:
                 features["token_embeddings"] = features["token_embeddings"].float()
@@ -150,13 +179,14 @@ class TorchBackend:
 def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles: bool) -> TorchBackend:
     """The model on the fastest path that reproduces SentenceTransformer's float32 vectors.
 
-    Raises ``ModelError`` when the model can't be loaded, or when no path does: not even SentenceTransformer's own loop.
+    Raises ``ModelError`` when the model can't be loaded, and ``InaccurateError`` when no path does: not even
+    SentenceTransformer's own loop.
     """
     backend = _load(space, device, precision, compiles, True)
     if backend is None and device == "cpu" and not compiles:
         backend = _load(space, device, precision, compiles, False)
     if backend is None:
-        raise ModelError(
+        raise InaccurateError(
             f"the model {space.model!r} does not reproduce SentenceTransformer's float32 vectors with "
             f"EMBED_PRECISION={precision} on any path; set EMBED_PRECISION=float32 or choose another EMBED_MODEL"
         )
@@ -174,6 +204,9 @@ def _load(space: LocalSpace, device: str, precision: str, compiles: bool, with_o
             f"got {type(transformer).__name__}; choose another EMBED_MODEL"
         )
     check_tokenizer(space, model.tokenizer)
+    # Otherwise decoders keep the keys and values of all layers until the end of a pass: 7.5 GB for 64k tokens of a
+    # model with 0.6 billion parameters.
+    transformer.model.config.use_cache = False
     kind = model.device.type
     try:
         reference, cost = reference_vectors(space, model), cost_of(transformer.model)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embed_assets.engine.backend import Fetched
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.engine.model import TokenizerFiles
@@ -120,9 +121,9 @@ class FakeBackend:
         vectors = np.frombuffer(data, dtype=np.uint8).reshape(len(batch.rows), size).astype(np.float32) - 127.5
         buffer[batch.rows] = vectors[:, : self.dimension]
 
-    def fetch(self, buffer: np.ndarray) -> np.ndarray:
-        """The buffer itself."""
-        return buffer
+    def fetch(self, buffer: np.ndarray) -> Fetched:
+        """The vectors in the buffer, scaled to unit length."""
+        return Fetched.normalized(buffer)
 
     def usage(self) -> None:
         """Always None: there is no GPU."""

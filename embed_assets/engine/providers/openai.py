@@ -24,6 +24,7 @@ import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from embed_assets.engine import user_cache
+from embed_assets.engine.backend import Fetched
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.engine.model import TokenizerFiles
@@ -177,9 +178,9 @@ class EndpointBackend:
                 )
         buffer[batch.rows] = np.stack(vectors)[:, : self.dimension]
 
-    def fetch(self, buffer: np.ndarray) -> np.ndarray:
-        """The buffer itself."""
-        return buffer
+    def fetch(self, buffer: np.ndarray) -> Fetched:
+        """The vectors in the buffer, scaled to unit length."""
+        return Fetched.normalized(buffer)
 
     def usage(self) -> None:
         """Always None: there is no GPU on this machine."""

@@ -6,11 +6,13 @@ They run in torch, or in OpenVINO where tuning found that to be faster.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from embed_assets.engine.backend import Backend
 from embed_assets.engine.backends.openvino_backend import load_openvino_backend
 from embed_assets.engine.backends.openvino_library import has_openvino
+from embed_assets.engine.backends.parity import InaccurateError
 from embed_assets.engine.backends.torch_backend import load_torch_backend
 from embed_assets.engine.hardware import resolve_device
 from embed_assets.engine.model import LocalSpace, find_directory, require_local
@@ -22,10 +24,12 @@ from embed_assets.engine.model_files import (
     read_json,
     tokenizer_file,
 )
-from embed_assets.engine.precision import choose_precision
+from embed_assets.engine.precision import precisions_for
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace, ModelChoice
 from embed_assets.errors import ModelError
+
+Loaded = TypeVar("Loaded")
 
 libraries: Sequence[str] = ("torch", "openvino")
 _log = logging.getLogger(__name__)
@@ -66,10 +70,26 @@ def load(space: EmbeddingSpace, options: EngineOptions) -> Backend:
     local = require_local(space, "sentence-transformers")
     device = resolve_device(options.device)
     model_type = str(read_json(tokenizer_file(local.directory).parent / "config.json").get("model_type"))
-    precision = choose_precision(options.precision, device.kind, device.capability, model_type)
+    precisions = precisions_for(options.precision, device.kind, device.capability, model_type)
     if options.library == "openvino" and device.kind == "cpu" and not options.compiles and has_openvino():
         try:
-            return load_openvino_backend(local, precision)
+            return load_openvino_backend(local, precisions[0])
         except ModelError as error:
             _log.warning("using torch instead of OpenVINO: %s", error)
-    return load_torch_backend(local, device.name, precision, options.compiles)
+    return first_accurate(
+        precisions, lambda precision: load_torch_backend(local, device.name, precision, options.compiles)
+    )
+
+
+def first_accurate(precisions: Sequence[str], load: Callable[[str], Loaded]) -> Loaded:
+    """What `load` gives for the first precision that is accurate enough. Warns about each that is not.
+
+    Raises ``InaccurateError`` if none is.
+    """
+    *preferred, last = precisions
+    for precision in preferred:
+        try:
+            return load(precision)
+        except InaccurateError as error:
+            _log.warning("trying the next precision after %s: %s", precision, error)
+    return load(last)
