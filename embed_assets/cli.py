@@ -212,12 +212,16 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
 @click.option("--allow-empty", is_flag=True, help="Drop everything if the source is empty.")
 def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> CommandResult:
     """Discover, then materialize what is missing or stale. Exits 1 if any partition failed."""
+    from embed_assets.stages.foresight import load_model_early
+
+    pipeline = _pipeline()
+    load_model_early(pipeline)
+
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import run_sync
     from embed_assets.progress import ConsoleSink
 
-    pipeline = _pipeline()
     if not pipeline.model.is_calibrated:
         with stderr.status("quantizing the model to int8 once, on a sample of the documents"):
             pipeline = pipeline.calibrated()

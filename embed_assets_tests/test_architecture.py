@@ -23,7 +23,7 @@ ALLOWED = {
     "sample": {"errors"},
     "workers": set(),
     "corpus": {"records", "scratch", "workers", "settings", "errors"},
-    "engine": {"records", "settings", "errors"},
+    "engine": {"records", "scratch", "workers", "settings", "errors"},
     "lake": {"records", "scratch", "settings", "errors"},
     "stages": {"corpus", "engine", "lake", "records", "scratch", "workers", "settings", "errors"},
     "pictures": set(),

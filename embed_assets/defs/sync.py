@@ -31,6 +31,7 @@ from embed_assets.defs.staleness import History, Status, load_history, partition
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.staging import remove_windows, stale_windows
+from embed_assets.stages.foresight import remember_synced
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Estimate, Estimator, Pipeline
 from embed_assets.stages.progress import RunObserver, Sink
@@ -199,6 +200,8 @@ def run_sync(
             _check_complete(observer, keys, run)
     remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))
     results = fresh | observer.outcomes
+    if not only and all(outcome.error is None for outcome in results.values()):
+        remember_synced(pipeline, listing.partitions)
     seconds = round(time.perf_counter() - started, 3)
     return SyncResult({key: results[key] for key in sorted(results)}, seconds, listing.hidden)
 

@@ -80,6 +80,10 @@ class LocalEmbedder:
         """Length of a vector."""
         return self.backend.dimension
 
+    def stop(self) -> None:
+        """End `embed_windows`, which another thread runs, after the current batch: it raises ``EmbeddingError``."""
+        self._stop.set()
+
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
         """int64: tokens that the model reads of each text."""
         return self._tokenizer_thread.submit(self._tokenize, Window(texts)).result().lengths

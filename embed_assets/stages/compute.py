@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from embed_assets.engine.backend import Embedder
-from embed_assets.engine.engine import Engine, EngineInfo
+from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.ray import PoolReport
 
@@ -95,13 +95,13 @@ class Compute(Protocol):
 
 
 class LocalCompute:
-    """Embeds with the model in this process."""
+    """Embeds with the model on this machine."""
 
     max_partitions = partitions_in_flight = 1
     report = None
 
-    def __init__(self, engine: Callable[[], Engine], info: Callable[[], EngineInfo]) -> None:
-        self._engine, self._info, self._size = engine, info, WindowSize(_WINDOW_SECONDS)
+    def __init__(self, start: Callable[[Sequence[str], int], Embedder], info: Callable[[], EngineInfo]) -> None:
+        self._start, self._info, self._size = start, info, WindowSize(_WINDOW_SECONDS)
 
     @property
     def info(self) -> EngineInfo:
@@ -125,7 +125,7 @@ class LocalCompute:
 
     def start(self, key: str, texts: Sequence[str], expected: int) -> Embedder:
         """The loaded model, tuned if `expected` texts justify it. Raises ``UserError`` if it can't be loaded."""
-        return self._engine().embedder_for(texts, expected)
+        return self._start(texts, expected)
 
     def close(self) -> None:
-        """Does nothing: the model stays loaded for the next run in this process."""
+        """Does nothing: the model stays loaded for this process's next run."""

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from embed_assets.engine.backend import Embedder
 from embed_assets.engine.backends.openvino_backend import load_int8_backend
 from embed_assets.engine.backends.quantization import QuantizedModel, quantize
 from embed_assets.engine.engine import Engine, EngineInfo, configured
 from embed_assets.engine.model import require_local
+from embed_assets.engine.process import ModelProcess
 from embed_assets.engine.provider import EndpointOptions, EngineOptions
-from embed_assets.engine.providers.catalog import resolve_space
+from embed_assets.engine.providers.catalog import provider_of, resolve_space
 from embed_assets.engine.space import EmbeddingSpace, ModelChoice
 from embed_assets.errors import ModelError, SettingsError
 from embed_assets.lake.models import keep_model, read_model
@@ -107,9 +109,25 @@ class Model:
             )
         return Engine(self.space, self.options)
 
+    @cached_property
+    def process(self) -> ModelProcess | None:
+        """The process that runs the model for `start`; None for kinds of models that need none."""
+        if not self.is_calibrated or not provider_of(self.space.model, self.options).libraries:
+            return None
+        return ModelProcess(self.space, self.options)
+
+    def start(self, texts: Sequence[str], expected: int) -> Embedder:
+        """The loaded model, tuned if `expected` texts like `texts` justify it. Raises ``ModelError`` if it can't be."""
+        if self.process is None:
+            return self.engine.embedder_for(texts, expected)
+        self.process.load(texts, expected)
+        return self.process
+
     @property
     def info(self) -> EngineInfo:
-        """Device and settings that the model runs with in this process; before it is loaded, those configured."""
+        """Device and settings that the model runs with after `start`; before, those configured."""
+        if self.process is not None:
+            return self.process.info
         return self.engine.info if self.is_calibrated else configured(self.options)
 
     def _with(self, files: dict[str, bytes]) -> Model:

@@ -5,7 +5,6 @@ window ─▶ worker: embed, stage on the lake's storage ─▶ confirmation ─
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import threading
@@ -14,13 +13,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from embed_assets.engine.backend import EmbeddedWindow, Embedder, OnTick, Window
+from embed_assets.engine.code_version import code_version
 from embed_assets.engine.engine import Engine, EngineInfo, configured
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.providers.catalog import provider_of
@@ -49,16 +48,6 @@ _SECONDS_BETWEEN_NEWS = 10.0
 _TICK_SECONDS = 2.0
 """Interval of progress reports and of checks that the workers are alive."""
 _SENT = pa.schema([pa.field("input_hash", pa.string(), False), pa.field("text", pa.string(), False)])
-
-
-@cache
-def code_version() -> str:
-    """Hash of this package's source files, to check that two processes run the same code."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def lake_id(lake: Lake) -> str:
@@ -128,7 +117,7 @@ def open_compute(pipeline: Pipeline) -> Compute:
     """
     settings, model = pipeline.settings, pipeline.model
     if settings.compute == "local":
-        return LocalCompute(lambda: model.engine, lambda: model.info)
+        return LocalCompute(model.start, lambda: model.info)
     runs_on_gpu = bool(provider_of(settings.model, model.options).libraries) and settings.precision != "int8"
     options = RayOptions(
         address=settings.ray_address,

@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from embed_assets.engine.backends.parity import (
     min_cosine,
     reference_vectors,
 )
+from embed_assets.engine.backends.verdict import Verdict, recall, remember, verdict_key
 from embed_assets.engine.batching import Batch, Layout
 from embed_assets.engine.faults import reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
@@ -50,7 +52,7 @@ class TorchBackend:
     def __init__(
         self, space: LocalSpace, model: SentenceTransformer, precision: str, path: Path, cost: ModelCost
     ) -> None:
-        self._model, self._path, self.precision, self.cost = model, path, precision, cost
+        self._model, self.path, self.precision, self.cost = model, path, precision, cost
         self.dimension = native_dimension(space, model)
         tokenizer: Any = model.tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -71,7 +73,7 @@ class TorchBackend:
     @property
     def name(self) -> str:
         """The code path, as in "torch-packed"."""
-        return f"torch-{self._path}"
+        return f"torch-{self.path}"
 
     def stop_on(self, event: threading.Event) -> None:
         """Does nothing: it waits for nothing but its own batch."""
@@ -99,13 +101,13 @@ class TorchBackend:
         import torch
 
         with torch.inference_mode():
-            if self._path == "encode":
+            if self.path == "encode":
                 chosen = [texts[row] for row in batch.rows]
                 vectors = self._model.encode(
                     chosen, prompt="", batch_size=len(chosen), convert_to_tensor=True, show_progress_bar=False
                 )
                 rows = torch.from_numpy(batch.rows).to(self._device)
-            elif self._path == "packed":
+            elif self.path == "packed":
                 array = make.packed_array(tokens, batch, self._first_position)
                 longest = int(tokens.lengths[batch.rows[0]])
                 features, rows = make.packed_features(self._to_device(array), batch, longest)
@@ -182,20 +184,30 @@ def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles:
     Raises ``ModelError`` when the model can't be loaded, and ``InaccurateError`` when no path does: not even
     SentenceTransformer's own loop.
     """
-    backend = _load(space, device, precision, compiles, True)
-    if backend is None and device == "cpu" and not compiles:
-        backend = _load(space, device, precision, compiles, False)
-    if backend is None:
-        raise InaccurateError(
-            f"the model {space.model!r} does not reproduce SentenceTransformer's float32 vectors with "
-            f"EMBED_PRECISION={precision} on any path; set EMBED_PRECISION=float32 or choose another EMBED_MODEL"
-        )
-    return backend
+    key = verdict_key(space, device, precision, compiles)
+    known = recall(key)
+    choices = (True, False) if device == "cpu" and not compiles else (True,)
+    for with_onednn in choices if known is None else (known.with_onednn,):
+        model = _prepared(space, device)
+        check = None if known else _Check.of(space, model, device, precision)
+        transformer: Any = model[0]
+        cost = cost_of(transformer.model)
+        _specialize(model, precision, compiles, with_onednn)
+        if check is None:
+            assert known is not None
+            return _known_to_match(space, model, precision, cost, known)
+        backend = _first_matching(space, model, precision, cost, check)
+        if backend is not None:
+            remember(key, Verdict(backend.path, with_onednn, check.skipped))
+            return backend
+    raise InaccurateError(
+        f"the model {space.model!r} does not reproduce SentenceTransformer's float32 vectors with "
+        f"EMBED_PRECISION={precision} on any path; set EMBED_PRECISION=float32 or choose another EMBED_MODEL"
+    )
 
 
-def _load(space: LocalSpace, device: str, precision: str, compiles: bool, with_onednn: bool) -> TorchBackend | None:
-    import torch
-
+def _prepared(space: LocalSpace, device: str) -> SentenceTransformer:
+    """The model in float32, once it is known to be one that can be run here. Raises ``ModelError``."""
     model = load_sentence_transformer(space, device)
     transformer: Any = model[0]
     if not hasattr(transformer, "model") or not getattr(model.tokenizer, "is_fast", False):
@@ -207,50 +219,86 @@ def _load(space: LocalSpace, device: str, precision: str, compiles: bool, with_o
     # Otherwise decoders keep the keys and values of all layers until the end of a pass: 7.5 GB for 64k tokens of a
     # model with 0.6 billion parameters.
     transformer.model.config.use_cache = False
-    kind = model.device.type
-    try:
-        reference, cost = reference_vectors(space, model), cost_of(transformer.model)
-    except RuntimeError as error:
-        raise ModelError(
-            f"the model {space.model!r} could not be run on {device!r} in float32 for the self-check: "
-            f"{reason_of(error)}; free memory there, or choose a smaller EMBED_MODEL"
-        ) from error
+    return model
+
+
+def _specialize(model: SentenceTransformer, precision: str, compiles: bool, with_onednn: bool) -> None:
+    """Convert the transformer to its precision and its fastest form, in place."""
+    import torch
+
+    transformer: Any = model[0]
     _convert(transformer.model, getattr(torch, precision))
     if compiles:
         if has_openvino():
             import_openvino()  # without telemetry, before torch's compiler imports it
         transformer.model = torch.compile(transformer.model, dynamic=True)
-    elif kind == "cpu" and with_onednn:
+    elif model.device.type == "cpu" and with_onednn:
         use_onednn_linears(transformer.model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """What a path has to reproduce."""
+
+    reference: np.ndarray
+    """SentenceTransformer's vectors of the check texts."""
+    min_cosine: float
+    skipped: list[str] = field(default_factory=list)
+    """Warnings about paths that did not reproduce them."""
+
+    @classmethod
+    def of(cls, space: LocalSpace, model: SentenceTransformer, device: str, precision: str) -> _Check:
+        """The check of `model`, which is still in float32. Raises ``ModelError`` if it can't be run."""
+        try:
+            return cls(reference_vectors(space, model), MIN_COSINE[precision])
+        except RuntimeError as error:
+            raise ModelError(
+                f"the model {space.model!r} could not be run on {device!r} in float32 for the self-check: "
+                f"{reason_of(error)}; free memory there, or choose a smaller EMBED_MODEL"
+            ) from error
+
+
+def _paths(model: SentenceTransformer, precision: str) -> tuple[Path, ...]:
+    """The paths to try, fastest first."""
+    import torch
+
+    kind, is_compiled = model.device.type, hasattr(model[0].model, "_orig_mod")
     # Flash attention needs tensor cores of the Ampere generation or later, and half precision.
     on_cuda = kind == "cuda" and torch.cuda.get_device_capability(model.device) >= (8, 0) and precision != "float32"
-    can_pack = on_cuda or (kind == "cpu" and not compiles)
-    return _first_matching(space, model, precision, cost, reference, can_pack)
+    can_pack = on_cuda or (kind == "cpu" and not is_compiled)
+    return ("packed", "padded", "encode") if can_pack else ("padded", "encode")
+
+
+def _known_to_match(
+    space: LocalSpace, model: SentenceTransformer, precision: str, cost: ModelCost, known: Verdict
+) -> TorchBackend:
+    """The backend on the path that an earlier self-check found. Warns again about those that it skipped."""
+    for line in known.skipped:
+        _log.warning("%s", line)
+    path: Path = next(path for path in _paths(model, precision) if path == known.path)
+    if path == "packed":
+        _use_attention(model[0].model, ATTENTION)
+    return TorchBackend(space, model, precision, path, cost)
 
 
 def _first_matching(
-    space: LocalSpace,
-    model: SentenceTransformer,
-    precision: str,
-    cost: ModelCost,
-    reference: np.ndarray,
-    can_pack: bool,
+    space: LocalSpace, model: SentenceTransformer, precision: str, cost: ModelCost, check: _Check
 ) -> TorchBackend | None:
-    """The first path that runs and agrees with `reference`; None if there is none. Warns about each path it skips."""
+    """The first path that runs and agrees with `check`; None if there is none. Warns about each path it skips."""
     transformer: Any = model[0]
     usual_attention = transformer.model.config._attn_implementation
-    paths: tuple[Path, ...] = ("packed", "padded", "encode") if can_pack else ("padded", "encode")
-    for path in paths:
+    for path in _paths(model, precision):
         try:
             _use_attention(transformer.model, ATTENTION if path == "packed" else usual_attention)
             backend = TorchBackend(space, model, precision, path, cost)
-            cosine = min_cosine(backend, space, reference)
-            if cosine >= MIN_COSINE[precision]:
+            cosine = min_cosine(backend, space, check.reference)
+            if cosine >= check.min_cosine:
                 return backend
             why = f"its vectors differ from SentenceTransformer's (cosine {cosine:.5f})"
         except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             why = reason_of(error)
-        _log.warning("the path torch-%s is not used for %s in %s: %s", path, space.model, precision, why)
+        check.skipped.append(f"the path torch-{path} is not used for {space.model} in {precision}: {why}")
+        _log.warning("%s", check.skipped[-1])
     return None
 
 
