@@ -40,7 +40,6 @@ from embed_assets.workers import receive, send
 
 SENT = pa.schema([("text", pa.string()), ("ids", pa.list_(pa.int32()))])
 """A window: its texts and, if they are known, their token ids."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,14 @@ class ModelProcess:
             send(process.stdin, pickle.dumps((kind, value)))
 
     def _receive(self) -> tuple[str, Any]:
-        """The next message. Raises what the child raised; passes its log on."""
+        """The next message. Raises what the child raised."""
+        kind, value = self._message()
+        if kind == "error":
+            raise value
+        return kind, value
+
+    def _message(self) -> tuple[str, Any]:
+        """The next message, errors included; passes the child's log on. Raises ``EmbeddingError`` if it died."""
         process = self._process
         assert process is not None and process.stdout is not None
         while True:
@@ -164,16 +170,14 @@ class ModelProcess:
                 kind, value = pickle.loads(receive(process.stdout))
             except EOFError:
                 raise EmbeddingError(_why(process), is_retryable=True) from None
-            if kind == "log":
-                name, level, message = value
-                logging.getLogger(name).log(level, "%s", message)
-            elif kind == "error":
-                raise value
-            else:
-                return kind, value
+            if kind != "log":
+                return str(kind), value
+            name, level, message = value
+            logging.getLogger(name).log(level, "%s", message)
 
     def _wait_until_idle(self) -> None:
-        while (message := self._receive())[0] != "idle":
+        """Ignore all messages but "idle"."""
+        while (message := self._message())[0] != "idle":
             if message[0] == "result":
                 message[1].file.unlink()
 
@@ -184,8 +188,7 @@ class ModelProcess:
             self._send("end")
         try:
             self._wait_until_idle()
-        except Exception as error:  # the first error is under way already
-            _log.debug("the model's process is started anew: %s", error)
+        except EmbeddingError:  # it died, and the caller's error is under way already
             self.close()
 
 

@@ -57,10 +57,13 @@ def test_known_tokens_are_used(process: ModelProcess) -> None:
 
 def test_files_are_gone_afterwards(process: ModelProcess) -> None:
     process.load([], 0)
-    windows = process.embed_windows(Window([f"text {i}"]) for i in range(10))
-    next(windows)
-    windows.close()
+    pid = child_of(process).pid
+    for texts in (1, 20_000):  # of which the second is stopped in the middle
+        windows = process.embed_windows(Window([f"text {n}" for n in range(texts)]) for _ in range(10))
+        next(windows)
+        windows.close()
     assert len(list(process.embed_windows([Window(["after"])]))) == 1
+    assert child_of(process).pid == pid
     assert os.listdir(process._folder.name) == []
 
 
@@ -105,7 +108,7 @@ def test_errors_of_loading_are_raised_where_the_model_is_needed() -> None:
     process = ModelProcess(resolve_space(SAMPLE_MODEL), EngineOptions(device="cuda:7"))
     process.start()  # raises nothing
     for _ in range(2):
-        with pytest.raises((SettingsError, ModelError), match="(?i)cuda"):
+        with pytest.raises((SettingsError, ModelError), match=r"(?i)cuda"):
             process.load(["a"], 1)
     process.close()
 
