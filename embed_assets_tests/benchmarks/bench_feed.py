@@ -21,7 +21,8 @@ from pathlib import Path
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.hardware import available_cores
-from embed_assets.engine.tokenization import ModelTokenizer
+from embed_assets.engine.providers.catalog import resolve_space
+from embed_assets.engine.space import ModelChoice
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.lake.writer import Provenance
@@ -113,7 +114,7 @@ def _sync(root: Path, name: str, processes: int) -> Cost:
 
 def _tokenizing(texts: list[str]) -> float:
     """Seconds for tokenizing the texts with positions by the tokenizers library."""
-    tokenizer: ModelTokenizer = _pipeline(Path(), Path()).model.space.tokenizer
+    tokenizer = resolve_space(ModelChoice(MODEL)).tokenizer
     started = time.perf_counter()
     for encoding in tokenizer._whole.encode_batch(texts, add_special_tokens=False):
         _ = encoding.offsets
