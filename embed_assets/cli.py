@@ -33,7 +33,8 @@ from embed_assets.console import (
     stdout,
 )
 from embed_assets.errors import SettingsError, UserError
-from embed_assets.settings import load_settings, local_path
+from embed_assets.locations import local_path
+from embed_assets.settings import load_settings
 
 if TYPE_CHECKING:
     from embed_assets.defs.sync import PartitionPlan, Plan

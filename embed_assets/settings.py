@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -246,16 +245,3 @@ def _describe(problem: object) -> str:
     # Options may hold credentials, and so may a URL with a login.
     shown = "" if field.endswith("_options") or problem["type"] == "login" else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}; correct or unset {variable}"
-
-
-def local_path(location: str) -> Path | None:
-    """The local path of `location`, or None if it is a URL of another file system."""
-    if location.startswith("file://"):
-        return Path(location.removeprefix("file://"))
-    return None if "://" in location else Path(location)
-
-
-def canonical_location(location: str) -> str:
-    """Normalize a location for comparison: an absolute path without symlinks, or a URL without a trailing slash."""
-    path = local_path(location)
-    return str(path.absolute().resolve()) if path is not None else location.rstrip("/").replace("s3a://", "s3://")

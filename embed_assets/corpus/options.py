@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from embed_assets.records import hash_text
-from embed_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from embed_assets.settings import Settings
 
 PARSER_VERSION = "1"
 """Bump it when the same bytes would give different documents: every partition of raw_documents is then read again."""

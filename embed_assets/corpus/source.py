@@ -12,16 +12,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import fsspec
-from pydantic import JsonValue
 
 from embed_assets.corpus.listing import SourceFile, find, walk
 from embed_assets.errors import SettingsError, SourceError
+from embed_assets.locations import canonical_location, local_path
 from embed_assets.records import hash_parts, hash_text
-from embed_assets.settings import Settings, canonical_location, local_path
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from embed_assets.settings import Settings
 
 ROOT_PARTITION = "_root"
 """Key of the partition of files that lie in no folder, with EMBED_PARTITION_BY=folder."""

@@ -27,7 +27,7 @@ from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionFiles, TableState
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
-from embed_assets.settings import canonical_location
+from embed_assets.locations import canonical_location
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 

@@ -21,8 +21,8 @@ from embed_assets.lake.reader import DataFile, files_by_partition
 from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, lake_errors
 from embed_assets.lake.writer import TARGET_FILE_BYTES, writer_properties
+from embed_assets.locations import local_path
 from embed_assets.records import slices, utc_now
-from embed_assets.settings import local_path
 
 RETENTION = timedelta(hours=168)
 """How long unreferenced files are kept for readers and runs that still use them. It is Delta's own default.

@@ -8,7 +8,8 @@ from typing import Self
 
 from deltalake import DeltaTable
 
-from embed_assets.settings import Settings, canonical_location, local_path
+from embed_assets.locations import canonical_location, local_path
+from embed_assets.settings import Settings
 
 _PREFIX_PROPERTY = "embed_assets.name_prefix"
 _SOURCE_PROPERTY = "embed_assets.source"

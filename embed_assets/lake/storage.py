@@ -13,7 +13,7 @@ import obstore
 from obstore.exceptions import BaseError, UnknownConfigurationKeyError
 from obstore.store import LocalStore, from_url
 
-from embed_assets.settings import local_path
+from embed_assets.locations import local_path
 
 _CLIENT_OPTIONS = frozenset(
     {

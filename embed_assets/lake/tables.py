@@ -19,8 +19,9 @@ from embed_assets.errors import LakeError, SettingsError
 from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orphaned_data
 from embed_assets.lake.owner import Owner
 from embed_assets.lake.storage import Storage
+from embed_assets.locations import local_path
 from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
-from embed_assets.settings import Settings, local_path
+from embed_assets.settings import Settings
 
 SCHEMAS: dict[str, pa.Schema] = {
     "raw_documents": RAW_DOCUMENTS,

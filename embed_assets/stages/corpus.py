@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, tee
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,9 @@ from embed_assets.records import (
     packed_hashes,
     row_hashes,
 )
-from embed_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from embed_assets.settings import Settings
 
 _MIN_TEXT_TOKENS = 8
 """Tokens of text that a chunk must have room for. With fewer, a long prompt would split texts into single words."""

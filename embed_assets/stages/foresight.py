@@ -8,8 +8,8 @@ from __future__ import annotations
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine import user_cache
 from embed_assets.errors import SourceError
+from embed_assets.locations import local_path
 from embed_assets.records import hash_parts
-from embed_assets.settings import local_path
 from embed_assets.stages.pipeline import Pipeline
 
 _KIND = "synced"
