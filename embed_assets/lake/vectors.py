@@ -64,6 +64,10 @@ class HashIndex:
     def __len__(self) -> int:
         return sum(len(keys) for keys, _ in self._runs)
 
+    def keys(self) -> np.ndarray:
+        """All keys, in no particular order."""
+        return np.concatenate([keys for keys, _ in self._runs]) if self._runs else np.empty(0, _KEY)
+
     def find(self, keys: np.ndarray) -> np.ndarray:
         """int64, shape (n,): the number of each key; -1 for one that is not there."""
         found = np.full(len(keys), -1, np.int64)

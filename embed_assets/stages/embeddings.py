@@ -13,14 +13,15 @@ import pyarrow as pa
 from embed_assets.engine.backend import EmbeddedWindow, Embedder, Window
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import LakeError
-from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
+from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.staging import Staging
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of, is_one_of
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, utc_now
 from embed_assets.stages.chunk_rows import ROWS, ChunkRows
 from embed_assets.stages.compute import Compute
+from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.outcome import PartitionOutcome, Progress, Sample
 from embed_assets.stages.rejections import Rejections, replace_rejections
 
@@ -33,9 +34,8 @@ class Target:
     """Embeddings table of the space."""
     prompt: str
     """Exact string before every chunk."""
-    at_start: Snapshot | None = None
-    """Snapshot of the lake from before this process changed it, for reusing vectors of the whole table; None to reuse
-    only those of the partition."""
+    elsewhere: Elsewhere | None = None
+    """Vectors of the whole table; None to reuse only those of the partition."""
 
 
 def materialize_embeddings(
@@ -80,6 +80,8 @@ def materialize_embeddings(
             partition, rejections, provenance, lambda: partition.require_current(target.table), target.table.space
         )
         outcome.rejected_chunks = rejections.count
+    if target.elsewhere is not None:
+        target.elsewhere.add(vectors.keys())
     staging.clear()
     return replaced
 
@@ -169,15 +171,16 @@ class _Vectors:
     def missing_windows(self, compute: Compute) -> Iterator[Window]:
         """Windows of inputs without a vector, each distinct input once."""
         for found in self._missing(compute):
-            for tables in self._whole_tables():
-                where = is_one_of("input_hash", found.column("input_hash").to_pylist())
-                for batch in tables.rows(self.target.table, VECTOR_COLUMNS, where):
+            if self.target.elsewhere is not None:
+                for batch in self.target.elsewhere.vectors(found.column("input_hash"), self.partition.tables):
                     self._store.add(batch)
                 found = found.filter(pa.array(~self._store.has(hash_keys(found.column("input_hash")))))
-                if not found.num_rows:
-                    break
             if found.num_rows:
                 yield _window(found, self.target.prompt)
+
+    def keys(self) -> np.ndarray:
+        """The `hash_keys` of the inputs that were embedded or rejected."""
+        return self._asked.keys()
 
     def add(self, finished: EmbeddedWindow, batch: pa.RecordBatch) -> None:
         """Record an embedded window; `batch` are its rows with `VECTOR_COLUMNS`."""
@@ -235,13 +238,6 @@ class _Vectors:
         if parts:
             yield _joined_batch(parts)
 
-    def _whole_tables(self) -> tuple[Snapshot, ...]:
-        """Snapshots of the whole table to look in: today's, and the one at the process's start if it is another."""
-        at_start, now, table = self.target.at_start, self.partition.tables, self.target.table
-        if at_start is None:
-            return ()
-        return (now,) if at_start.version(table) == now.version(table) else (now, at_start)
-
     def _without_rejected(self, chunks: pa.RecordBatch, rejections: Rejections) -> pa.RecordBatch:
         """The chunks that have a vector. The others are added to `rejections`."""
         if not self._rejected:
@@ -289,12 +285,11 @@ def _window(inputs: pa.RecordBatch, prompt: str) -> Window:
     )
 
 
-def known_inputs(partition: PartitionSnapshot, target: Target, test_vectors: bool) -> tuple[set[str], set[str]]:
+def known_inputs(partition: PartitionSnapshot, table: TableSpec, test_vectors: bool) -> tuple[set[str], set[str]]:
     """Input hashes that have a vector already, and ids of the partition's embedded chunks.
 
     With `test_vectors`, the partition's vectors are read too, and unusable ones do not count.
     """
-    table = target.table
     with VectorStore() as store:
         columns = [*VECTOR_COLUMNS, "chunk_id"] if test_vectors else ["input_hash", "chunk_id"]
         hashes: set[str] = set()
@@ -309,7 +304,4 @@ def known_inputs(partition: PartitionSnapshot, target: Target, test_vectors: boo
             ids.update(batch.column("chunk_id").to_pylist())
     for batch in Staging(partition.lake, table, partition.key).read():
         hashes.update(batch.column("input_hash").to_pylist())
-    if target.at_start is not None:
-        for batch in partition.tables.rows(table, ["input_hash"]):
-            hashes.update(batch.column("input_hash").to_pylist())
     return hashes, ids

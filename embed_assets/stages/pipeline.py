@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from embed_assets.corpus.source import SourcePartition
@@ -12,9 +12,11 @@ from embed_assets.engine.ray_cluster import require_ray
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
+from embed_assets.lake.vectors import hash_keys
 from embed_assets.records import hash_text
 from embed_assets.settings import Settings
 from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
+from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.embeddings import Target, known_inputs
 from embed_assets.stages.model import Model
 
@@ -72,17 +74,13 @@ class Pipeline:
         return TableSpec("embeddings", self.model.space.name, self.model.space.describe())
 
     @cached_property
-    def at_start(self) -> Snapshot:
-        """Snapshot of the lake at first access. It still has vectors of rows that this process drops later."""
-        found = Snapshot(self.lake)
-        found.version(self.embeddings_table)
-        return found
-
-    @property
     def target(self) -> Target:
-        """Where vectors are stored, and where else they may be reused from."""
-        is_wide = self.settings.reuse == "table"
-        return Target(self.embeddings_table, self.model.space.prompt, self.at_start if is_wide else None)
+        """Where vectors are stored, and where else they may be reused from: in the lake as it is at first access."""
+        if self.settings.reuse != "table":
+            return Target(self.embeddings_table, self.model.space.prompt)
+        at_start = Snapshot(self.lake)
+        at_start.version(self.embeddings_table)
+        return Target(self.embeddings_table, self.model.space.prompt, Elsewhere(at_start, self.embeddings_table))
 
     @cached_property
     def code_versions(self) -> dict[str, str]:
@@ -113,8 +111,6 @@ class Estimator:
     pipeline: Pipeline
     tables: Snapshot
     """Snapshot of the lake that is read."""
-    _embedded_before: set[str] = field(default_factory=set)
-    """Input hashes that previously estimated partitions would embed; with table-wide reuse, later ones reuse them."""
 
     def estimate(self, partition: SourcePartition, stale: frozenset[str], is_damaged: bool) -> Estimate:
         """What materializing a partition would do.
@@ -122,21 +118,36 @@ class Estimator:
         `stale` names the assets that would run; fresh ones are read from their tables. With `is_damaged`, existing
         vectors are validated and unusable ones count as missing.
         """
-        target, space = self.pipeline.target, self.pipeline.model.space
-        known, ids = known_inputs(self.tables.partition(partition.key), target, is_damaged)
         if not stale:
-            return Estimate(0, len(ids), 0, 0)  # chunks without a vector were rejected by the model
+            return Estimate(0, self._stored_rows.get(partition.key, 0), 0, 0)
+        table, space = self.pipeline.embeddings_table, self.pipeline.model.space
+        known, ids = known_inputs(self.tables.partition(partition.key), table, is_damaged)
         to_embed: dict[str, int] = {}
         kept = chunks = 0
         for chunk_id, text, token_count in self._future_chunks(partition, stale):
             chunks += 1
             kept += chunk_id in ids
             input_hash = hash_text(space.prompt + text)
-            if input_hash not in known and input_hash not in self._embedded_before:
+            if input_hash not in known:
                 to_embed[input_hash] = token_count + max(0, space.prompt_tokens - 1)
-        if target.at_start is not None:
-            self._embedded_before.update(to_embed)
+        if self._elsewhere is not None:
+            keys = hash_keys(list(to_embed))
+            is_known = self._elsewhere.has(keys).tolist()
+            to_embed = {h: tokens for (h, tokens), known in zip(to_embed.items(), is_known, strict=True) if not known}
+            self._elsewhere.add(keys)  # later partitions reuse what earlier ones would embed
         return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
+
+    @cached_property
+    def _elsewhere(self) -> Elsewhere | None:
+        """Vectors of the whole table and of the partitions estimated before, if those are reused."""
+        is_wide = self.pipeline.settings.reuse == "table"
+        return Elsewhere(self.tables, self.pipeline.embeddings_table) if is_wide else None
+
+    @cached_property
+    def _stored_rows(self) -> dict[str, int]:
+        """Rows of each partition's embeddings. Chunks without one were rejected by the model."""
+        state = self.tables.state(self.pipeline.embeddings_table)
+        return {} if state is None else {key: files.rows for key, files in state.partitions.items()}
 
     def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
         """Yield (chunk_id, text, token_count) of each chunk that the partition will have."""
