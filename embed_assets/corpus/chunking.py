@@ -227,7 +227,9 @@ class _Splitter:
         """The section's chunks, in order; positions are relative to the section."""
         if not self._text.strip():
             return []
-        bounds = self._cheapest_path(*self._cuts())
+        # With room for all of it, the cheapest path is a single step: every cut has a cost.
+        fits = len(self._tokens.ids) <= self._limit - self._overlap
+        bounds = [0, len(self._text)] if fits else self._cheapest_path(*self._cuts())
         cores = [s for s in (_strip(self._text, *span) for span in pairwise(bounds)) if s[0] < s[1]]
         found = self._with_overlap(self._split_oversize(cores))
         paths = self._structure.heading_paths([start for (start, _), _ in found])

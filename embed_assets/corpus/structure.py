@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -79,20 +80,41 @@ class Outline:
     """Depth of each reStructuredText heading style, (character, has overline), in the order the document uses them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Structure:
     """The possible cuts of a text, and its headings."""
 
-    cuts: np.ndarray
-    """int64 (cuts,): code points in ascending order, each the start of a line or sentence; without 0 and the end."""
-    costs: np.ndarray
-    """float64 (cuts,): the cost of each cut."""
+    text: str = field(repr=False)
     fences: list[tuple[int, int]]
     """Half-open spans of code blocks, which should stay whole."""
     headings: list[Heading]
     """In order of their start."""
     outline: Outline
     """Inherited from the document before this text; `heading_paths` advances it to the text's end."""
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """int64 (cuts,): code points in ascending order, each the start of a line or sentence; not 0, nor the end."""
+        return self._cuts_and_costs[0]
+
+    @property
+    def costs(self) -> np.ndarray:
+        """float64 (cuts,): the cost of each cut."""
+        return self._cuts_and_costs[1]
+
+    @cached_property
+    def _cuts_and_costs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Found only when they are asked for: a text that fits into one chunk needs none."""
+        text = self.text
+        # Later kinds take precedence at the same position. An item is cut at its start, the others after their end.
+        kinds = {m.end(): SENTENCE for pattern in (_SENTENCE_END, _CJK_SENTENCE_END) for m in pattern.finditer(text)}
+        kinds |= {m.start(): ITEM for m in _LIST_ITEM.finditer("\n" + text)}
+        kinds |= {m.end(): BLOCK for m in BLANK_LINES.finditer(text)}
+        _apply_fences(text, kinds, self.fences)
+        depths = {h.start: h.depth for h in self.headings}
+        positions = sorted(p for p in kinds.keys() | depths.keys() if 0 < p < len(text))
+        costs = [_cost(text, p, kinds.get(p, BLOCK), depths.get(p)) for p in positions]
+        return np.array(positions, dtype=np.int64), np.array(costs)
 
     def heading_paths(self, positions: Sequence[int]) -> list[str]:
         """For each position, the headings above it, outermost first, joined by ' > '.
@@ -124,16 +146,7 @@ def find_structure(text: str, media_type: str, outline: Outline | None = None) -
     """
     outline = outline or Outline()
     fences = find_fences(text, media_type)
-    headings = _headings(text, media_type, fences, outline)
-    # Later kinds take precedence at the same position. A list item is cut at its start, the others after their end.
-    kinds = {m.end(): SENTENCE for pattern in (_SENTENCE_END, _CJK_SENTENCE_END) for m in pattern.finditer(text)}
-    kinds |= {m.start(): ITEM for m in _LIST_ITEM.finditer("\n" + text)}
-    kinds |= {m.end(): BLOCK for m in BLANK_LINES.finditer(text)}
-    _apply_fences(text, kinds, fences)
-    depths = {h.start: h.depth for h in headings}
-    positions = sorted(p for p in kinds.keys() | depths.keys() if 0 < p < len(text))
-    costs = [_cost(text, p, kinds.get(p, BLOCK), depths.get(p)) for p in positions]
-    return Structure(np.array(positions, dtype=np.int64), np.array(costs), fences, headings, outline)
+    return Structure(text, fences, _headings(text, media_type, fences, outline), outline)
 
 
 def find_headings(text: str, media_type: str) -> list[Heading]:
