@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-all ui check check-lowest bench torture clean
+.PHONY: install demo test test-all ui check check-lowest bench gpu torture clean
 
 install: $(STAMP)
 
@@ -49,6 +49,10 @@ ui: install
 bench: install
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python -m embed_assets_tests.benchmarks $(DIR)
+
+# Accepts the engine on a CUDA machine, with the Python that has torch there; installs nothing. Writes gpu.json.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m embed_assets_tests.gpu $(ARGS)
 
 torture: install
 	$(BIN)/python -m embed_assets_tests.torture $(ARGS)
