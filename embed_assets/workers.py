@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, Generic, TypeVar
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 _MAX_WAITING = 16
 """Results of a task that wait to be taken. More let a worker get further ahead, fewer make it wait sooner."""
 _POLL_SECONDS = 0.2
-"""How soon a worker whose results nobody takes notices that its task was abandoned."""
+"""How soon one side of a stream notices that the other is gone."""
 _LENGTH = struct.Struct("<Q")
 """Every message on the pipes is preceded by its length in bytes."""
 _ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -38,17 +39,27 @@ class WorkerDied(Exception):
     """A worker process ended in the middle of a task. The message says how."""
 
 
+class WorkersClosed(Exception):
+    """The workers were closed while a task was queued or under way."""
+
+
 class Stream(Generic[Result]):
     """Results of one task, as they come."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[tuple[str, Any]] = queue.Queue(_MAX_WAITING)
         self._is_abandoned = threading.Event()
+        self._is_closed = threading.Event()
 
     def __iter__(self) -> Iterator[Result]:
-        """Yield the results. Raises what the task raised, or ``WorkerDied``."""
+        """Yield the results. Raises what the task raised, ``WorkerDied``, or ``WorkersClosed``."""
         while True:
-            kind, value = self._waiting.get()
+            try:
+                kind, value = self._waiting.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if self._is_closed.is_set():
+                    raise WorkersClosed("the workers were closed before the task was done") from None
+                continue
             if kind == "end":
                 return
             if kind == "error":
@@ -58,6 +69,10 @@ class Stream(Generic[Result]):
     def abandon(self) -> None:
         """Stop the task at its next result; nobody takes it."""
         self._is_abandoned.set()
+
+    def close(self) -> None:
+        """End the stream where it is: nothing more will come."""
+        self._is_closed.set()
 
     def put(self, kind: str, value: Any = None) -> bool:
         """Pass on one message. False if the stream was abandoned."""
@@ -77,6 +92,7 @@ class Workers(Generic[Task, Result]):
         self._threads = ThreadPoolExecutor(max(1, processes), thread_name_prefix="worker")
         self._mine = threading.local()
         self._children: list[_Child] = []
+        self._streams: weakref.WeakSet[Stream[Result]] = weakref.WeakSet()
         self._is_closed = False
 
     def __enter__(self) -> Workers[Task, Result]:
@@ -87,7 +103,10 @@ class Workers(Generic[Task, Result]):
 
     def submit(self, task: Task) -> Stream[Result]:
         """Queue a task; tasks begin in the order of their submission."""
+        if self._is_closed:
+            raise WorkersClosed("the workers were closed")
         stream: Stream[Result] = Stream()
+        self._streams.add(stream)
         self._threads.submit(self._run, task, stream)
         return stream
 
@@ -99,6 +118,8 @@ class Workers(Generic[Task, Result]):
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             child.close()
+        for stream in list(self._streams):
+            stream.close()
 
     def _run(self, task: Task, stream: Stream[Result]) -> None:
         """Run a task and pass its results on; in a thread of the pool."""

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from embed_assets.errors import SourceError
-from embed_assets.workers import WorkerDied, Workers
+from embed_assets.workers import Stream, WorkerDied, Workers, WorkersClosed
 
 
 class Unpicklable(Exception):
@@ -118,3 +118,26 @@ def test_workers_end_when_their_parent_is_killed() -> None:
         worker = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
         assert worker.wait(timeout=60) is None
+
+
+def test_closing_the_workers_ends_whoever_waits_for_them() -> None:
+    workers = Workers[str, object](serve, 1)
+    streams = [workers.submit("count 1000000"), workers.submit("count 1")]  # one under way, one queued
+    next(iter(streams[0]))
+    ends: list[BaseException] = []
+
+    def wait_for(stream: Stream[object]) -> None:
+        try:
+            list(stream)
+        except (WorkersClosed, WorkerDied) as error:
+            ends.append(error)
+
+    threads = [threading.Thread(target=wait_for, args=(stream,)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    workers.close()
+    for thread in threads:
+        thread.join(60)
+    assert len(ends) == 2
+    with pytest.raises(WorkersClosed):
+        workers.submit("count 1")

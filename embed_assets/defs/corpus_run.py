@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 import dagster as dg
 
@@ -25,7 +26,7 @@ from embed_assets.stages.chunk_rows import ChunkRows, PreparedChunks, StoredChun
 from embed_assets.stages.chunks import materialize_chunks
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.corpus import TEXT_COLUMNS
-from embed_assets.stages.embeddings import materialize_embeddings
+from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
 from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
@@ -34,6 +35,8 @@ from embed_assets.stages.progress import RunObserver
 from embed_assets.stages.raw_documents import materialize_raw_documents
 
 _log = logging.getLogger(__name__)
+_LEAST_BYTES_AHEAD = 4 << 20
+"""Size of a new partition whose chunks are embedded before all of them are there. Smaller ones overlap with others."""
 _WAIT_SECONDS = 2.0
 """Timeout of a wait for partitions: how late messages of the compute are passed on at most."""
 
@@ -103,13 +106,16 @@ class CorpusRun:
             for place, key in enumerate(self.keys):
                 assert upcoming is not None
                 current, rest = upcoming, range(place + 1, len(self.keys))
+                embedded = self._embed_ahead(key, preparation)
                 while not current.done():
                     self._end_finished(under_way, current)
                 lost = self._lost() if rest else None
                 if rest and lost is None:
                     upcoming = ahead.submit(self._prepare, self.keys[place + 1], preparation)
                 with self._failing(key):
-                    under_way[self._begin(current.result(), lanes)] = key
+                    task = current.result()
+                    task.outcome.count_embedded(embedded)
+                    under_way[self._begin(task, lanes)] = key
                 while len(under_way) >= self.compute.partitions_in_flight:
                     self._end_finished(under_way)
                 if lost is not None:
@@ -211,7 +217,29 @@ class CorpusRun:
             self._read_and_chunk(task, preparation)
         except Exception as error:  # _begin raises it, after recording what was materialized before it
             task.error = error
+        finally:
+            preparation.end(files)
         return task
+
+    def _embed_ahead(self, key: str, preparation: Preparation) -> PartitionOutcome:
+        """Embed a large new partition's chunks in this thread while another one still prepares them.
+
+        Returns what was embedded. Not with compute that embeds several partitions at a time: it is busy anyway.
+        """
+        ahead, files = PartitionOutcome(key), self.partitions[key]
+        is_new = self.history.record("embeddings", key) is None and set(self.selected) == set(ASSETS)
+        if self.compute.max_partitions > 1 or not is_new or files.byte_size < _LEAST_BYTES_AHEAD:
+            return ahead
+        with contextlib.closing(self.before.begin(key)) as partition:
+            chunks, target = preparation.arriving(files), self.pipeline.target
+            report = partial(self.observer.progress, key)
+            try:
+                embed_ahead(partition, chunks, target, self.compute, ahead, report)
+            except (ModelError, SettingsError):
+                raise
+            except Exception as error:  # either preparing failed, or embedding meets it again and reports it
+                _log.info("partition %r: embedding ahead of its chunks ended: %s", key, describe(error))
+        return ahead
 
     def _read_and_chunk(self, task: _Task, preparation: Preparation) -> None:
         partition, outcome = task.partition, task.outcome

@@ -24,8 +24,8 @@ ROWS = (
 _STORED = [name for name in ROWS if name not in ("uri", "title", "input_hash")]
 
 
-class ChunkRows(Protocol):
-    """The chunks of a partition. Every method can be called any number of times and gives the same order."""
+class ChunkInputs(Protocol):
+    """What there is to embed of a partition."""
 
     @property
     def count(self) -> int:
@@ -35,6 +35,10 @@ class ChunkRows(Protocol):
     def inputs(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `INPUTS`."""
         ...
+
+
+class ChunkRows(ChunkInputs, Protocol):
+    """The chunks of a partition. Every method can be called any number of times and gives the same order."""
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `ROWS`."""

@@ -19,7 +19,7 @@ from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, utc_now
-from embed_assets.stages.chunk_rows import ROWS, ChunkRows
+from embed_assets.stages.chunk_rows import ROWS, ChunkInputs, ChunkRows
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.outcome import PartitionOutcome, Progress, Sample
@@ -61,18 +61,10 @@ def materialize_embeddings(
         Rejections(partition.key) as rejections,
     ):
         vectors.look_up(staging, may_be_damaged=provenance.rewrite)
-        windows = vectors.missing_windows(compute)
-        if (first := next(windows, None)) is not None:
-            embedder, on_tick = _start(compute, first, vectors, outcome, on_progress)
-            for finished in embedder.embed_windows(chain([first], windows), on_tick):
-                vectors.add(finished, staged(staging, finished))
-                compute.adapt(finished.stats)
-                outcome.engine.add(finished.stats)
-                outcome.embedded = vectors.embedded
-                on_tick(vectors.embedded, outcome.engine.tokens)
+        _embed_missing(vectors, staging, compute, outcome, on_progress)
         # Vectors that were embedded again must be committed even if all columns of the content hash are unchanged.
         provenance = provenance if not outcome.embedded else provenance.rewriting()
-        rows = vectors.join_rows(outcome, rejections)
+        rows = vectors.join_rows(chunks, outcome, rejections)
         replaced = partition.replace(
             target.table, rows, provenance, lambda: partition.require_current(RAW, CHUNK_TABLE), vectors.dimension
         )
@@ -84,6 +76,45 @@ def materialize_embeddings(
         target.elsewhere.add(vectors.keys())
     staging.clear()
     return replaced
+
+
+def embed_ahead(
+    partition: PartitionSnapshot,
+    chunks: ChunkInputs,
+    target: Target,
+    compute: Compute,
+    outcome: PartitionOutcome,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Embed chunks that are not committed yet, and stage their vectors; count them in `outcome`.
+
+    `materialize_embeddings` finds the staged windows when the chunks are in the lake.
+    """
+    staging = Staging(partition.lake, target.table, partition.key)
+    with _Vectors(partition, chunks, target) as vectors:
+        vectors.look_up(staging, may_be_damaged=True)
+        _embed_missing(vectors, staging, compute, outcome, on_progress)
+
+
+def _embed_missing(
+    vectors: _Vectors,
+    staging: Staging,
+    compute: Compute,
+    outcome: PartitionOutcome,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """Embed and stage the inputs without a vector, window by window. Loads the model only if there is one."""
+    windows = vectors.missing_windows(compute)
+    if (first := next(windows, None)) is None:
+        return
+    embedder, on_tick = _start(compute, first, vectors, outcome, on_progress)
+    for finished in embedder.embed_windows(chain([first], windows), on_tick):
+        batch = staged(staging, finished)
+        vectors.add(finished, batch)
+        compute.adapt(finished.stats)
+        outcome.engine.add(finished.stats)
+        outcome.embedded += batch.num_rows
+        on_tick(vectors.embedded, outcome.engine.tokens)
 
 
 def _start(
@@ -125,7 +156,7 @@ class _Vectors:
     """The vectors of a partition's chunks: those available, those asked for and those that were rejected."""
 
     partition: PartitionSnapshot
-    chunks: ChunkRows
+    chunks: ChunkInputs
     target: Target
     embedded: int = 0
     """Texts embedded so far."""
@@ -204,7 +235,9 @@ class _Vectors:
                 f"{self.dimension}, the model gives {dimension}; remove that folder"
             )
 
-    def join_rows(self, outcome: PartitionOutcome, rejections: Rejections) -> Iterator[pa.RecordBatch]:
+    def join_rows(
+        self, chunks: ChunkRows, outcome: PartitionOutcome, rejections: Rejections
+    ) -> Iterator[pa.RecordBatch]:
         """The partition's new rows, joined from chunks, documents and vectors. Counts them in `outcome`.
 
         Chunks whose input was rejected are added to `rejections` instead. Raises ``LakeError`` for a chunk without a
@@ -213,7 +246,7 @@ class _Vectors:
         outcome.chunks = outcome.truncated = 0
         outcome.sample = Sample()
         outcome.dropped = len(self._previous)
-        for batch in self.chunks.rows():
+        for batch in chunks.rows():
             kept = self._without_rejected(batch, rejections)
             if kept.num_rows:
                 yield self._joined(kept, outcome)

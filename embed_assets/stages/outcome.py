@@ -102,6 +102,12 @@ class PartitionOutcome:
         """Tokens sent to the model."""
         return self.engine.tokens
 
+    def count_embedded(self, ahead: PartitionOutcome) -> None:
+        """Add what was embedded of the partition before its chunks were committed."""
+        self.embedded += ahead.embedded
+        self.startup_seconds += ahead.startup_seconds
+        self.engine.add(ahead.engine)
+
     def as_json(self) -> dict[str, object]:
         """The fields of the JSON output."""
         names = ("state", "documents", "rejected", "chunks", "embedded", "reused", "dropped", "rejected_chunks")

@@ -9,6 +9,7 @@ into memory. The result is the same with any number of workers.
 from __future__ import annotations
 
 import contextlib
+import threading
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from embed_assets.records import (
     utc_now,
 )
 from embed_assets.scratch import ArrowFile, scratch_folder
+from embed_assets.stages.chunk_rows import INPUTS
 from embed_assets.stages.corpus import Corpus, parsed_batch
 from embed_assets.workers import Stream, WorkerDied, Workers
 
@@ -40,6 +42,8 @@ _TASK_FILES = 256
 """Files read by one task, so that many small ones are spread too."""
 _LEAST_BYTES = 1 << 20
 """Bytes of files for which processes are started: that takes as long as reading and splitting about a megabyte."""
+_BYTES_PER_CHUNK = 800
+"""Of source text, about, for estimates."""
 _TASKS_AHEAD = 4
 """Tasks per worker that are queued, under way, or done and not taken yet. More keep workers busy during long commits,
 fewer take less space on disk."""
@@ -154,6 +158,47 @@ class Prepared:
         self.pieces.clear()
 
 
+class Arriving:
+    """The chunks of a partition while it is being prepared in another thread."""
+
+    def __init__(self, byte_size: int) -> None:
+        self._byte_size = byte_size
+        self._files: list[ArrowFile] = []
+        self._is_complete = False
+        self._changed = threading.Condition()
+
+    def add(self, pieces: Iterable[Piece]) -> None:
+        """Add the next pieces."""
+        with self._changed:
+            self._files += [piece.chunks for piece in pieces if piece.chunks is not None]
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """There will be no more, because all are there or because preparing failed."""
+        with self._changed:
+            self._is_complete = True
+            self._changed.notify_all()
+
+    @property
+    def count(self) -> int:
+        """About how many chunks it will have."""
+        return max(1, self._byte_size // _BYTES_PER_CHUNK)
+
+    def inputs(self) -> Iterator[pa.RecordBatch]:
+        """Batches with the columns `INPUTS`, as they arrive; ends with the partition."""
+        place = 0
+        while True:
+            with self._changed:
+                while len(self._files) <= place and not self._is_complete:
+                    self._changed.wait()
+                if len(self._files) <= place:
+                    return
+                file = self._files[place]
+            place += 1
+            for batch in file.batches():
+                yield batch.select(INPUTS)
+
+
 @contextlib.contextmanager
 def open_preparation(
     corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, processes: int | None
@@ -181,6 +226,9 @@ class Preparation:
     ) -> None:
         """`partitions` are those whose files are to be read, `splits` says whether their documents are to be split."""
         self._workers, self._preparer, self._splits = workers, preparer, splits
+        self._arriving: dict[str, Arriving] = {}
+        self._over: set[str] = set()
+        self._lock = threading.Lock()
         self._upcoming = (task for files in partitions for task in _read_tasks(files, splits, task_bytes))
         self._begun: deque[tuple[ReadTask, Stream[Piece]]] = deque()
 
@@ -189,7 +237,7 @@ class Preparation:
 
         Raises ``SourceError`` if a file can't be opened or read.
         """
-        prepared = Prepared()
+        prepared, arriving = Prepared(), self.arriving(files)
         if not files.files:
             return prepared
         self._skip_others(files.key)
@@ -199,13 +247,31 @@ class Preparation:
             self._begin_more()
             taken += len(task.files.files)
             try:
-                prepared.pieces += self._pieces(task, stream)
+                pieces = self._pieces(task, stream)
+                prepared.pieces += pieces
+                arriving.add(pieces)
             except BaseException:
                 prepared.remove()
                 raise
         if taken != len(files.files):
             raise RuntimeError(f"{taken} of the {len(files.files)} files of the partition {files.key!r} were prepared")
         return prepared
+
+    def arriving(self, files: SourcePartition) -> Arriving:
+        """The partition's chunks as `take` prepares them, for another thread; none once its turn is over."""
+        with self._lock:
+            found = self._arriving.setdefault(files.key, Arriving(files.byte_size))
+            if files.key in self._over:
+                found.end()
+            return found
+
+    def end(self, files: SourcePartition) -> None:
+        """Nothing more will arrive of the partition. To be called in any case once its turn to be prepared is over."""
+        with self._lock:
+            self._over.add(files.key)
+            arriving = self._arriving.pop(files.key, None)
+        if arriving is not None:
+            arriving.end()
 
     def _skip_others(self, key: str) -> None:
         """Abandon the tasks before those of the partition `key`: their partitions failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,3 +184,27 @@ def test_stored_documents_are_split_like_read_ones(folder: Path) -> None:
         assert again.documents == []
         assert contents(again)[1] == contents(read)[1]
     assert list(preparer.folder.iterdir()) == []
+
+
+def test_chunks_can_be_followed_while_they_are_prepared(folder: Path) -> None:
+    preparer = Preparer(corpus_in(folder), folder / "scratch")
+    root = Path(preparer.corpus.source.root)
+    for i in range(5):
+        (root / f"{i}.txt").write_text(f"text {i}")
+    [files] = preparer.corpus.source.partitions().values()
+    with Workers(preparer, 1) as workers:
+        preparation = Preparation(workers, preparer, [files], splits=True, task_bytes=1)
+        arriving, seen = preparation.arriving(files), list[str]()
+
+        def follow() -> None:
+            for batch in arriving.inputs():
+                seen.extend(batch.column("text").to_pylist())
+
+        thread = threading.Thread(target=follow)
+        thread.start()
+        prepared = preparation.take(files)
+        preparation.end(files)
+        thread.join(60)
+        assert not thread.is_alive()
+        assert seen == [row["text"] for row in rows(prepared.chunks)] == [f"text {i}" for i in range(5)]
+        assert list(preparation.arriving(files).inputs()) == []  # its turn is over
