@@ -57,7 +57,7 @@ class Stream(Generic[Result]):
             try:
                 kind, value = self._waiting.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                if self._is_closed.is_set():
+                if self._is_closed.is_set() or self._is_abandoned.is_set():
                     raise WorkersClosed("the workers were closed before the task was done") from None
                 continue
             if kind == "end":
@@ -75,8 +75,8 @@ class Stream(Generic[Result]):
         self._is_closed.set()
 
     def put(self, kind: str, value: Any = None) -> bool:
-        """Pass on one message. False if the stream was abandoned."""
-        while not self._is_abandoned.is_set():
+        """Pass on one message. False if the stream was abandoned or closed."""
+        while not self._is_abandoned.is_set() and not self._is_closed.is_set():
             with contextlib.suppress(queue.Full):
                 self._waiting.put((kind, value), timeout=_POLL_SECONDS)
                 return True
@@ -113,13 +113,13 @@ class Workers(Generic[Task, Result]):
     def close(self) -> None:
         """Kill the processes and wait for the threads. Tasks that were not finished never are."""
         self._is_closed = True
+        for stream in list(self._streams):
+            stream.close()
         for child in self._children:
             child.kill()
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             child.close()
-        for stream in list(self._streams):
-            stream.close()
 
     def _run(self, task: Task, stream: Stream[Result]) -> None:
         """Run a task and pass its results on; in a thread of the pool."""

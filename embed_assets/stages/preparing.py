@@ -167,10 +167,10 @@ class Arriving:
         self._is_complete = False
         self._changed = threading.Condition()
 
-    def add(self, pieces: Iterable[Piece]) -> None:
-        """Add the next pieces."""
+    def add(self, piece: Piece) -> None:
+        """Add the next piece."""
         with self._changed:
-            self._files += [piece.chunks for piece in pieces if piece.chunks is not None]
+            self._files += [piece.chunks] if piece.chunks is not None else []
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -247,9 +247,9 @@ class Preparation:
             self._begin_more()
             taken += len(task.files.files)
             try:
-                pieces = self._pieces(task, stream)
-                prepared.pieces += pieces
-                arriving.add(pieces)
+                for piece in self._pieces(task, stream):
+                    prepared.pieces.append(piece)
+                    arriving.add(piece)
             except BaseException:
                 prepared.remove()
                 raise
@@ -295,8 +295,11 @@ class Preparation:
                 return
             self._begun.append((task, self._workers.submit(task)))
 
-    def _pieces(self, task: ReadTask, stream: Stream[Piece], is_retry: bool = False) -> list[Piece]:
-        """The results of a task. If it kills its worker, its files are read one by one, and a culprit is rejected."""
+    def _pieces(self, task: ReadTask, stream: Stream[Piece], is_retry: bool = False) -> Iterator[Piece]:
+        """Yield the results of a task, once all of it is read.
+
+        If it kills its worker, its files are read one by one, and a culprit is rejected.
+        """
         key = task.files.key
         found: list[tuple[Piece, Stream[Piece] | None]] = []
         try:
@@ -307,18 +310,18 @@ class Preparation:
                 found.append((piece, split))
         except WorkerDied as died:
             if is_retry and len(task.files.files) == 1:
-                return [self._preparer.rejected(lost(self._preparer.corpus.source, task.files, str(died)), key)]
+                yield self._preparer.rejected(lost(self._preparer.corpus.source, task.files, str(died)), key)
+                return
             alone = [replace(task, files=replace(task.files, files=(file,))) for file in task.files.files]
-            is_last = len(alone) == 1
-            return [p for one in alone for p in self._pieces(one, self._workers.submit(one), is_last)]
-        pieces: list[Piece] = []
+            for one in alone:
+                yield from self._pieces(one, self._workers.submit(one), is_retry=len(alone) == 1)
+            return
         for piece, split in found:
             if split is None or piece.documents is None:
-                pieces.append(piece)
+                yield piece
             else:
-                pieces.append(Piece(rejections=piece.rejections))
-                pieces += self._split_pieces(key, piece.documents, split)
-        return pieces
+                yield Piece(rejections=piece.rejections)
+                yield from self._split_pieces(key, piece.documents, split)
 
     def _split_pieces(
         self, key: str, documents: ArrowFile, stream: Stream[Piece], is_retry: bool = False
