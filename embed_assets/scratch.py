@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from embed_assets.errors import LakeError
 
 _CACHE_KILOBYTES = 16_384
 """Page cache of each `DiskMap`. A larger one keeps more maps off the disk, at that much more memory per open map."""
+_FOLDER_PREFIX, _LOCK_NAME = "embed_assets_", "lock"
+_ORPHAN_SECONDS = 60.0
+"""Age from which a folder without a holder of its lock counts as an orphan: creating one takes far less."""
 _MAX_IN_MEMORY = 20_000
 """Strings a `SpillingSet` holds before it spills: a few megabytes of ids, so that small files need no database."""
 
@@ -88,28 +94,60 @@ class ArrowFile:
     def write(cls, path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
         """Write the batches to `path`. Raises ``LakeError`` if the disk is full."""
         rows = 0
-        with scratch_errors(), pa.OSFile(str(path), "wb") as file:
+        with scratch_errors():
+            file = pa.OSFile(str(path), "wb")
+        with file:
             with pa.ipc.new_stream(file, schema) as stream:
                 for batch in batches:
                     rows += batch.num_rows
-                    stream.write_batch(batch)
+                    with scratch_errors():
+                        stream.write_batch(batch)
             return cls(path, rows, file.tell())
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The batches. They stay valid when the file is removed."""
-        with scratch_errors():
-            stream = pa.ipc.open_stream(pa.memory_map(str(self.path)))
-        yield from stream
+        yield from pa.ipc.open_stream(pa.memory_map(str(self.path)))
 
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder, deleted when it is closed."""
-    with scratch_errors():
-        return tempfile.TemporaryDirectory(prefix="embed_assets_", ignore_cleanup_errors=True)
+class ScratchFolder:
+    """A temporary folder, deleted when it is closed, or by a later process if this one is killed before."""
+
+    def __init__(self) -> None:
+        with scratch_errors():
+            _remove_orphans()
+            self._folder = tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX, ignore_cleanup_errors=True)
+            self._lock = FileLock(self.path / _LOCK_NAME)
+            self._lock.acquire(timeout=0)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self._folder.name)
+
+    def close(self) -> None:
+        """Delete the folder and everything in it."""
+        self._lock.release()
+        self._folder.cleanup()
+
+
+def _remove_orphans() -> None:
+    """Delete the folders of processes that were killed: nobody holds their locks any more."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*/{_LOCK_NAME}"):
+        # Another user's folder, or one that its process is creating or deleting at this moment, is left alone.
+        with contextlib.suppress(OSError, Timeout):
+            if time.time() - lock.stat().st_mtime > _ORPHAN_SECONDS:
+                with FileLock(lock).acquire(timeout=0):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 class DiskMap:

@@ -22,10 +22,8 @@ from typing import IO, Any, Generic, TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_MAX_WAITING = 16
-"""Results of a task that wait to be taken. More let a worker get further ahead, fewer make it wait sooner."""
 _POLL_SECONDS = 0.2
-"""How soon one side of a stream notices that the other is gone."""
+"""How soon whoever waits for a stream notices that it was closed."""
 _LENGTH = struct.Struct("<Q")
 """Every message on the pipes is preceded by its length in bytes."""
 _ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -44,10 +42,10 @@ class WorkersClosed(Exception):
 
 
 class Stream(Generic[Result]):
-    """Results of one task, as they come."""
+    """Results of one task, as they come. They never make the worker wait, so they should be small."""
 
     def __init__(self) -> None:
-        self._waiting: queue.Queue[tuple[str, Any]] = queue.Queue(_MAX_WAITING)
+        self._waiting: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._is_abandoned = threading.Event()
         self._is_closed = threading.Event()
 
@@ -76,11 +74,10 @@ class Stream(Generic[Result]):
 
     def put(self, kind: str, value: Any = None) -> bool:
         """Pass on one message. False if the stream was abandoned or closed."""
-        while not self._is_abandoned.is_set() and not self._is_closed.is_set():
-            with contextlib.suppress(queue.Full):
-                self._waiting.put((kind, value), timeout=_POLL_SECONDS)
-                return True
-        return False
+        if self._is_abandoned.is_set() or self._is_closed.is_set():
+            return False
+        self._waiting.put((kind, value))
+        return True
 
 
 class Workers(Generic[Task, Result]):
@@ -93,6 +90,7 @@ class Workers(Generic[Task, Result]):
         self._mine = threading.local()
         self._children: list[_Child] = []
         self._streams: weakref.WeakSet[Stream[Result]] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._is_closed = False
 
     def __enter__(self) -> Workers[Task, Result]:
@@ -103,19 +101,22 @@ class Workers(Generic[Task, Result]):
 
     def submit(self, task: Task) -> Stream[Result]:
         """Queue a task; tasks begin in the order of their submission."""
-        if self._is_closed:
-            raise WorkersClosed("the workers were closed")
         stream: Stream[Result] = Stream()
-        self._streams.add(stream)
-        self._threads.submit(self._run, task, stream)
+        with self._lock:
+            if self._is_closed:
+                raise WorkersClosed("the workers were closed")
+            self._streams.add(stream)
+            self._threads.submit(self._run, task, stream)
         return stream
 
     def close(self) -> None:
         """Kill the processes and wait for the threads. Tasks that were not finished never are."""
-        self._is_closed = True
-        for stream in list(self._streams):
+        with self._lock:
+            self._is_closed = True
+            streams, children = list(self._streams), list(self._children)
+        for stream in streams:
             stream.close()
-        for child in self._children:
+        for child in children:
             child.kill()
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
@@ -137,7 +138,8 @@ class Workers(Generic[Task, Result]):
         """This thread's worker process."""
         if not hasattr(self._mine, "child"):
             self._mine.child = _Child(self._serve)
-            self._children.append(self._mine.child)
+            with self._lock:
+                self._children.append(self._mine.child)
         child: _Child = self._mine.child
         return child
 
@@ -187,9 +189,10 @@ class _Child:
         return str(kind), value
 
     def kill(self) -> None:
-        """Kill the process, if it is running."""
-        if self._process is not None:
-            self._process.kill()
+        """Kill the process, if it is running; from any thread."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> None:
         """Kill the process and close its pipes."""

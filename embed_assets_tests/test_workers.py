@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from embed_assets.errors import SourceError
+from embed_assets.scratch import ScratchFolder
 from embed_assets.workers import Stream, WorkerDied, Workers, WorkersClosed
 
 
@@ -98,6 +101,12 @@ def test_an_abandoned_task_makes_way(workers: Workers[str, object]) -> None:
     assert list(workers.submit("count 2")) == [0, 1]
 
 
+def test_results_that_nobody_takes_hold_nobody_up(workers: Workers[str, object]) -> None:
+    waiting = [workers.submit("count 1000") for _ in range(3)]  # more than there are threads
+    assert list(workers.submit("count 2")) == [0, 1]
+    assert [len(list(stream)) for stream in waiting] == [1000] * 3
+
+
 def test_processes_start_with_work_and_end_with_the_pool() -> None:
     with Workers[str, object](serve, 2) as workers:
         before = {child.pid for child in psutil.Process().children()}
@@ -141,3 +150,17 @@ def test_closing_the_workers_ends_whoever_waits_for_them() -> None:
     assert len(ends) == 2
     with pytest.raises(WorkersClosed):
         workers.submit("count 1")
+
+
+def test_folders_of_killed_processes_are_removed_by_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os; from embed_assets.scratch import ScratchFolder; f = ScratchFolder(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"TMPDIR": str(tmp_path)})
+    [orphan] = tmp_path.iterdir()
+    os.utime(orphan / "lock", (1, 1))
+    with ScratchFolder() as mine:
+        os.utime(mine / "lock", (1, 1))  # old, but somebody holds it
+        assert list(tmp_path.iterdir()) == [mine]
+        with ScratchFolder() as other:
+            assert set(tmp_path.iterdir()) == {mine, other}
+    assert list(tmp_path.iterdir()) == []

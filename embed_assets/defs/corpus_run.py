@@ -30,7 +30,7 @@ from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
 from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.preparing import Preparation, Prepared, open_preparation
+from embed_assets.stages.preparing import Preparation, Prepared, open_preparation, processes_for
 from embed_assets.stages.progress import RunObserver
 from embed_assets.stages.raw_documents import materialize_raw_documents
 
@@ -198,16 +198,16 @@ class CorpusRun:
 
     def _open_preparation(self) -> contextlib.AbstractContextManager[Preparation]:
         """The documents to read and split in this run."""
-        to_read = [
-            self.partitions[key]
-            for key in self.keys
-            if "raw_documents" in self.selected
-            and self._status("raw_documents", self.history.outcome(key, self.partitions[key].version)).state != "fresh"
-        ]
-        pipeline = self.pipeline
-        return open_preparation(
-            pipeline.corpus, to_read, "chunks" in self.selected, pipeline.settings.prepare_processes
-        )
+        due: dict[str, list[SourcePartition]] = {"raw_documents": [], "chunks": []}
+        for key in self.keys:
+            files = self.partitions[key]
+            outcome = self.history.outcome(key, files.version)
+            for asset in due.keys() & set(self.selected):
+                if self._status(asset, outcome).state != "fresh":
+                    due[asset].append(files)
+        byte_size = max(sum(files.byte_size for files in partitions) for partitions in due.values())
+        processes = processes_for(byte_size, self.pipeline.settings.prepare_processes)
+        return open_preparation(self.pipeline.corpus, due["raw_documents"], "chunks" in self.selected, processes)
 
     def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
@@ -279,15 +279,19 @@ class CorpusRun:
     def _embed(self, task: _Task) -> _Task:
         """Embed a partition's chunks; runs in a thread of `lanes`."""
         outcome = task.outcome
-        made = materialize_embeddings(
-            task.partition,
-            self._chunk_rows(task),
-            self.pipeline.target,
-            self.compute,
-            self._provenance("embeddings", outcome),
-            outcome,
-            lambda progress: self.observer.progress(outcome.key, progress),
-        )
+        try:
+            made = materialize_embeddings(
+                task.partition,
+                self._chunk_rows(task),
+                self.pipeline.target,
+                self.compute,
+                self._provenance("embeddings", outcome),
+                outcome,
+                partial(self.observer.progress, outcome.key),
+            )
+        except BaseException:
+            task.close()
+            raise
         _note("embeddings", outcome, made)
         return task
 
@@ -299,9 +303,9 @@ class CorpusRun:
 
     def _end(self, task: _Task) -> None:
         """Record and check a partition's embeddings, and report it as finished."""
-        if "embeddings" in task.outcome.replaced:
-            self._record("embeddings", task)
-        task.close()
+        with contextlib.closing(task):
+            if "embeddings" in task.outcome.replaced:
+                self._record("embeddings", task)
         self.observer.finished(task.outcome)
 
     def _is_due(self, asset: str, outcome: PartitionOutcome) -> bool:

@@ -35,7 +35,7 @@ from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.errors import EmbeddingError
-from embed_assets.scratch import scratch_errors, scratch_folder
+from embed_assets.scratch import ScratchFolder, scratch_errors
 from embed_assets.workers import receive, send
 
 SENT = pa.schema([("text", pa.string()), ("ids", pa.list_(pa.int32()))])
@@ -59,7 +59,7 @@ class ModelProcess:
 
     def __init__(self, space: EmbeddingSpace, options: EngineOptions) -> None:
         self._space, self._options = space, options
-        self._folder = scratch_folder()
+        self._folder = ScratchFolder()
         self._process: subprocess.Popen[bytes] | None = None
         self._info: EngineInfo | None = None
         self._lock = threading.Lock()
@@ -81,7 +81,7 @@ class ModelProcess:
                 self._process = _spawn()
                 self._info = None
                 weakref.finalize(self, _end, self._process)
-                self._send("load", (self._space, self._options, Path(self._folder.name)))
+                self._send("load", (self._space, self._options, self._folder.path))
 
     def load(self, texts: Sequence[str], expected: int) -> None:
         """Wait until the model is loaded and, if `expected` texts like `texts` justify it, tuned.
@@ -138,7 +138,7 @@ class ModelProcess:
             return EmbeddedWindow(window, vectors, value.is_truncated, value.rejected, value.stats)
 
     def _written(self, window: Window) -> Path:
-        file = Path(self._folder.name) / f"{uuid.uuid4().hex}.window"
+        file = self._folder.path / f"{uuid.uuid4().hex}.window"
         tokens = window.tokens
         ids = pa.nulls(len(window.texts), pa.list_(pa.int32()))
         if tokens is not None:

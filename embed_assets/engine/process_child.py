@@ -23,7 +23,6 @@ from embed_assets.engine.process import Result
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.errors import UserError
 from embed_assets.workers import receive, send
 
 
@@ -75,12 +74,13 @@ class _Child:
         self._engine = Engine(space, options)
         try:
             _ = self._engine.embedder
-        except UserError as error:  # nobody waits for it yet
+        except Exception as error:  # nobody waits for it yet
             self._load_error = error
 
     def _tune(self, texts: list[str], expected: int) -> None:
         if self._load_error is not None:
-            raise self._load_error
+            error, self._load_error = self._load_error, None  # the next time it is tried again
+            raise error
         assert self._engine is not None
         self._engine.embedder_for(texts, expected)
         self.answer("info", self._engine.info)
@@ -109,7 +109,10 @@ class _Child:
         except Exception as error:
             self.answer("error", _picklable(error))
             while not is_ended:  # what the parent sent before it saw the error
-                is_ended = self._waiting.get()[0] != "window"
+                kind, file = self._waiting.get()
+                is_ended = kind != "window"
+                if not is_ended:
+                    file.unlink()
         self.answer("idle")
 
 

@@ -132,7 +132,11 @@ class WordCache:
     def tokens(self, texts: Sequence[str]) -> list[PlacedTokens]:
         """The tokens of each text."""
         with self._lock:
-            return self._look_up(texts)
+            try:
+                return self._look_up(texts)
+            except BaseException:  # words may have been numbered whose tokens were not added
+                self._words, self._parts = _Table(), _Table()
+                raise
 
     def _look_up(self, texts: Sequence[str]) -> list[PlacedTokens]:
         # As one long text: a space between two texts separates their words, and splitting all at once is fastest.

@@ -123,6 +123,10 @@ class VectorStore:
     def __len__(self) -> int:
         return len(self._is_truncated)
 
+    def keys(self) -> np.ndarray:
+        """The `hash_keys` of all vectors."""
+        return self._index.keys()
+
     def has(self, keys: np.ndarray) -> np.ndarray:
         """bool, shape (n,): which of the `hash_keys` have a vector."""
         return np.asarray(self._index.find(keys) >= 0)

@@ -210,8 +210,8 @@ class _Vectors:
                 yield _window(found, self.target.prompt)
 
     def keys(self) -> np.ndarray:
-        """The `hash_keys` of the inputs that were embedded or rejected."""
-        return self._asked.keys()
+        """The `hash_keys` of all inputs with a vector."""
+        return self._store.keys()
 
     def add(self, finished: EmbeddedWindow, batch: pa.RecordBatch) -> None:
         """Record an embedded window; `batch` are its rows with `VECTOR_COLUMNS`."""

@@ -21,6 +21,7 @@ import pyarrow as pa
 from embed_assets.corpus.parsing import ROW_SUFFIXES, lost
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.hardware import available_cores
+from embed_assets.errors import PartitionError
 from embed_assets.records import (
     PARSED_DOCUMENTS,
     REJECTED_DOCUMENTS,
@@ -31,7 +32,7 @@ from embed_assets.records import (
     rejection_batch,
     utc_now,
 )
-from embed_assets.scratch import ArrowFile, scratch_folder
+from embed_assets.scratch import ArrowFile, ScratchFolder
 from embed_assets.stages.chunk_rows import INPUTS
 from embed_assets.stages.corpus import Corpus, parsed_batch
 from embed_assets.workers import Stream, WorkerDied, Workers
@@ -201,16 +202,20 @@ class Arriving:
 
 @contextlib.contextmanager
 def open_preparation(
-    corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, processes: int | None
+    corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, processes: int
 ) -> Iterator[Preparation]:
-    """A `Preparation` of the partitions. With None processes, there is one per core if there is enough to read."""
-    if processes is None:
-        is_small = sum(files.byte_size for files in partitions) < _LEAST_BYTES
-        processes = 0 if is_small else available_cores()
-    with scratch_folder() as folder:
-        preparer = Preparer(corpus, Path(folder))
+    """A `Preparation` of the partitions in so many processes; 0: in this one."""
+    with ScratchFolder() as folder:
+        preparer = Preparer(corpus, folder)
         with Workers(preparer, processes) as workers:
             yield Preparation(workers, preparer, partitions, splits)
+
+
+def processes_for(byte_size: int, configured: int | None) -> int:
+    """How many processes to read or split so many bytes with: unless configured, one per core if there is enough."""
+    if configured is not None:
+        return configured
+    return available_cores() if byte_size >= _LEAST_BYTES else 0
 
 
 class Preparation:
@@ -281,16 +286,24 @@ class Preparation:
             self._begin_more()
 
     def split(self, key: str, documents: Iterable[pa.RecordBatch]) -> Prepared:
-        """The chunks of documents that were read before; `documents` have at least `TEXT_COLUMNS`."""
+        """The chunks of documents that were read before; `documents` have at least `TEXT_COLUMNS`.
+
+        Raises ``PartitionError`` if splitting one of them kills its worker.
+        """
         files = list(self._preparer.stored(documents))
         begun = [(file, self._workers.submit(SplitTask(key, file))) for file in files]
         prepared = Prepared([piece for file, stream in begun for piece in self._split_pieces(key, file, stream)])
         for file in files:
             file.remove()
+        for file in prepared.rejections:
+            [row] = next(file.batches()).select(["document_id", "detail"]).to_pylist()
+            raise PartitionError(f"partition {key!r}: {row['document_id']!r} can't be split: {row['detail']}")
         return Prepared([replace(piece, documents=None) for piece in prepared.pieces])
 
     def _begin_more(self) -> None:
-        while len(self._begun) < _TASKS_AHEAD * max(1, self._workers.processes):
+        most = _TASKS_AHEAD * max(1, self._workers.processes)
+        # Of large files of rows, one at a time is read ahead: their documents are as large on disk as they are.
+        while len(self._begun) < most and sum(task.files.byte_size for task, _ in self._begun) < most * _TASK_BYTES:
             if (task := next(self._upcoming, None)) is None:
                 return
             self._begun.append((task, self._workers.submit(task)))

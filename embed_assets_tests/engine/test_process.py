@@ -64,7 +64,7 @@ def test_files_are_gone_afterwards(process: ModelProcess) -> None:
         windows.close()
     assert len(list(process.embed_windows([Window(["after"])]))) == 1
     assert child_of(process).pid == pid
-    assert os.listdir(process._folder.name) == []
+    assert os.listdir(process._folder.path) == ["lock"]
 
 
 def test_a_killed_process_is_an_error_that_passes(process: ModelProcess) -> None:

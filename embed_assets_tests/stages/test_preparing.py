@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embed_assets.corpus.source import SourcePartition
-from embed_assets.errors import SourceError
+from embed_assets.errors import PartitionError, SourceError
 from embed_assets.scratch import ArrowFile
 from embed_assets.settings import load_settings
 from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
@@ -208,3 +208,14 @@ def test_chunks_can_be_followed_while_they_are_prepared(folder: Path) -> None:
         assert not thread.is_alive()
         assert seen == [row["text"] for row in rows(prepared.chunks)] == [f"text {i}" for i in range(5)]
         assert list(preparation.arriving(files).inputs()) == []  # its turn is over
+
+
+def test_documents_that_can_not_be_split_again_are_no_silent_loss(folder: Path) -> None:
+    preparer = Deadly(corpus_in(folder), folder / "scratch")
+    (Path(preparer.corpus.source.root) / "rows.jsonl").write_text('{"id": "7", "text": "deadly"}')
+    [files] = preparer.corpus.source.partitions().values()
+    [read] = Preparer(preparer.corpus, preparer.folder)(ReadTask(files, False))
+    assert read.documents is not None
+    documents = list(read.documents.batches())
+    with Workers(preparer, 1) as workers, pytest.raises(PartitionError, match=r"rows\.jsonl#7.*signal 9"):
+        Preparation(workers, preparer, [], splits=True).split("_root", documents)

@@ -25,7 +25,7 @@ from embed_assets.engine.backends.parity import (
 )
 from embed_assets.engine.backends.verdict import Verdict, recall, remember, verdict_key
 from embed_assets.engine.batching import Batch, Layout
-from embed_assets.engine.faults import reason_of
+from embed_assets.engine.faults import is_out_of_memory, is_transient, reason_of
 from embed_assets.engine.gpu import GpuMonitor, GpuUsage
 from embed_assets.engine.hardware import cpu_workers, share_cores
 from embed_assets.engine.metrics import ModelCost
@@ -198,7 +198,8 @@ def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles:
             return _known_to_match(space, model, precision, cost, known)
         backend = _first_matching(space, model, precision, cost, check)
         if backend is not None:
-            remember(key, Verdict(backend.path, with_onednn, check.skipped))
+            if not check.is_disturbed:
+                remember(key, Verdict(backend.path, with_onednn, check.skipped))
             return backend
     raise InaccurateError(
         f"the model {space.model!r} does not reproduce SentenceTransformer's float32 vectors with "
@@ -245,6 +246,13 @@ class _Check:
     min_cosine: float
     skipped: list[str] = field(default_factory=list)
     """Warnings about paths that did not reproduce them."""
+    disturbances: list[str] = field(default_factory=list)
+    """Errors of those paths that may be gone the next time, such as a full GPU."""
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the outcome says too little to be remembered."""
+        return bool(self.disturbances)
 
     @classmethod
     def of(cls, space: LocalSpace, model: SentenceTransformer, device: str, precision: str) -> _Check:
@@ -297,6 +305,8 @@ def _first_matching(
             why = f"its vectors differ from SentenceTransformer's (cosine {cosine:.5f})"
         except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             why = reason_of(error)
+            if is_out_of_memory(error) or is_transient(error):
+                check.disturbances.append(why)
         check.skipped.append(f"the path torch-{path} is not used for {space.model} in {precision}: {why}")
         _log.warning("%s", check.skipped[-1])
     return None
