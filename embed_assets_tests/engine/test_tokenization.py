@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import ModelTokenizer
+from embed_assets.engine.words import PlacedTokens, WordCache
 from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
 
 
@@ -174,3 +175,24 @@ def test_copies_can_be_used_concurrently(
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_a_failure_while_words_are_learned_leaves_no_trace(sample_space: EmbeddingSpace) -> None:
+    tokenizer = sample_space.tokenizer.copy()
+    assert tokenizer._words is not None
+    fails = [False]
+
+    def tokenize(text: str) -> PlacedTokens:
+        if fails[0]:
+            raise MemoryError
+        return tokenizer._placed([text])[0]
+
+    words = WordCache(tokenize, [])
+    words.tokens(["some words"])
+    fails[0] = True
+    with pytest.raises(MemoryError):
+        words.tokens(["others come"])
+    fails[0] = False
+    for text in ("some others come", "words, others; more"):
+        [found], [expected] = words.tokens([text]), tokenizer._placed([text])
+        assert found.ids.tolist() == expected.ids.tolist() and found.spans.tolist() == expected.spans.tolist()
