@@ -161,10 +161,11 @@ def discover(as_json: bool) -> CommandResult:
 
     pipeline = _pipeline()
     pipeline.lake.check_owner()
-    with open_instance() as instance:
+    with open_instance() as instance, stderr.status("listing the source") as status:
         listing = pipeline.corpus.source.listing()
         partitions = with_emptied_partitions(instance, listing.partitions, Names.of(pipeline))
-        found = discover_partitions(instance, partitions, load_history(instance, pipeline))
+        history = load_history(instance, pipeline)
+        found = discover_partitions(instance, partitions, history, lambda line, share: status.update(line))
     if not as_json:
         print_names("new", found.added)
         print_names("changed", found.changed)

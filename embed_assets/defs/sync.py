@@ -181,7 +181,7 @@ def run_sync(
     history = load_history(instance, pipeline, tables=tables)
     if not allow_empty:
         refuse_if_emptied(pipeline.corpus.source, not listing.partitions, history.records["raw_documents"])
-    discover(instance, partitions, history)
+    discover(instance, partitions, history, sink.progress)
     plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))
     observer = RunObserver(sink)
     fresh = {p.partition.key: history.outcome(p.partition.key, p.partition.version) for p in plans if p.is_fresh}
