@@ -96,13 +96,17 @@ class ArrowFile:
         rows = 0
         with scratch_errors():
             file = pa.OSFile(str(path), "wb")
-        with file:
-            with pa.ipc.new_stream(file, schema) as stream:
-                for batch in batches:
-                    rows += batch.num_rows
-                    with scratch_errors():
-                        stream.write_batch(batch)
-            return cls(path, rows, file.tell())
+            stream = pa.ipc.new_stream(file, schema)
+        try:
+            for batch in batches:
+                rows += batch.num_rows
+                with scratch_errors():
+                    stream.write_batch(batch)
+            with scratch_errors():
+                stream.close()
+                return cls(path, rows, file.tell())
+        finally:
+            file.close()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The batches. They stay valid when the file is removed."""

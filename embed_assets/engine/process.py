@@ -60,6 +60,7 @@ class ModelProcess:
     def __init__(self, space: EmbeddingSpace, options: EngineOptions) -> None:
         self._space, self._options = space, options
         self._folder = ScratchFolder()
+        weakref.finalize(self, self._folder.close)
         self._process: subprocess.Popen[bytes] | None = None
         self._info: EngineInfo | None = None
         self._lock = threading.Lock()
