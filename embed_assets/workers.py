@@ -248,7 +248,7 @@ def _main() -> None:
     """The worker's main loop: serve tasks until standard input closes, which it does when the parent ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keep whatever a library prints out of the answers
-    hide_pandas()
+    sys.meta_path.insert(0, _WithoutPandas())
     with contextlib.suppress(AttributeError, OSError):
         os.nice(_NICENESS)
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -265,14 +265,8 @@ def _main() -> None:
                 send(answers, _pickled_error(error))
 
 
-def hide_pandas() -> None:
-    """Keep pandas out of this process: where it is installed, pyarrow imports it with its first conversion, which takes
-    half a second."""
-    sys.meta_path.insert(0, _WithoutPandas())
-
-
 class _WithoutPandas(importlib.abc.MetaPathFinder):
-    """Hides pandas."""
+    """Hides pandas: pyarrow imports it with its first conversion, if it is installed, and no worker needs it."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         """Nothing, so that other finders go on. Raises ``ModuleNotFoundError`` for pandas."""

@@ -19,12 +19,11 @@ import pyarrow as pa
 
 from embed_assets.engine.backend import Window
 from embed_assets.engine.engine import Engine
-from embed_assets.engine.model import LocalSpace
 from embed_assets.engine.process import Result
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.workers import hide_pandas, receive, send
+from embed_assets.workers import receive, send
 
 
 class _Child:
@@ -72,8 +71,6 @@ class _Child:
 
     def _load(self, space: EmbeddingSpace, options: EngineOptions, folder: Path) -> None:
         self._folder = folder
-        if not (isinstance(space, LocalSpace) and space.trust_remote_code):  # whose code may need it
-            hide_pandas()
         self._engine = Engine(space, options)
         try:
             _ = self._engine.embedder
