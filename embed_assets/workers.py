@@ -10,27 +10,26 @@ import importlib.abc
 import os
 import pickle
 import queue
-import struct
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from embed_assets.children import how_it_ended, own_pipes, receive, send, start_child
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _POLL_SECONDS = 0.2
 """How soon whoever waits for a stream notices that it was closed."""
-_LENGTH = struct.Struct("<Q")
-"""Every message on the pipes is preceded by its length in bytes."""
 _ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """One thread per worker: there are as many workers as cores."""
 _NICENESS = 10
 """Lower priority than the process that runs the model: on 2 busy cores its passes then take 1.2 times as long as alone,
-instead of 1.7 times. Linux compares priorities within a session only, so workers must not get one of their own."""
+instead of 1.7 times."""
 
 
 class WorkerDied(Exception):
@@ -177,7 +176,7 @@ class _Child:
         try:
             send(process.stdin, pickle.dumps(task))
         except BrokenPipeError:
-            raise WorkerDied(_cause_of_death(process)) from None
+            raise WorkerDied(how_it_ended(process)) from None
 
     def _receive(self) -> tuple[str, Any]:
         process = self._process
@@ -185,7 +184,7 @@ class _Child:
         try:
             kind, value = pickle.loads(receive(process.stdout))
         except EOFError:
-            raise WorkerDied(_cause_of_death(process)) from None
+            raise WorkerDied(how_it_ended(process)) from None
         return str(kind), value
 
     def kill(self) -> None:
@@ -204,50 +203,18 @@ class _Child:
 
 def _start(serve: Callable[[Any], Iterator[Any]]) -> subprocess.Popen[bytes]:
     """A new worker process. Raises ``WorkerDied`` when it does not start."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "embed_assets.workers"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | _ENVIRONMENT,
-        process_group=0,  # Ctrl-C must reach only the parent
-    )
+    process = start_child("embed_assets.workers", _ENVIRONMENT)
     assert process.stdin is not None
     try:
         send(process.stdin, pickle.dumps(serve))
     except BrokenPipeError:
-        raise WorkerDied(_cause_of_death(process)) from None
+        raise WorkerDied(how_it_ended(process)) from None
     return process
-
-
-def _cause_of_death(process: subprocess.Popen[bytes]) -> str:
-    status = process.wait()
-    return f"signal {-status}" if status < 0 else f"status {status}"
-
-
-def send(stream: IO[bytes], *messages: bytes) -> None:
-    """Write messages, each preceded by its length."""
-    for message in messages:
-        stream.write(_LENGTH.pack(len(message)))
-        stream.write(message)
-    stream.flush()
-
-
-def receive(stream: IO[bytes]) -> bytes:
-    """One message. Raises ``EOFError`` when the stream ends early."""
-    header = stream.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        raise EOFError
-    [length] = _LENGTH.unpack(header)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
-    return data
 
 
 def _main() -> None:
     """The worker's main loop: serve tasks until standard input closes, which it does when the parent ends."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keep whatever a library prints out of the answers
+    requests, answers = own_pipes()
     sys.meta_path.insert(0, _WithoutPandas())
     with contextlib.suppress(AttributeError, OSError):
         os.nice(_NICENESS)

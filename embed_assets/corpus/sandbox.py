@@ -9,17 +9,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+from embed_assets.children import how_it_ended, own_pipes, receive, send, start_child
 from embed_assets.corpus.formats import FORMATS, MissingExtra
 from embed_assets.corpus.items import BadRow
 from embed_assets.errors import SourceError
-from embed_assets.workers import receive, send
 
 CPU_SECONDS = 60
 """CPU time for one document. 20 MB of HTML take five seconds, so this rejects only documents that blow up."""
@@ -86,14 +85,7 @@ class ParserProcess:
         """The live process, started if necessary. Raises ``SourceError`` when it does not start."""
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "embed_assets.corpus.sandbox"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                start_new_session=True,  # Ctrl-C must reach only the parent
-            )
+            self._process = start_child("embed_assets.corpus.sandbox", is_quiet=True)
             assert self._process.stdout is not None
             try:
                 receive(self._process.stdout)
@@ -123,10 +115,9 @@ class _ProcessDied(Exception):
     @classmethod
     def diagnose(cls, process: subprocess.Popen[bytes]) -> _ProcessDied:
         """The exception that explains the exit status of a dead process."""
-        status = process.wait()
+        how, status = how_it_ended(process), process.returncode
         if sys.platform != "win32" and status == -signal.SIGXCPU:
             return cls(f"parsing it took more than {CPU_SECONDS} seconds of CPU time; split or simplify it", True)
-        how = f"signal {-status}" if status < 0 else f"status {status}"
         guess = f"perhaps for using more than {MEMORY_BYTES >> 30} GB of memory"
         has_aborted = status == -signal.SIGABRT  # what native code does when an allocation fails
         return cls(f"parsing it ended the parser with {how}, {guess}; split it", has_aborted)
@@ -149,8 +140,7 @@ def _parse(suffix: str, data: bytes) -> tuple[list[str], bytes]:
 
 def _serve() -> None:
     """The child's main loop: answer requests until standard input closes."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keep whatever a library prints out of the answers
+    requests, answers = own_pipes()
     send(answers, b"ready")
     while True:
         try:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import pickle
 import signal
 import subprocess
-import sys
 import threading
 import uuid
 import weakref
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embed_assets.children import how_it_ended, receive, send, start_child
 from embed_assets.engine.backend import EmbeddedWindow, OnTick, Window
 from embed_assets.engine.embedder import WINDOWS_IN_FLIGHT
 from embed_assets.engine.engine import EngineInfo, configured
@@ -36,7 +35,6 @@ from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.errors import EmbeddingError
 from embed_assets.scratch import ScratchFolder, scratch_errors
-from embed_assets.workers import receive, send
 
 SENT = pa.schema([("text", pa.string()), ("ids", pa.list_(pa.int32()))])
 """A window: its texts and, if they are known, their token ids."""
@@ -79,7 +77,7 @@ class ModelProcess:
         """Start the process and load the model there. Returns without waiting."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._process = _spawn()
+                self._process = start_child("embed_assets.engine.process_child")
                 self._info = None
                 weakref.finalize(self, _end, self._process)
                 self._send("load", (self._space, self._options, self._folder.path))
@@ -194,20 +192,9 @@ class ModelProcess:
 
 
 def _why(process: subprocess.Popen[bytes]) -> str:
-    status = process.wait()
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    guess = ", perhaps for lack of memory" if status == -signal.SIGKILL else ""
+    how = how_it_ended(process)
+    guess = ", perhaps for lack of memory" if process.returncode == -signal.SIGKILL else ""
     return f"the process that runs the model ended with {how}{guess}; finished windows are kept: run again"
-
-
-def _spawn() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "embed_assets.engine.process_child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        process_group=0,  # Ctrl-C must reach only the parent
-    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import queue
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,13 +16,13 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from embed_assets.children import own_pipes, receive, send
 from embed_assets.engine.backend import Window
 from embed_assets.engine.engine import Engine
 from embed_assets.engine.process import Result
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace
 from embed_assets.engine.tokenization import TokenizedTexts
-from embed_assets.workers import receive, send
 
 
 class _Child:
@@ -119,13 +118,9 @@ class _Child:
 def _read_window(file: Path) -> Window:
     with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
         batch = reader.get_batch(0)
-        texts, ids = batch.column("text").to_pylist(), batch.column("ids")
-        tokens = None
-        if not ids.null_count:
-            flat, offsets = ids.values.to_numpy().copy(), ids.offsets.to_numpy().astype(np.int64)
-            tokens = TokenizedTexts(flat, offsets, np.zeros(len(texts), bool))
+        window = Window(batch.column("text").to_pylist(), (), TokenizedTexts.from_lists(batch.column("ids")))
     file.unlink()
-    return Window(texts, (), tokens)
+    return window
 
 
 class _LogToParent(logging.Handler):
@@ -151,9 +146,7 @@ def _picklable(error: Exception) -> Exception:
 
 def _main() -> None:
     """Run the child until its parent is gone."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keep whatever a library prints out of the answers
-    child = _Child(requests, answers)
+    child = _Child(*own_pipes())
     logger = logging.getLogger("embed_assets")
     logger.addHandler(_LogToParent(child))
     logger.setLevel(logging.INFO)

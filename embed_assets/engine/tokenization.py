@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tokenizers import Encoding, Tokenizer, models, pre_tokenizers, processors
 
 from embed_assets.engine.words import PlacedTokens, splits_at_whitespace, word_cache
@@ -36,6 +37,15 @@ class TokenizedTexts:
     """int64, shape (texts + 1,): text i has ``ids[offsets[i]:offsets[i + 1]]``."""
     is_truncated: np.ndarray
     """bool, shape (texts,): whether tokens beyond the model's maximum were dropped."""
+
+    @classmethod
+    def from_lists(cls, ids: pa.ListArray) -> TokenizedTexts | None:
+        """The tokens of texts of which none was truncated, given as lists of int32; None if any list is null."""
+        if ids.null_count:
+            return None
+        offsets = ids.offsets.to_numpy().astype(np.int64)
+        flat = ids.values.to_numpy()[offsets[0] : offsets[-1]]
+        return cls(flat, offsets - offsets[0], np.zeros(len(ids), dtype=bool))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -96,6 +96,10 @@ class HashIndex:
             run = merged[order], numbers[order]
         self._runs.append(run)
 
+    def add_new(self, keys: np.ndarray) -> None:
+        """Add those of the keys that are new; their numbers mean nothing."""
+        self.add(keys[self.is_new(keys)])
+
 
 class VectorStore:
     """Vectors keyed by input hash. They are in a temporary file, so that memory hardly grows with their number."""

@@ -34,7 +34,7 @@ class Elsewhere:
     def add(self, keys: np.ndarray) -> None:
         """Note hashes whose vectors this process has committed."""
         with self._lock:
-            self._index.add(keys[self._index.is_new(keys)])
+            self._index.add_new(keys)
 
     def vectors(self, inputs: pa.Array, now: Snapshot) -> Iterator[pa.RecordBatch]:
         """Batches with `VECTOR_COLUMNS` of the wanted input hashes, in the table as it is `now` and as it was."""
@@ -47,6 +47,5 @@ class Elsewhere:
     def _index(self) -> HashIndex:
         index = HashIndex()
         for batch in self._at_start.rows(self._table, ["input_hash"]):
-            keys = hash_keys(batch.column("input_hash"))
-            index.add(keys[index.is_new(keys)])
+            index.add_new(hash_keys(batch.column("input_hash")))
         return index

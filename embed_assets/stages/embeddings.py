@@ -190,8 +190,7 @@ class _Vectors:
         try:
             for batch in self.partition.rows(self.target.table, [*VECTOR_COLUMNS, "chunk_id"]):
                 self._store.add(batch)
-                ids = hash_keys(batch.column("chunk_id"))
-                self._previous.add(ids[self._previous.is_new(ids)])
+                self._previous.add_new(hash_keys(batch.column("chunk_id")))
         except LakeError:
             if not may_be_damaged:
                 raise
@@ -307,15 +306,9 @@ def _joined_batch(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def _window(inputs: pa.RecordBatch, prompt: str) -> Window:
     """The window of a batch with `INPUTS`, tokenized if all token ids are known."""
-    texts = inputs.column("text").to_pylist()
-    ids, tokens = inputs.column("input_ids"), None
-    if not ids.null_count:
-        offsets = ids.offsets.to_numpy().astype(np.int64)
-        flat = ids.values.to_numpy()[offsets[0] : offsets[-1]]
-        tokens = TokenizedTexts(flat, offsets - offsets[0], np.zeros(len(texts), bool))
-    return Window(
-        [prompt + text for text in texts] if prompt else texts, inputs.column("input_hash").to_pylist(), tokens
-    )
+    texts = [prompt + text for text in inputs.column("text").to_pylist()]
+    tokens = TokenizedTexts.from_lists(inputs.column("input_ids"))
+    return Window(texts, inputs.column("input_hash").to_pylist(), tokens)
 
 
 def known_inputs(partition: PartitionSnapshot, table: TableSpec, test_vectors: bool) -> tuple[set[str], set[str]]:

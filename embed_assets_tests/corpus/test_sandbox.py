@@ -13,11 +13,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from embed_assets.children import send
 from embed_assets.corpus.items import BadRow
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.sandbox import ParserProcess
 from embed_assets.errors import SourceError
-from embed_assets.workers import send
 from embed_assets_tests.corpus.test_parsing import read
 
 PAGE = b"<div><b>words and words</b></div>" * 1_000_000

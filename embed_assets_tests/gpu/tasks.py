@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from embed_assets.engine.backend import Window
+from embed_assets.engine.backend import Backend, Window
 from embed_assets.engine.backends.parity import CHECK_TEXTS
 from embed_assets.engine.backends.torch_backend import load_torch_backend
 from embed_assets.engine.embedder import LocalEmbedder
@@ -111,7 +111,7 @@ def parity(bench: Bench, name: str) -> dict[str, Any]:
     for precision in ("float32", "bfloat16") if bench.device == "cpu" else ("float32", "bfloat16", "float16"):
         with _warnings() as lines:
             backend = load_torch_backend(space, bench.device, precision, False)
-        embedder = LocalEmbedder(backend, space.tokenizer, space.max_seq_length, 16_384)
+        embedder = _over(backend, space, 16_384)
         together, alone = embedder.embed(texts).vectors, [embedder.embed([text]).vectors[0] for text in texts[:24]]
         found[precision] = {
             "path": backend.name,
@@ -131,14 +131,14 @@ def survival(bench: Bench) -> dict[str, Any]:
 
     space, texts = bench.space("minilm"), bench.texts("minilm", "mixed", 12_000)
     backend = load_torch_backend(space, bench.device, bench.precision, False)
-    expected = LocalEmbedder(backend, space.tokenizer, space.max_seq_length, 16_384).embed(texts).vectors
+    expected = _over(backend, space, 16_384).embed(texts).vectors
     ballast = None
     if bench.device == "cpu":
         _refuse_batches_over(backend, 3000)
     else:
         torch.cuda.empty_cache()
         ballast = torch.empty(torch.cuda.mem_get_info()[0] - (3 << 30), dtype=torch.uint8, device=bench.device)
-    embedder = LocalEmbedder(backend, space.tokenizer, space.max_seq_length, 1 << 23)
+    embedder = _over(backend, space, 1 << 23)
     with _warnings() as lines:
         vectors = embedder.embed(texts).vectors
     del ballast
@@ -174,7 +174,7 @@ def throughput(bench: Bench, name: str) -> dict[str, Any]:
     backend = load_torch_backend(space, bench.device, bench.precision, False)
     for kind, texts in kinds.items():
         budgets = (512, 1024) if bench.is_small else (16_384, 65_536, 131_072)
-        embedders = {b: LocalEmbedder(backend, space.tokenizer, space.max_seq_length, b) for b in budgets}
+        embedders = {b: _over(backend, space, b) for b in budgets}
         mean = float(lengths[kind].mean())
         found[kind]["ours"] = {b: _speed(bench, partial(_run, e), texts, mean) for b, e in embedders.items()}
         operations = backend.cost.operations(lengths[kind]) / float(lengths[kind].sum())
@@ -205,9 +205,7 @@ def beside(bench: Bench) -> dict[str, Any]:
     import subprocess
 
     space, texts = bench.space("minilm"), bench.texts("minilm", "128", 40_000)
-    embedder = LocalEmbedder(
-        load_torch_backend(space, bench.device, bench.precision, False), space.tokenizer, space.max_seq_length, 16_384
-    )
+    embedder = _over(load_torch_backend(space, bench.device, bench.precision, False), space, 16_384)
     mean = float(embedder.lengths(texts[:1000]).mean())
     alone = _speed(bench, lambda t: _run(embedder, t), texts, mean)
     busy = [
@@ -226,13 +224,7 @@ def copies(bench: Bench, name: str) -> dict[str, Any]:
     space, texts = bench.space(name), bench.texts(name, "128", 30_000)
     budget = 1024 if bench.is_small else 65_536
     embedders = [
-        LocalEmbedder(
-            load_torch_backend(space, bench.device, bench.precision, False),
-            space.tokenizer,
-            space.max_seq_length,
-            budget,
-        )
-        for _ in range(2)
+        _over(load_torch_backend(space, bench.device, bench.precision, False), space, budget) for _ in range(2)
     ]
     mean = float(embedders[0].lengths(texts[:1000]).mean())
 
@@ -303,6 +295,11 @@ def _sync(bench: Bench, landing: Path) -> Any:
         return f"failed: {done.stderr[-500:]}"
     answer = json.loads(done.stdout)
     return {"tokens": answer["tokens"], "tokens_per_second": round(answer["tokens"] / answer["seconds"])}
+
+
+def _over(backend: Backend, space: LocalSpace, budget: int) -> LocalEmbedder:
+    """An embedder over a backend."""
+    return LocalEmbedder(backend, space.tokenizer, space.max_seq_length, budget)
 
 
 def _run(embedder: LocalEmbedder, texts: Sequence[str]) -> EngineStats:

@@ -198,7 +198,7 @@ def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles:
             return _known_to_match(space, model, precision, cost, known)
         backend = _first_matching(space, model, precision, cost, check)
         if backend is not None:
-            if not check.is_disturbed:
+            if not check.disturbances:
                 remember(key, Verdict(backend.path, with_onednn, check.skipped))
             return backend
     raise InaccurateError(
@@ -247,12 +247,7 @@ class _Check:
     skipped: list[str] = field(default_factory=list)
     """Warnings about paths that did not reproduce them."""
     disturbances: list[str] = field(default_factory=list)
-    """Errors of those paths that may be gone the next time, such as a full GPU."""
-
-    @property
-    def is_disturbed(self) -> bool:
-        """Whether the outcome says too little to be remembered."""
-        return bool(self.disturbances)
+    """Errors of those paths that may be gone the next time, such as a full GPU: then nothing is remembered."""
 
     @classmethod
     def of(cls, space: LocalSpace, model: SentenceTransformer, device: str, precision: str) -> _Check:
