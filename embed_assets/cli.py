@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import json
 import logging
@@ -14,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def command(function: Callable[..., CommandResult]) -> click.Command:
     The decorated function prints tables itself if `as_json` is False.
     """
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapper(as_json: bool, debug: bool, **arguments: object) -> None:
         warnings.filterwarnings("default" if debug else "ignore")
         for name in ("dagster", "embed_assets"):
@@ -217,11 +217,11 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     from embed_assets.stages.foresight import load_model_early
 
     pipeline = _pipeline()
-    load_model_early(pipeline)
+    listing = load_model_early(pipeline)
 
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
-    from embed_assets.defs.sync import run_sync
+    from embed_assets.defs.sync import SyncRequest, run_sync
     from embed_assets.progress import ConsoleSink
 
     if not pipeline.model.is_calibrated:
@@ -230,8 +230,8 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     # Keep stdout for the result: redirect whatever libraries print.
     redirected = contextlib.redirect_stdout(sys.stderr)
     with open_instance() as instance, ConsoleSink(stderr) as sink, redirected:
-        build = functools.partial(definitions_over, pipeline)
-        result = run_sync(instance, pipeline, build, sink, partitions, allow_empty)
+        request = SyncRequest(partitions, allow_empty, listing)
+        result = run_sync(instance, pipeline, partial(definitions_over, pipeline), sink, request)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     if not as_json:
         print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import build_arrivals_sensor
 from embed_assets.defs.assets import RETRIES, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
@@ -39,16 +40,18 @@ def definitions_over(
     observer: RunObserver | None = None,
     retries: dg.RetryPolicy = RETRIES,
     resources: Mapping[str, object] | None = None,
+    listed: Mapping[str, SourcePartition] | None = None,
 ) -> dg.Definitions:
     """Build the definitions over an existing pipeline; `retries` applies to transient errors of the step.
 
-    `observer` and `resources` are those of `build_definitions`.
+    `observer` and `resources` are those of `build_definitions`, `listed` are the source's partitions by key, if they
+    were listed just now: runs list them otherwise.
     """
     with warnings.catch_warnings():
         # The tests cover the beta and preview features that are used here: importing this module should not warn.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        corpus = build_corpus_assets(pipeline, observer, retries, set(resources or ()))
+        corpus = build_corpus_assets(pipeline, observer, retries, set(resources or ()), listed)
         assets = dg.with_source_code_references([source_spec(pipeline), corpus])
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
     return dg.Definitions(

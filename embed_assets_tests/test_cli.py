@@ -341,7 +341,7 @@ def test_a_run_that_breaks_before_its_partitions_names_the_reason(project: Proje
     project.write("a/one.md", "One.")
     pipeline = project.pipeline()
 
-    def build_and_lose_the_source(observer: object) -> object:
+    def build_and_lose_the_source(observer: object, listed: object) -> object:
         shutil.rmtree(project.landing)
         return definitions_over(pipeline, observer)  # type: ignore[arg-type]
 

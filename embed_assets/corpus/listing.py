@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[Sou
             ) from None
         for entry in entries:
             relative = prefix + entry.name
-            if is_hidden(entry.name):
+            if _is_dot_name(entry.name):
                 hidden.append(relative)
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -118,33 +119,30 @@ def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[Sou
 def _from_entry(entry: os.DirEntry[str], relative: str, root: Path) -> SourceFile | None:
     """A local file; None when it was deleted since its folder was listed."""
     try:
-        rejected = _entry_rejection(entry, root)
+        rejected = _link_rejection(entry, root) if entry.is_symlink() else ""
         # The target of a rejected link must not influence anything, so only the link itself is examined.
-        stat = entry.stat(follow_symlinks=not rejected)
+        status = entry.stat(follow_symlinks=not rejected)
+        rejected = rejected or _file_rejection(entry.path, status.st_mode)
     except FileNotFoundError:
         return None
-    modified_at = _EPOCH + timedelta(seconds=max(-_MAX_SECONDS, min(stat.st_mtime, _MAX_SECONDS)))
-    return SourceFile(relative, stat.st_size, modified_at, str(stat.st_mtime_ns), rejected)
+    modified_at = _EPOCH + timedelta(seconds=max(-_MAX_SECONDS, min(status.st_mtime, _MAX_SECONDS)))
+    return SourceFile(relative, status.st_size, modified_at, str(status.st_mtime_ns), rejected)
 
 
-def _entry_rejection(entry: os.DirEntry[str], root: Path) -> str:
-    """Reason code of a directory entry that must not be read, else ''."""
-    if not entry.is_symlink():
-        return _file_rejection(Path(entry.path))
+def _link_rejection(entry: os.DirEntry[str], root: Path) -> str:
+    """Reason code of a link that must not be followed, else ''."""
     try:
         target = Path(entry.path).resolve(strict=True)
     except (OSError, RuntimeError):
         return "broken_link"
     if not target.is_relative_to(root):
         return "symlink_outside"
-    if target.is_dir():
-        return "symlink_to_folder"
-    return _file_rejection(target)
+    return "symlink_to_folder" if target.is_dir() else ""
 
 
-def _file_rejection(path: Path) -> str:
-    """Reason code of a file that must not be read, else ''."""
-    if not path.is_file():
+def _file_rejection(path: str, mode: int) -> str:
+    """Reason code of a file, or target of a link, that must not be read, else ''."""
+    if not stat.S_ISREG(mode):
         return "not_a_file"
     # Checked while listing: `rejected` is part of the partition's version, so fixed permissions make it stale.
     return "" if os.access(path, os.R_OK) else "unreadable"

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -50,7 +51,7 @@ _RESERVED_KEYS = frozenset({ROOT_PARTITION, "__HIVE_DEFAULT_PARTITION__"})
 """Names that a folder can have but a key can't: one is the root's own partition, the other is Delta's null."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourcePartition:
     """The files of one partition."""
 
@@ -60,7 +61,7 @@ class SourcePartition:
     prefix: str = ""
     """Start of the files' paths that their document ids leave out."""
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Data version of the files as listed: '<hash of paths and sizes>-<hash of checksums or times>'.
 
@@ -70,7 +71,7 @@ class SourcePartition:
         is_vague = any(not file.version and not file.rejected for file in self.files)
         return f"{shape}-{hash_parts(f.version for f in self.files)}{_VAGUE if is_vague else ''}"
 
-    @property
+    @cached_property
     def byte_size(self) -> int:
         """Size of all files together."""
         return sum(file.size for file in self.files)
@@ -280,6 +281,7 @@ def has_same_files(before: str, now: str) -> bool:
     return before.partition("-")[0] == now.partition("-")[0]
 
 
+@lru_cache
 def partition_key(name: str) -> str:
     """The Dagster partition key of a folder or file: its name, wherever Dagster and file systems allow that.
 

@@ -3,7 +3,7 @@
 # https://github.com/dagster-io/dagster/issues/26837
 
 import contextlib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import dagster as dg
 
@@ -49,10 +49,12 @@ def build_corpus_assets(
     observer: RunObserver | None = None,
     retries: dg.RetryPolicy = RETRIES,
     resource_keys: Set[str] = frozenset(),
+    listed: Mapping[str, SourcePartition] | None = None,
 ) -> dg.AssetsDefinition:
     """Build the multi-asset over `pipeline`; progress goes to `observer`, or by default to the run's log.
 
-    Dagster initializes the resources named in `resource_keys` before the step starts.
+    Dagster initializes the resources named in `resource_keys` before the step starts. `listed` are the source's
+    partitions, if they were listed just now: a run's first attempt uses them, later ones list the source anew.
     """
     names = Names.of(pipeline)
 
@@ -69,7 +71,8 @@ def build_corpus_assets(
         """Read, chunk and embed whatever is missing or stale in the run's partitions, partition by partition."""
         try:
             with _dropping_planned_evaluations(context):
-                run = _begin(context, pipeline, observer or RunObserver(LogSink(context.log)))
+                given = None if context.retry_number else listed
+                run = _begin(context, pipeline, observer or RunObserver(LogSink(context.log)), given)
                 with contextlib.closing(run.recorder):
                     if not run.selected:
                         _only_check(run)
@@ -101,8 +104,13 @@ def _request_retry(context: dg.AssetExecutionContext, retries: dg.RetryPolicy, e
         raise dg.RetryRequested(retries.max_retries, seconds) from UserError(describe(retryable[0]))
 
 
-def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunObserver) -> CorpusRun:
-    """Set up a run: list the source, load the recorded history, and record observations of what changed."""
+def _begin(
+    context: dg.AssetExecutionContext,
+    pipeline: Pipeline,
+    observer: RunObserver,
+    listed: Mapping[str, SourcePartition] | None,
+) -> CorpusRun:
+    """Set up a run: list the source unless it is `listed`, load the recorded history, and observe what changed."""
     names = Names.of(pipeline)
     selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
     pipeline.lake.check_usable(pipeline.embeddings_table)
@@ -113,8 +121,10 @@ def _begin(context: dg.AssetExecutionContext, pipeline: Pipeline, observer: RunO
     wanted = _partition_keys(context, names)
     before = Snapshot(pipeline.lake.session())
     before.version(RAW)  # pinned before the listing, to detect rows that another run writes after it
-    listed = wait_until_settled(pipeline, context.partition_keys) if _is_automated(context) else None
-    listed = pipeline.corpus.source.partitions() if listed is None else listed
+    if _is_automated(context):
+        listed = wait_until_settled(pipeline, context.partition_keys)
+    elif listed is None:
+        listed = pipeline.corpus.source.partitions()
     partitions = {key: listed.get(key, SourcePartition(key)) for key in wanted}
     # Emptied partitions come last: partitions that their texts moved to can still reuse their vectors.
     keys = sorted(partitions, key=lambda key: (not partitions[key].files, key))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import dagster as dg
 from dagster import DagsterInstance
 
-from embed_assets.corpus.source import SourcePartition
+from embed_assets.corpus.source import Listing, SourcePartition
 from embed_assets.defs.dagster_internals import (
     RANGE_END_TAG,
     RANGE_START_TAG,
@@ -40,8 +41,8 @@ _log = logging.getLogger(__name__)
 
 _PROBE_TEXTS = 32
 """Texts of a speed probe: more make the estimate steadier, fewer make `plan --count` faster."""
-_MAX_FRESH_BETWEEN = 50
-"""Fresh partitions that a run passes over between two due ones: 50 take a millisecond each, another run half a second.
+_MAX_FRESH_BETWEEN = 250
+"""Fresh partitions that a run passes over between two due ones, at a millisecond each; another run takes 0.5 s.
 If the run fails, they are recorded anew, at 30 ms each, because Dagster would show them as failed."""
 _SILENT_CONSOLE = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """Run config that keeps Dagster's log off the console, where the observer shows progress, but in the instance."""
@@ -151,23 +152,39 @@ def _probe_speed(pipeline: Pipeline) -> float:
     return probe.stats.tokens_per_second
 
 
-def run_sync(
-    instance: DagsterInstance,
-    pipeline: Pipeline,
-    build: Callable[[RunObserver], dg.Definitions],
-    sink: Sink,
-    only: Sequence[str] = (),
-    allow_empty: bool = False,
-) -> SyncResult:
-    """Discover partitions, then materialize those that are missing or stale (if `only` has keys, only those).
+class Build(Protocol):
+    """Builds the definitions that a sync runs."""
 
-    `build` builds the definitions over an observer. A partition that fails does not stop the others. Raises
-    ``PartitionError`` for an unknown key in `only`, ``SourceError`` for an empty source that had documents unless
-    `allow_empty`, and ``UserError`` for errors that affect every partition, such as a model that can't be loaded.
+    def __call__(self, observer: RunObserver, *, listed: Mapping[str, SourcePartition] | None) -> dg.Definitions:
+        """Definitions over an observer, and over the source's partitions if they were listed just now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRequest:
+    """What to sync."""
+
+    only: Sequence[str] = ()
+    """Keys of the partitions to materialize if they are missing or stale; empty for all."""
+    allow_empty: bool = False
+    """Drop everything if the source is empty."""
+    listing: Listing | None = None
+    """The source, if it was listed just now."""
+
+
+def run_sync(
+    instance: DagsterInstance, pipeline: Pipeline, build: Build, sink: Sink, request: SyncRequest = SyncRequest()
+) -> SyncResult:
+    """Discover partitions, then materialize those that are missing or stale.
+
+    A partition that fails does not stop the others. Raises ``PartitionError`` for an unknown key,
+    ``SourceError`` for an empty source that had documents unless the request allows it, and ``UserError`` for errors
+    that affect every partition, such as a model that can't be loaded.
     """
+    only = request.only
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
-    listing = pipeline.corpus.source.listing()
+    listing = request.listing or pipeline.corpus.source.listing()
     partitions = with_emptied_partitions(instance, listing.partitions, Names.of(pipeline))
     _check_known(only, partitions)
     tables = Snapshot(pipeline.lake)
@@ -179,7 +196,7 @@ def run_sync(
             ", ".join(map(repr, orphans[:5])),
         )
     history = load_history(instance, pipeline, tables=tables)
-    if not allow_empty:
+    if not request.allow_empty:
         refuse_if_emptied(pipeline.corpus.source, not listing.partitions, history.records["raw_documents"])
     discover(instance, partitions, history, sink.progress)
     plans = _plans(history, pipeline, (p for p in partitions.values() if not only or p.key in only))
@@ -188,11 +205,13 @@ def run_sync(
     due = [plan.partition.key for plan in plans if not plan.is_fresh]
     observer.start({key: partitions[key].byte_size for key in due})
     registered = instance.get_dynamic_partitions(Names.of(pipeline).partitions_name)
-    job = build(observer).resolve_implicit_global_asset_job_def()
-    tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if allow_empty else {})
+    tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if request.allow_empty else {})
     with heartbeat(instance, this_process()):
+        listed: Mapping[str, SourcePartition] | None = listing.partitions
         for message in wait_for_pool(instance) if due else ():
             _log.warning(message)
+            listed = None  # the wait may have been long
+        job = build(observer, listed=listed).resolve_implicit_global_asset_job_def()
         for first, last, keys in run_ranges(registered, due, fresh):
             run = job.execute_in_process(
                 instance=instance,

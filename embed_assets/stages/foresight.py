@@ -5,7 +5,7 @@ A wrong guess costs time and nothing else: a model that loads in vain, or later 
 
 from __future__ import annotations
 
-from embed_assets.corpus.source import SourcePartition
+from embed_assets.corpus.source import Listing, SourcePartition
 from embed_assets.engine import user_cache
 from embed_assets.errors import SourceError
 from embed_assets.locations import local_path
@@ -15,20 +15,22 @@ from embed_assets.stages.pipeline import Pipeline
 _KIND = "synced"
 
 
-def load_model_early(pipeline: Pipeline) -> None:
+def load_model_early(pipeline: Pipeline) -> Listing | None:
     """Start loading the model if the source is not as the last sync on this machine left it.
 
-    Only for local sources: listing another takes as long as this may save.
+    Returns the source's listing, if it was listed for that. Only for local sources: listing another takes as long as
+    this may save.
     """
     process = pipeline.model.process
     if process is None or pipeline.settings.compute != "local" or local_path(pipeline.corpus.source.root) is None:
-        return
+        return None
     try:
-        partitions = pipeline.corpus.source.partitions()
+        listing = pipeline.corpus.source.listing()
     except SourceError:
-        return  # the sync itself will say so
-    if partitions and user_cache.read(_KIND, _name(pipeline)) != _state(pipeline, partitions):
+        return None  # the sync itself will say so
+    if listing.partitions and user_cache.read(_KIND, _name(pipeline)) != _state(pipeline, listing.partitions):
         process.start()
+    return listing
 
 
 def remember_synced(pipeline: Pipeline, partitions: dict[str, SourcePartition]) -> None:

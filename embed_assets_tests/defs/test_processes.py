@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -324,7 +325,7 @@ def test_an_unexpected_error_in_the_step_is_reported_with_its_cause(
     broken = replace(pipeline, lake=Broken(pipeline.lake.root))
     no_retries = dg.RetryPolicy(max_retries=0)
     with pytest.raises(UserError) as caught:
-        run_sync(instance, broken, lambda o: definitions_over(broken, o, retries=no_retries), ConsoleSink(stderr))
+        run_sync(instance, broken, partial(definitions_over, broken, retries=no_retries), ConsoleSink(stderr))
     assert "ZeroDivisionError: a cause below" in str(caught.value)
     assert "RuntimeError: a fault in the program" in str(caught.value)
     assert "\n" not in str(caught.value) and "CheckError" not in str(caught.value)
