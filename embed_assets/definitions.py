@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import build_arrivals_sensor
-from embed_assets.defs.assets import RETRIES, build_corpus_assets
+from embed_assets.defs.assets import RETRIES, Listed, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
 from embed_assets.defs.maintenance_job import build_maintenance_job
 from embed_assets.defs.names import Names
@@ -40,7 +39,7 @@ def definitions_over(
     observer: RunObserver | None = None,
     retries: dg.RetryPolicy = RETRIES,
     resources: Mapping[str, object] | None = None,
-    listed: Mapping[str, SourcePartition] | None = None,
+    listed: Listed | None = None,
 ) -> dg.Definitions:
     """Build the definitions over an existing pipeline; `retries` applies to transient errors of the step.
 

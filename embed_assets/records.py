@@ -35,6 +35,8 @@ RAW_DOCUMENTS = _schema(
     ("modified_at", TIMESTAMP),
     ("metadata", pa.string()),
 )
+FILE_VERSION = pa.field("file_version", pa.string())
+"""A column of raw_documents and rejected_documents; null in rows written before there was one."""
 REJECTED_DOCUMENTS = _schema(
     ("partition_key", pa.string()),
     ("document_id", pa.string()),
@@ -85,7 +87,9 @@ SPLIT_CHUNKS = pa.schema(
 )
 """Chunks just split, with what embedding them needs: uri and title of their document, hash and token ids of the model's
 input (null where only its tokenizer can tell them), and the hash of their row in the table of chunks."""
-PARSED_DOCUMENTS = pa.schema([*RAW_DOCUMENTS, pa.field("row_hash", pa.binary(16), False)])
+REJECTED_ROWS = pa.schema([*REJECTED_DOCUMENTS, FILE_VERSION])
+"""Rows of rejected_documents."""
+PARSED_DOCUMENTS = pa.schema([*RAW_DOCUMENTS, FILE_VERSION, pa.field("row_hash", pa.binary(16), False)])
 """Documents just parsed, each with the hash of its row."""
 
 CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -137,6 +141,7 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "byte_size": "size of the source file or row in bytes",
     "modified_at": "modification time of the source file, UTC",
     "metadata": "JSON object: remaining columns of a row, the detected encoding, ...",
+    "file_version": "size and checksum or modification time of the source file when it was read; null if it has none",
     "reason": "short code for why the document was rejected",
     "detail": "what was found, and how to fix it",
     "rejected_at": "when it was rejected, UTC",
@@ -169,6 +174,8 @@ class Document:
     modified_at: datetime
     metadata: str = "{}"
     """JSON object, as text."""
+    file_version: str | None = None
+    """Tells whether the file changed since it was read; None if that can't be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +188,8 @@ class Rejection:
     """Short code, one of `corpus.parsing.REASONS` or `NOT_EMBEDDABLE`."""
     detail: str
     """What was found and how to fix it, on one line."""
+    file_version: str | None = None
+    """As that of a `Document`."""
 
 
 def rejection_batch(rejections: Sequence[Rejection], key: str, when: datetime) -> pa.RecordBatch:
@@ -192,8 +201,9 @@ def rejection_batch(rejections: Sequence[Rejection], key: str, when: datetime) -
         "reason": [rejection.reason for rejection in rejections],
         "detail": [rejection.detail for rejection in rejections],
         "rejected_at": [when] * len(rejections),
+        "file_version": [rejection.file_version for rejection in rejections],
     }
-    return pa.RecordBatch.from_pydict(columns, schema=REJECTED_DOCUMENTS)
+    return pa.RecordBatch.from_pydict(columns, schema=REJECTED_ROWS)
 
 
 NOT_EMBEDDABLE = "not_embeddable"
@@ -280,34 +290,68 @@ def packed_hashes(hashes: bytes) -> pa.FixedSizeBinaryArray:
 
 
 class ContentVersion:
-    """Computes the data version of a partition: an order-independent hash over its rows.
+    """The data version of a partition: the number of its rows and the sum of their hashes, in any order.
 
-    Feed it batches with `add`, then call `hexdigest`. It holds 16 bytes per row in memory.
+    A sum, so that the version of a changed partition follows from that of before and the rows that came and went.
     """
+
+    def __init__(self, columns: Sequence[str], version: str | None = None) -> None:
+        """Of no rows, or as `version` says. Rows are hashed by `columns`."""
+        self._columns = tuple(columns)
+        self.row_count, self._sum = 0, np.zeros(_ROW_BYTES // 8, np.uint64)
+        if version is not None:
+            rows, _, digits = version.partition("-")
+            self.row_count, self._sum = int(rows), np.frombuffer(bytes.fromhex(digits), "<u8").copy()
+
+    @staticmethod
+    def can_continue(version: str) -> bool:
+        """Whether a recorded version is such a sum: versions before 0.2 recorded a hash of all rows."""
+        return "-" in version
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Add the rows of `batch`, which has all the columns or, already computed, `row_hash`."""
+        self.row_count += batch.num_rows
+        self._sum += self._hashes(batch).sum(axis=0)  # each half modulo 2^64
+
+    def remove(self, batch: pa.RecordBatch) -> None:
+        """Take out rows that are included."""
+        self.row_count -= batch.num_rows
+        self._sum -= self._hashes(batch).sum(axis=0)
+
+    def text(self) -> str:
+        """'<rows>-<32 hex digits>'."""
+        return f"{self.row_count}-{self._sum.astype('<u8').tobytes().hex()}"
+
+    def _hashes(self, batch: pa.RecordBatch) -> np.ndarray:
+        """uint64, shape (rows, 2)."""
+        return np.frombuffer(hashes_of(batch, self._columns), "<u8").reshape(-1, _ROW_BYTES // 8)
+
+
+def hashes_of(batch: pa.RecordBatch, columns: Sequence[str]) -> bytes:
+    """128-bit hash of each row, end to end: as the batch's column `row_hash` has them, else computed from `columns`."""
+    if "row_hash" not in batch.schema.names:
+        return row_hashes([batch.column(name).to_pylist() for name in columns])
+    hashes = batch.column("row_hash")
+    start = hashes.offset * _ROW_BYTES
+    return memoryview(hashes.buffers()[1])[start : start + len(hashes) * _ROW_BYTES].tobytes()
+
+
+class SortedContentVersion:
+    """The data version of a partition as versions before 0.2 recorded it: a hash over its rows' sorted hashes."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self._columns = tuple(columns)
         self._rows = bytearray()
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Add the rows of `batch`, which has all the columns or, already computed, `row_hash`."""
-        if "row_hash" in batch.schema.names:
-            hashes = batch.column("row_hash")
-            start = hashes.offset * _ROW_BYTES
-            self._rows += memoryview(hashes.buffers()[1])[start : start + len(hashes) * _ROW_BYTES]
-        else:
-            self._rows += row_hashes([batch.column(name).to_pylist() for name in self._columns])
+        """Add the rows of `batch`."""
+        self._rows += hashes_of(batch, self._columns)
 
-    def hexdigest(self) -> str:
-        """The hash as 32 hex characters. Without any rows it is a constant."""
+    def text(self) -> str:
+        """32 hex digits."""
         rows = np.frombuffer(self._rows, dtype=f"S{_ROW_BYTES}")
-        rows.sort()  # in place, to avoid a copy
+        rows.sort()
         return hashlib.blake2b(rows.data if len(rows) else b"", digest_size=16).hexdigest()
-
-    @property
-    def row_count(self) -> int:
-        """Rows added so far."""
-        return len(self._rows) // _ROW_BYTES
 
 
 def utc_now() -> datetime:

@@ -108,7 +108,7 @@ class ArrowFile:
         finally:
             file.close()
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
         """The batches. They stay valid when the file is removed."""
         yield from pa.ipc.open_stream(pa.memory_map(str(self.path)))
 

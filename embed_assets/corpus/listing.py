@@ -84,6 +84,11 @@ class SourceFile:
     rejected: str = ""
     """Reason code if the listing alone shows that the file must not be read, else ''."""
 
+    @property
+    def content_key(self) -> str | None:
+        """Changes when the file's content does; None if the listing can't tell."""
+        return f"{self.size}-{self.version}{self.rejected and '-'}{self.rejected}" if self.version else None
+
 
 def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[SourceFile]:
     """The files below a local folder, without those in the folder `excluded`.

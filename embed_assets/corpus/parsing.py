@@ -43,6 +43,8 @@ REASONS: dict[str, str] = {
 }
 """Reason codes of rejected documents, with the detail that is given where nothing more specific is known."""
 
+_NOT_FOR_GOOD = frozenset({"too_costly", "missing_extra"})
+"""Reasons that depend on more than the file, so that it is read again although it did not change."""
 _ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[Row | BadRow]]]] = {
     ".jsonl": ("application/jsonl", iter_jsonl),
     ".csv": ("text/csv", iter_csv),
@@ -76,7 +78,8 @@ def _read_file(
     def rejected(reason: str, detail: str = "", row_key: str = "") -> Rejection:
         row_id = f"{document_id}#{row_key}" if row_key else document_id
         line = " ".join((detail or REASONS[reason]).split())
-        return Rejection(row_id, uri, reason, line[:_MAX_DETAIL_CHARACTERS])
+        version = None if reason in _NOT_FOR_GOOD else file.content_key
+        return Rejection(row_id, uri, reason, line[:_MAX_DETAIL_CHARACTERS], version)
 
     suffix = PurePosixPath(file.path).suffix.lower()
     has_rows = suffix in _ROW_FORMATS
@@ -105,6 +108,7 @@ def _read_file(
                         item.byte_size,
                         file.modified_at,
                         item.metadata,
+                        file.content_key,
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))

@@ -4,6 +4,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import TypeAlias
 
 import dagster as dg
 
@@ -35,6 +36,8 @@ from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.progress import LogSink, RunObserver
 from embed_assets.stages.remote import open_compute
 
+Listed: TypeAlias = Mapping[str, SourcePartition]
+"""Partitions of the source, by key."""
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """Retries of transient errors: a store that is briefly unavailable, a lost device. What was embedded is kept.
 
@@ -49,7 +52,7 @@ def build_corpus_assets(
     observer: RunObserver | None = None,
     retries: dg.RetryPolicy = RETRIES,
     resource_keys: Set[str] = frozenset(),
-    listed: Mapping[str, SourcePartition] | None = None,
+    listed: Listed | None = None,
 ) -> dg.AssetsDefinition:
     """Build the multi-asset over `pipeline`; progress goes to `observer`, or by default to the run's log.
 
@@ -108,7 +111,7 @@ def _begin(
     context: dg.AssetExecutionContext,
     pipeline: Pipeline,
     observer: RunObserver,
-    listed: Mapping[str, SourcePartition] | None,
+    listed: Listed | None,
 ) -> CorpusRun:
     """Set up a run: list the source unless it is `listed`, load the recorded history, and observe what changed."""
     names = Names.of(pipeline)

@@ -20,8 +20,9 @@ from embed_assets.defs.recording import Recorder
 from embed_assets.defs.staleness import History, Status
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
-from embed_assets.lake.tables import RAW
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.lake.writer import Provenance, Replaced
+from embed_assets.stages.changes import find_changes
 from embed_assets.stages.chunk_rows import ChunkRows, PreparedChunks, StoredChunks
 from embed_assets.stages.chunks import materialize_chunks
 from embed_assets.stages.compute import Compute
@@ -30,7 +31,7 @@ from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
 from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.preparing import Preparation, Prepared, open_preparation, processes_for
+from embed_assets.stages.preparing import Preparation, Prepared, open_preparation
 from embed_assets.stages.progress import RunObserver
 from embed_assets.stages.raw_documents import materialize_raw_documents
 
@@ -52,6 +53,13 @@ class _Task:
     """Its documents and chunks, if they were read or split in this run."""
     error: Exception | None = None
     """The error that reading or chunking raised."""
+
+    def split_stored(self, preparation: Preparation) -> None:
+        """Split all documents of the lake, in place of those that were prepared."""
+        if self.prepared is not None:
+            self.prepared.remove()
+        with self.partition.watched(RAW):
+            self.prepared = preparation.split(self.outcome.key, self.partition.rows(RAW, TEXT_COLUMNS))
 
     def close(self) -> None:
         """Remove what was prepared, and return open tables."""
@@ -205,9 +213,12 @@ class CorpusRun:
             for asset in due.keys() & set(self.selected):
                 if self._status(asset, outcome).state != "fresh":
                     due[asset].append(files)
-        byte_size = max(sum(files.byte_size for files in partitions) for partitions in due.values())
-        processes = processes_for(byte_size, self.pipeline.settings.prepare_processes)
-        return open_preparation(self.pipeline.corpus, due["raw_documents"], "chunks" in self.selected, processes)
+        corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
+        before = (self.before.partition(files.key) for files in due["raw_documents"])
+        intact = {partition.key for partition in before if self._is_as_recorded(RAW, partition)}
+        as_before = [files for files in due["raw_documents"] if files.key in intact]
+        changes = find_changes(self.before, corpus.source, as_before)
+        return open_preparation(corpus, due["raw_documents"], changes, "chunks" in self.selected, configured)
 
     def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
@@ -251,9 +262,10 @@ class CorpusRun:
             made = materialize_raw_documents(partition, task.prepared, source, task.files, provenance, outcome)
             _note("raw_documents", outcome, made)
         if self._is_due("chunks", outcome):
-            if task.prepared is None:
-                with partition.watched(RAW):
-                    task.prepared = preparation.split(outcome.key, partition.rows(RAW, TEXT_COLUMNS))
+            changed = task.prepared.changed if task.prepared is not None else None
+            if task.prepared is None or (changed is not None and not self._is_as_recorded(CHUNK_TABLE, partition)):
+                task.split_stored(preparation)
+            assert task.prepared is not None
             provenance = self._provenance("chunks", outcome)
             _note("chunks", outcome, materialize_chunks(partition, task.prepared, provenance, outcome))
 
@@ -297,9 +309,12 @@ class CorpusRun:
 
     def _chunk_rows(self, task: _Task) -> ChunkRows:
         """The partition's chunks: as just prepared, where possible."""
-        if task.prepared is not None and "chunks" in task.outcome.replaced:
-            return PreparedChunks(task.prepared.chunks)
-        return StoredChunks(task.partition, self.pipeline.target.prompt)
+        prepared = task.prepared if "chunks" in task.outcome.replaced else None
+        stored = StoredChunks(task.partition, self.pipeline.target.prompt)
+        if prepared is None:
+            return stored
+        are_enough = prepared.changed is None or self._is_as_recorded(self.pipeline.target.table, task.partition)
+        return PreparedChunks(prepared.chunks, prepared.changed) if are_enough else stored
 
     def _end(self, task: _Task) -> None:
         """Record and check a partition's embeddings, and report it as finished."""
@@ -331,9 +346,14 @@ class CorpusRun:
         inputs = {dependency: outcome.versions[dependency] for dependency in DEPENDENCIES[asset]}
         return self.history.status(asset, outcome.key, self.pipeline.code_versions[asset], inputs)
 
+    def _is_as_recorded(self, table: TableSpec, partition: PartitionSnapshot) -> bool:
+        """Whether the partition's rows are those recorded, so that changed documents alone can be replaced."""
+        return self.history.is_as_recorded(table, partition, self.pipeline.code_versions[table.kind])
+
     def _provenance(self, asset: str, outcome: PartitionOutcome) -> Provenance:
         rewrite = self.history.is_marked_for_repair(asset, outcome.key)
-        return Provenance(self.run_id, _inputs(asset, outcome), rewrite)
+        previous = self.history.version(asset, outcome.key) or ""
+        return Provenance(self.run_id, _inputs(asset, outcome), rewrite, previous)
 
     def _record(self, asset: str, task: _Task) -> None:
         """Record a materialization, then evaluate the asset's checks on it.

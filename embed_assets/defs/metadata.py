@@ -73,7 +73,7 @@ class MetadataWriter:
                 "space": self._pipeline.model.space.name,
             }
             if self._is_worth_a_picture(outcome):
-                metadata |= self._pictures(outcome.sample)
+                metadata |= self._pictures(outcome.sampled())
         return metadata
 
     def _is_worth_a_picture(self, outcome: PartitionOutcome) -> bool:

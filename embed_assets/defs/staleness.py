@@ -25,9 +25,10 @@ from embed_assets.defs.dagster_internals import (
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionFiles, TableState
-from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
 from embed_assets.locations import canonical_location
+from embed_assets.records import ContentVersion
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 
@@ -89,20 +90,20 @@ class ContentReader:
     known: dict[tuple[str, str, str], str]
     """Cache of data versions by asset, partition and hash of the partition's files."""
 
-    def version(self, asset: str, key: str) -> str:
-        """The data version of the rows that the asset's table holds of a partition; '' if they can't be read.
+    def has_rows_of(self, record: Record, asset: str, key: str) -> bool:
+        """Whether the rows that the asset's table holds of a partition are the record's. Unreadable ones are not.
 
         Raises ``LakeError`` for retryable errors of the storage.
         """
         place = (asset, key, self.tables.partition(key).state(self.specs[asset]).files_hash)
         if place not in self.known:
             try:
-                self.known[place] = self.tables.content(self.specs[asset], key)
+                self.known[place] = self.tables.content(self.specs[asset], key, record.data_version)
             except LakeError as error:
                 if error.is_retryable:
                     raise
                 self.known[place] = ""
-        return self.known[place]
+        return self.known[place] == record.data_version
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,26 @@ class History:
         """Whether the partition's rows were recorded as damaged and not materialized since."""
         record = self.record(asset, key)
         return record is not None and record.code_version == REPAIR_CODE_VERSION
+
+    def is_as_recorded(self, table: TableSpec, partition: PartitionSnapshot, code_version: str) -> bool:
+        """Whether a partition's rows are those that were recorded, made by this code from the inputs as recorded.
+
+        Then what changed in its inputs decides what changes in it.
+        """
+        asset, key = table.kind, partition.key
+        record = self.record(asset, key)
+        if (
+            record is None
+            or record.code_version != code_version
+            or not ContentVersion.can_continue(record.data_version)
+        ):
+            return False
+        if record.source and canonical_location(record.source) != canonical_location(self.source):
+            return False
+        inputs = (dependency for dependency in DEPENDENCIES[asset] if dependency != SOURCE)
+        if any(record.input_versions.get(dependency) != self.version(dependency, key) for dependency in inputs):
+            return False
+        return partition.holds(table, record.data_version, record.data_files)
 
     def outcome(self, key: str, source_version: str | None) -> PartitionOutcome:
         """The outcome of leaving a partition as it is: its recorded versions and counts."""
@@ -216,7 +237,7 @@ class History:
             return False
         now = table.partitions.get(key, PartitionFiles())
         is_same = now.files == record.data_files if record.data_files else now.written_at <= record.timestamp
-        return not is_same and self.contents is not None and self.contents.version(asset, key) != record.data_version
+        return not is_same and self.contents is not None and not self.contents.has_rows_of(record, asset, key)
 
 
 _CODE_MEANS = {

@@ -12,6 +12,7 @@ import dagster as dg
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import Listing, SourcePartition
+from embed_assets.defs.assets import Listed
 from embed_assets.defs.dagster_internals import (
     RANGE_END_TAG,
     RANGE_START_TAG,
@@ -32,6 +33,8 @@ from embed_assets.defs.staleness import History, Status, load_history, partition
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.staging import remove_windows, stale_windows
+from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.stages.changes import Changes, find_changes
 from embed_assets.stages.foresight import remember_synced
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Estimate, Estimator, Pipeline
@@ -108,13 +111,29 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     if not count:
         return Plan(plans)
     # Emptied partitions last, in the order of sync: with REUSE=table, the first partition with a text embeds it.
-    estimator = Estimator(pipeline, tables)
+    estimator = Estimator(pipeline, tables, _changes(history, pipeline, tables, plans))
     estimates = {
         plan.partition.key: _estimate(estimator, history, plan)
         for plan in sorted(plans, key=lambda plan: not plan.partition.files)
     }
     counted = [PartitionPlan(p.partition, p.statuses, estimates[p.partition.key]) for p in plans]
     return Plan(counted, _estimated_seconds(history, pipeline, sum(e.tokens for e in estimates.values())))
+
+
+def _changes(
+    history: History, pipeline: Pipeline, tables: Snapshot, plans: Sequence[PartitionPlan]
+) -> dict[str, Changes]:
+    """What changed in the partitions of which a sync would read only that, by key."""
+    due = [plan.partition for plan in plans if plan.statuses["raw_documents"].state != "fresh"]
+    intact = [
+        files
+        for files in due
+        if all(
+            history.is_as_recorded(table, tables.partition(files.key), pipeline.code_versions[table.kind])
+            for table in (RAW, CHUNK_TABLE)
+        )
+    ]
+    return find_changes(tables, pipeline.corpus.source, intact)
 
 
 def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> float | None:
@@ -155,7 +174,7 @@ def _probe_speed(pipeline: Pipeline) -> float:
 class Build(Protocol):
     """Builds the definitions that a sync runs."""
 
-    def __call__(self, observer: RunObserver, *, listed: Mapping[str, SourcePartition] | None) -> dg.Definitions:
+    def __call__(self, observer: RunObserver, *, listed: Listed | None) -> dg.Definitions:
         """Definitions over an observer, and over the source's partitions if they were listed just now."""
         ...
 
@@ -207,7 +226,7 @@ def run_sync(
     registered = instance.get_dynamic_partitions(Names.of(pipeline).partitions_name)
     tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if request.allow_empty else {})
     with heartbeat(instance, this_process()):
-        listed: Mapping[str, SourcePartition] | None = listing.partitions
+        listed: Listed | None = listing.partitions
         for message in wait_for_pool(instance) if due else ():
             _log.warning(message)
             listed = None  # the wait may have been long

@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from embed_assets.lake.tables import TableSpec, columns_of, lake_errors, partition_predicate
-from embed_assets.records import CONTENT_COLUMNS, ContentVersion, hash_parts
+from embed_assets.records import CONTENT_COLUMNS, ContentVersion, SortedContentVersion, hash_parts
 
 
 def files_hash(names: Iterable[str]) -> str:
@@ -42,14 +42,18 @@ def read_table(
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def content_of(root: str, table: TableSpec, delta: DeltaTable | None, key: str) -> str:
-    """Data version of a partition, the hash of its rows. `delta` is the open table, or None if it does not exist."""
+def content_of(root: str, table: TableSpec, delta: DeltaTable | None, key: str, like: str | None = None) -> str:
+    """Data version of a partition, computed from its rows, in the form of the version `like`.
+
+    `delta` is the open table, or None if it does not exist.
+    """
     columns = CONTENT_COLUMNS[table.kind]
-    content = ContentVersion(columns)
+    is_sum = like is None or ContentVersion.can_continue(like)
+    content = ContentVersion(columns) if is_sum else SortedContentVersion(columns)
     if delta is not None:
         for batch in read_table(root, table, delta, columns, partition_predicate(key)):
             content.add(batch)
-    return content.hexdigest()
+    return content.text()
 
 
 @dataclass(frozen=True, slots=True)

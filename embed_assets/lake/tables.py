@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orp
 from embed_assets.lake.owner import Owner
 from embed_assets.lake.storage import Storage
 from embed_assets.locations import local_path
-from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
+from embed_assets.records import CHUNKS, EMBEDDINGS, FILE_VERSION, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings
 
 SCHEMAS: dict[str, pa.Schema] = {
@@ -70,8 +70,8 @@ class TableSpec:
         return pa.schema([*SCHEMAS[self.kind], *self.extra])
 
 
-RAW = TableSpec("raw_documents")
-REJECTED = TableSpec("rejected_documents")
+RAW = TableSpec("raw_documents", extra=(FILE_VERSION,))
+REJECTED = TableSpec("rejected_documents", extra=(FILE_VERSION,))
 CHUNK_TABLE = TableSpec("chunks")
 _OWNER_TABLES = (RAW, REJECTED)
 """Tables that record which corpus the lake belongs to. They are written first, so a lake with tables has one."""
@@ -80,6 +80,11 @@ _OWNER_TABLES = (RAW, REJECTED)
 def partition_predicate(key: str) -> str:
     """SQL predicate for the rows of one partition. The key may contain any characters."""
     return f"partition_key = {quoted(key)}"
+
+
+def documents_predicate(key: str, documents: Collection[str]) -> str:
+    """SQL predicate for the rows of some documents of a partition."""
+    return f"{partition_predicate(key)} AND {is_one_of('document_id', sorted(documents))}"
 
 
 def is_one_of(column: str, values: Iterable[str]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
@@ -16,6 +16,9 @@ from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec, dime
 from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
 from embed_assets.scratch import DiskMap
+
+_POSITION_BITS = 36
+"""Bits of a position in a document. The others, but for the sign, number a partition's documents: 134 million."""
 
 
 @dataclass(slots=True)
@@ -85,8 +88,8 @@ def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str
     try:
         found = measure_coverage(partition)
         gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
-        gaps.altered_documents = found.altered_documents
-        gaps.altered_chunks = _altered_chunks(partition)
+        gaps.altered_documents = _count_altered(partition, RAW, "content_hash")
+        gaps.altered_chunks = _count_altered(partition, CHUNK_TABLE, "text_hash")
     except LakeError:  # of either table: read each alone to find out which
         gaps.unreadable_documents = int(not _is_readable(partition, RAW))
         gaps.unreadable_chunks = int(not _is_readable(partition, CHUNK_TABLE))
@@ -104,18 +107,18 @@ def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) 
     excused = _rejected_chunks(partition, table.space)
     expected = _MultisetHash()
     try:
-        for chunk_id, input_hash in _expected_rows(partition, prompt):
-            if chunk_id not in excused:
-                expected.add(chunk_id, input_hash)
+        for ids, hashes in _expected_rows(partition, prompt):
+            kept = [i for i, chunk_id in enumerate(ids) if chunk_id not in excused]
+            expected.add([ids[i] for i in kept], [hashes[i] for i in kept])
     except LakeError:
         return Gaps(unreadable_chunks=1)
     gaps, found = Gaps(), _MultisetHash()
     try:
         for batch in partition.rows(table, ["chunk_id", "input_hash", "text", "embedding"]):
             _verify_vectors(batch.column("embedding"), dimension, gaps)
-            for chunk_id, input_hash, text in _rows(batch):
-                # A row whose text is not the embedded one gets a hash that matches no chunk.
-                found.add(chunk_id, input_hash if input_hash == hash_text(prompt + text) else "")
+            ids, hashes, texts = (batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text"))
+            # A row whose text is not the embedded one gets a hash that matches no chunk.
+            found.add(ids, [h if h == hash_text(prompt + t) else "" for h, t in zip(hashes, texts, strict=True)])
         if found != expected:
             _compare_rows(partition, table, prompt, excused, gaps)
     except LakeError:
@@ -125,22 +128,25 @@ def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) 
 
 @dataclass(slots=True)
 class _MultisetHash:
-    """Hash of rows in any order, as the sum of their digests. Unlike XOR, a sum also reflects repeated rows."""
+    """Hash of rows in any order, as a sum. Unlike XOR, a sum also reflects repeated rows.
+
+    Of Python's own hashes, which are fast and, within a process, the same for the same row.
+    """
 
     total: int = 0
     rows: int = 0
 
-    def add(self, chunk_id: str, input_hash: str) -> None:
-        digest = hashlib.blake2b(f"{chunk_id}/{input_hash}".encode(), digest_size=32).digest()
-        self.total = (self.total + int.from_bytes(digest, "big")) % (1 << 256)
-        self.rows += 1
+    def add(self, chunk_ids: Sequence[str], input_hashes: Sequence[str]) -> None:
+        hashes = list(map(hash, zip(chunk_ids, input_hashes, strict=True)))
+        self.total += sum(hashes)
+        self.rows += len(hashes)
 
 
-def _expected_rows(partition: PartitionSnapshot, prompt: str) -> Iterator[tuple[str, str]]:
-    """Each chunk's id and the hash of the model input it should have had."""
+def _expected_rows(partition: PartitionSnapshot, prompt: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Ids of chunks, and the hashes of the model inputs that they should have had."""
     for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
-        for chunk_id, text in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            yield chunk_id, hash_text(prompt + text)
+        ids, texts = (column.to_pylist() for column in batch.columns)
+        yield ids, [hash_text(prompt + text) for text in texts]
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
@@ -150,7 +156,8 @@ def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
 def _compare_rows(partition: PartitionSnapshot, table: TableSpec, prompt: str, excused: set[str], gaps: Gaps) -> None:
     """Count the differences between chunks and vectors in `gaps`; `excused` chunks may lack a vector."""
     with DiskMap("input_hash") as expected, DiskMap() as seen:
-        expected.add(_expected_rows(partition, prompt))
+        for ids, hashes in _expected_rows(partition, prompt):
+            expected.add(zip(ids, hashes, strict=True))
         met = 0
         for batch in partition.rows(table, ["chunk_id", "input_hash", "text"]):
             for chunk_id, input_hash, text in _rows(batch):
@@ -180,8 +187,6 @@ class Coverage:
     """Code points, other than whitespace, that are in no chunk."""
     gone_documents: int = 0
     """Documents that have chunks but no longer exist."""
-    altered_documents: int = 0
-    """Documents whose text does not match its stored hash."""
 
 
 def measure_coverage(partition: PartitionSnapshot) -> Coverage:
@@ -192,12 +197,12 @@ def measure_coverage(partition: PartitionSnapshot) -> Coverage:
     """
     spans = _Spans(partition)
     found = Coverage()
-    for batch in partition.rows(RAW, ["document_id", "text", "content_hash"]):
-        for i in range(batch.num_rows):
-            document_id, text, content_hash = (batch.column(column)[i].as_py() for column in range(3))
-            found.altered_documents += hash_text(text) != content_hash
-            missing = _characters_outside(text, spans.take(document_id))
-            found.documents += 1
+    for batch in partition.rows(RAW, ["document_id", "text"]):
+        found.documents += batch.num_rows
+        places = spans.take(batch.column("document_id"))
+        texts = batch.column("text")
+        for i in np.flatnonzero(~spans.are_contiguous(places, pc.utf8_length(texts).to_numpy())).tolist():
+            missing = _characters_outside(texts[i].as_py(), spans.of(int(places[i])))
             found.uncovered_documents += bool(missing)
             found.uncovered_characters += missing
     found.gone_documents = spans.untaken_documents
@@ -208,39 +213,70 @@ class _Spans:
     """Start and end of each chunk of a partition, by document, as compact arrays."""
 
     def __init__(self, partition: PartitionSnapshot) -> None:
-        columns = (array("Q"), array("q"), array("q"))
+        columns = (array("q"), array("q"), array("q"))
         for batch in partition.rows(CHUNK_TABLE, ["document_id", "char_start", "char_end"]):
-            columns[0].extend(_short_hash(document_id) for document_id in batch.column(0).to_pylist())
+            columns[0].frombytes(_short_hashes(batch.column(0)).tobytes())
             for values, name in zip(columns[1:], ("char_start", "char_end"), strict=True):
                 values.frombytes(batch.column(name).to_numpy().tobytes())
-        documents, starts, ends = (
-            np.frombuffer(c, dtype=c.typecode) if c else np.empty(0, c.typecode) for c in columns
-        )
+        documents, starts, ends = (np.frombuffer(c, np.int64) if c else np.empty(0, np.int64) for c in columns)
         order = np.lexsort((starts, documents))
-        self._documents, self._starts, self._ends = documents[order], starts[order], ends[order]
-        self._is_first = np.diff(self._documents, prepend=self._documents[:1] + 1) != 0
+        self._starts, self._ends = starts[order], ends[order]
+        self._documents, self._first = np.unique(documents[order], return_index=True)
+        self._is_taken = np.zeros(len(self._documents), bool)
+        self._reached, self._is_contiguous = self._measured()
 
-    def take(self, document_id: str) -> list[tuple[int, int]]:
-        """(start, end) of the document's chunks in code points, sorted by start. Marks the document as taken."""
-        name = np.array([_short_hash(document_id)], dtype=self._documents.dtype)
-        first, last = (int(np.searchsorted(self._documents, name, side)[0]) for side in ("left", "right"))
-        self._is_first[first:last] = False
+    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each document, how far its chunks reach, and whether they leave no gap up to there."""
+        if not len(self._documents):
+            return np.empty(0, np.int64), np.empty(0, bool)
+        number = np.repeat(np.arange(len(self._first)), np.diff(self._first, append=len(self._starts)))
+        # Ends that were reached so far, within each document: its number in the upper bits keeps documents apart.
+        reached = np.maximum.accumulate((number << _POSITION_BITS) | self._ends) & ((1 << _POSITION_BITS) - 1)
+        before = np.concatenate([[0], reached[:-1]])
+        before[self._first] = 0
+        has_gap = np.logical_or.reduceat(self._starts > before, self._first)
+        return np.maximum.reduceat(reached, self._first), ~has_gap
+
+    def take(self, document_ids: pa.StringArray) -> np.ndarray:
+        """int64, shape (n,): the places of the documents, which count as taken; -1 for those without chunks."""
+        names = _short_hashes(document_ids)
+        if not len(self._documents):
+            return np.full(len(names), -1)
+        places = np.minimum(np.searchsorted(self._documents, names), len(self._documents) - 1)
+        places = np.where(self._documents[places] == names, places, -1)
+        self._is_taken[places[places >= 0]] = True
+        return places
+
+    def are_contiguous(self, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """bool, shape (n,): whether the chunks of the documents at `places` cover all of their `lengths`, gapless."""
+        found = places >= 0
+        are = np.zeros(len(places), bool)
+        are[found] = self._is_contiguous[places[found]] & (self._reached[places[found]] >= lengths[found])
+        return are
+
+    def of(self, place: int) -> list[tuple[int, int]]:
+        """(start, end) of the chunks of the document at a place, in code points, sorted by start; none at -1."""
+        if place < 0:
+            return []
+        first = self._first[place]
+        last = self._first[place + 1] if place + 1 < len(self._first) else len(self._starts)
         return list(zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True))
 
     @property
     def untaken_documents(self) -> int:
         """Number of documents that `take` was never called for."""
-        return int(self._is_first.sum())
+        return int((~self._is_taken).sum())
 
 
-def _short_hash(document_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _short_hashes(document_ids: pa.StringArray) -> np.ndarray:
+    """int64, shape (n,): Python's own hashes, which are fast and the same within a process."""
+    return np.fromiter(map(hash, document_ids.to_pylist()), np.int64, len(document_ids))
 
 
-def _altered_chunks(partition: PartitionSnapshot) -> int:
-    """Number of chunks whose text does not match its stored hash."""
+def _count_altered(partition: PartitionSnapshot, table: TableSpec, hashes: str) -> int:
+    """Number of rows whose text does not match its hash, which is in the column `hashes`."""
     altered = 0
-    for batch in partition.rows(CHUNK_TABLE, ["text", "text_hash"]):
+    for batch in partition.rows(table, ["text", hashes]):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
         altered += sum(hash_text(text) != text_hash for text, text_hash in rows)
     return altered

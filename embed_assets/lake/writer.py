@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import pyarrow as pa
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties
@@ -66,6 +67,8 @@ class Provenance:
     """Data version of each table or source that the rows were computed from."""
     rewrite: bool = False
     """Commit even if the table seems to have the same rows already, because it was found damaged."""
+    previous: str = ""
+    """Data version of the rows that are replaced, if it is known."""
 
     def rewriting(self) -> Provenance:
         """A copy with `rewrite` set."""
@@ -96,26 +99,26 @@ def spool_rows(table: TableSpec, key: str, batches: Iterable[pa.RecordBatch]) ->
         for batch in batches:
             content.add(batch)
             spool.add(batch)
-        yield SpooledRows(table, key, spool, spool.complete(), content.row_count, content.hexdigest())
+        yield SpooledRows(table, key, spool, spool.complete(), content.row_count, content.text())
 
 
 @dataclass(frozen=True, slots=True)
-class _InFiles:
-    """The batches of several files, one file after the other."""
+class Chained:
+    """The batches of several parts, one after the other. Can be read any number of times if they can."""
 
-    files: Sequence[ArrowFile]
+    parts: Sequence[Iterable[pa.RecordBatch]]
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return (batch for file in self.files for batch in file.batches())
+        return chain.from_iterable(self.parts)
 
 
 def rows_in_files(table: TableSpec, key: str, files: Sequence[ArrowFile]) -> SpooledRows:
     """Rows that are in files already. They have at least the columns of the table."""
-    content, batches = ContentVersion(CONTENT_COLUMNS[table.kind]), _InFiles(files)
+    content, batches = ContentVersion(CONTENT_COLUMNS[table.kind]), Chained(files)
     for batch in batches:
         content.add(batch)
     byte_size = sum(file.byte_size for file in files)
-    return SpooledRows(table, key, batches, byte_size, content.row_count, content.hexdigest())
+    return SpooledRows(table, key, batches, byte_size, content.row_count, content.text())
 
 
 def _throttled(rows: SpooledRows, columns: pa.Schema) -> Iterator[pa.RecordBatch]:

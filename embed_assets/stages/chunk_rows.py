@@ -38,7 +38,15 @@ class ChunkInputs(Protocol):
 
 
 class ChunkRows(ChunkInputs, Protocol):
-    """The chunks of a partition. Every method can be called any number of times and gives the same order."""
+    """The chunks of a partition, or of those of its documents that changed.
+
+    Every method can be called any number of times and gives the same order.
+    """
+
+    @property
+    def changed(self) -> frozenset[str] | None:
+        """Ids of the documents whose chunks these are; None: all of the partition's."""
+        ...
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `ROWS`."""
@@ -50,6 +58,7 @@ class PreparedChunks:
     """Chunks in files with the schema `SPLIT_CHUNKS`."""
 
     files: Sequence[ArrowFile]
+    changed: frozenset[str] | None = None
 
     @property
     def count(self) -> int:
@@ -58,11 +67,11 @@ class PreparedChunks:
 
     def inputs(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `INPUTS`."""
-        return (batch.select(INPUTS) for file in self.files for batch in file.batches())
+        return (batch.select(INPUTS) for file in self.files for batch in file)
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `ROWS`."""
-        return (batch.select(ROWS) for file in self.files for batch in file.batches())
+        return (batch.select(ROWS) for file in self.files for batch in file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,11 @@ class StoredChunks:
     partition: PartitionSnapshot
     prompt: str
     """Exact string before every chunk."""
+
+    @property
+    def changed(self) -> frozenset[str] | None:
+        """None: these are all of the partition's chunks."""
+        return None
 
     @property
     def count(self) -> int:

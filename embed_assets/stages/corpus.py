@@ -105,11 +105,15 @@ class Corpus:
         groups = grouped_bytes(identified, lambda found: len(found[1].text))
         return (self._chunk_batch(group, key) for group in groups)
 
-    def chunks_of(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
-        """Chunks of a partition, read and split from its source files instead of the lake, as `chunks`."""
+    def parsed(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
+        """Read and parse the files of a partition: batches with the schema `PARSED_DOCUMENTS`."""
         documents = (item for item in self.documents(partition) if isinstance(item, Document))
         groups = grouped_bytes(documents, lambda document: document.byte_size)
-        return self.chunks((parsed_batch(group, partition.key) for group in groups), partition.key)
+        return (parsed_batch(group, partition.key) for group in groups)
+
+    def chunks_of(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
+        """Chunks of a partition, read and split from its source files instead of the lake, as `chunks`."""
+        return self.chunks(self.parsed(partition), partition.key)
 
     def _chunk_batch(self, group: Sequence[_Identified], key: str) -> pa.RecordBatch:
         documents, chunks, text_hashes, ids = zip(*group, strict=True)
@@ -177,6 +181,7 @@ def parsed_batch(documents: Sequence[Document], key: str) -> pa.RecordBatch:
         "byte_size": [document.byte_size for document in documents],
         "modified_at": [document.modified_at for document in documents],
         "metadata": [document.metadata for document in documents],
+        "file_version": [document.file_version for document in documents],
     }
     hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["raw_documents"]])
     return pa.RecordBatch.from_pydict(columns | {"row_hash": packed_hashes(hashes)}, schema=PARSED_DOCUMENTS)

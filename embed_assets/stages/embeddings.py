@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -15,15 +16,15 @@ from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.staging import Staging
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of, is_one_of, partition_predicate
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, utc_now
 from embed_assets.stages.chunk_rows import ROWS, ChunkInputs, ChunkRows
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.elsewhere import Elsewhere
-from embed_assets.stages.outcome import PartitionOutcome, Progress, Sample
-from embed_assets.stages.rejections import Rejections, replace_rejections
+from embed_assets.stages.outcome import SAMPLED, PartitionOutcome, Progress, Sample
+from embed_assets.stages.rejections import Rejections, UnembeddedChunks, replace_rejections
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ def materialize_embeddings(
 ) -> Replaced:
     """Replace the partition's embeddings with one row for each of `chunks`, in one commit, and count them in `outcome`.
 
+    If those are the chunks of changed documents, the rows of the other documents stay.
+
     Vectors are reused from the partition, from windows staged by a killed run and, if `target` says so, from the whole
     table. The model is loaded only if a text has no vector yet. Windows are staged as they finish; `on_progress` is
     called after each window and every few seconds. Raises ``SupersededError`` if another run replaced the chunks or
@@ -60,22 +63,37 @@ def materialize_embeddings(
         _Vectors(partition, chunks, target) as vectors,
         Rejections(partition.key) as rejections,
     ):
-        vectors.look_up(staging, may_be_damaged=provenance.rewrite)
+        vectors.look_up(staging, chunks.changed, may_be_damaged=provenance.rewrite)
         _embed_missing(vectors, staging, compute, outcome, on_progress)
         # Vectors that were embedded again must be committed even if all columns of the content hash are unchanged.
         provenance = provenance if not outcome.embedded else provenance.rewriting()
         rows = vectors.join_rows(chunks, outcome, rejections)
         replaced = partition.replace(
-            target.table, rows, provenance, lambda: partition.require_current(RAW, CHUNK_TABLE), vectors.dimension
+            target.table,
+            rows,
+            provenance,
+            lambda: partition.require_current(RAW, CHUNK_TABLE),
+            vectors.dimension,
+            chunks.changed,
         )
-        replace_rejections(
-            partition, rejections, provenance, lambda: partition.require_current(target.table), target.table.space
+        own = UnembeddedChunks(target.table.space, chunks.changed)
+        kept = replace_rejections(
+            partition, rejections, own, provenance, lambda: partition.require_current(target.table)
         )
-        outcome.rejected_chunks = rejections.count
+        outcome.rejected_chunks = rejections.count + kept
+        if chunks.changed is not None:
+            outcome.chunks, outcome.truncated = replaced.rows, _count_truncated(partition, target.table)
+            outcome.stored = partial(partition.rows, target.table, SAMPLED)
     if target.elsewhere is not None:
         target.elsewhere.add(vectors.keys())
     staging.clear()
     return replaced
+
+
+def _count_truncated(partition: PartitionSnapshot, table: TableSpec) -> int:
+    """Rows of the partition whose chunk was truncated."""
+    columns = (batch.column("is_truncated") for batch in partition.rows(table, ["is_truncated"]))
+    return sum(column.true_count for column in columns)
 
 
 def embed_ahead(
@@ -92,7 +110,7 @@ def embed_ahead(
     """
     staging = Staging(partition.lake, target.table, partition.key)
     with _Vectors(partition, chunks, target) as vectors:
-        vectors.look_up(staging, may_be_damaged=True)
+        vectors.look_up(staging, None, may_be_damaged=True)
         _embed_missing(vectors, staging, compute, outcome, on_progress)
 
 
@@ -181,14 +199,14 @@ class _Vectors:
         """Length of the vectors; None while there are none."""
         return self._store.dimension
 
-    def look_up(self, staging: Staging, may_be_damaged: bool) -> None:
-        """Load the partition's existing vectors and those staged by earlier attempts.
+    def look_up(self, staging: Staging, changed: frozenset[str] | None, may_be_damaged: bool) -> None:
+        """Load the partition's existing vectors, as far as `changed` documents need them, and staged ones.
 
         With `may_be_damaged`, unreadable rows are skipped, so that their texts are embedded again; otherwise they raise
         ``LakeError``.
         """
         try:
-            for batch in self.partition.rows(self.target.table, [*VECTOR_COLUMNS, "chunk_id"]):
+            for batch in self.partition.only(changed).rows(self.target.table, [*VECTOR_COLUMNS, "chunk_id"]):
                 self._store.add(batch)
                 self._previous.add_new(hash_keys(batch.column("chunk_id")))
         except LakeError:
@@ -196,7 +214,27 @@ class _Vectors:
                 raise
         for batch in staging.read():
             self._store.add(batch)
-        self.max_missing = max(1, self.chunks.count - len(self._store))
+        missing = self.chunks.count - len(self._store) if changed is None else self._look_up_others()
+        self.max_missing = max(1, missing)
+
+    def _look_up_others(self) -> int:
+        """Load the vectors that unchanged documents have of the same texts: text may have moved between documents.
+
+        Returns how many texts have no vector.
+        """
+        wanted = HashIndex()
+        for batch in self.chunks.inputs():
+            keys = hash_keys(batch.column("input_hash"))
+            wanted.add_new(keys[~self._store.has(keys)])
+        found = set[str]()
+        for batch in self.partition.rows(self.target.table, ["input_hash"]) if len(wanted) else ():
+            hashes = batch.column("input_hash")
+            found.update(hashes.filter(pa.array(wanted.find(hash_keys(hashes)) >= 0)).to_pylist())
+        if found:
+            where = f"{partition_predicate(self.partition.key)} AND {is_one_of('input_hash', sorted(found))}"
+            for batch in self.partition.tables.rows(self.target.table, VECTOR_COLUMNS, where):
+                self._store.add(batch)
+        return len(wanted) - len(found)
 
     def missing_windows(self, compute: Compute) -> Iterator[Window]:
         """Windows of inputs without a vector, each distinct input once."""

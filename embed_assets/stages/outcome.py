@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,10 @@ _SAMPLED_VECTORS = 300
 """At least this many vectors are kept of a larger partition: more overlap in the small map that is drawn of them."""
 
 
+SAMPLED = ("document_id", "token_count", "embedding")
+"""Columns that a `Sample` is made of."""
+
+
 class Sample:
     """A sample of a partition's embeddings, and the lengths of all its chunks, for pictures."""
 
@@ -27,7 +31,7 @@ class Sample:
         self._rows, self._stride = 0, 1
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Add rows of an embeddings table."""
+        """Add rows of an embeddings table, with at least the columns `SAMPLED`."""
         counts = np.bincount(batch.column("token_count").to_numpy(), minlength=len(self.token_counts))
         counts[: len(self.token_counts)] += self.token_counts
         self.token_counts = counts
@@ -81,7 +85,9 @@ class PartitionOutcome:
     engine: EngineStats = field(default_factory=EngineStats)
     """Statistics of the engine, summed over windows."""
     sample: Sample = field(default_factory=Sample)
-    """Some of the embeddings, if they were materialized."""
+    """Some of the embeddings, if all of them were materialized."""
+    stored: Callable[[], Iterator[pa.RecordBatch]] | None = None
+    """Reads the columns that a sample needs of the partition's embeddings, if only some were materialized."""
     error: str | None = None
     """Why processing failed, in one line; None if it did not."""
 
@@ -91,6 +97,15 @@ class PartitionOutcome:
         if self.error is not None:
             return "failed"
         return "materialized" if self.reasons else "fresh"
+
+    def sampled(self) -> Sample:
+        """A sample of all the partition's embeddings. Raises ``LakeError`` if it has to be read and can't be."""
+        if self.stored is None:
+            return self.sample
+        sample = Sample()
+        for batch in self.stored():
+            sample.add(batch)
+        return sample
 
     @property
     def reused(self) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.backends.quantization import CALIBRATION_TEXTS
@@ -15,10 +18,13 @@ from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
 from embed_assets.lake.vectors import hash_keys
 from embed_assets.records import hash_text
 from embed_assets.settings import Settings
+from embed_assets.stages.changes import Changes, is_known
 from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
 from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.embeddings import Target, known_inputs
 from embed_assets.stages.model import Model
+
+_CHUNK_COLUMNS = ("chunk_id", "text", "token_count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,8 @@ class Estimator:
     pipeline: Pipeline
     tables: Snapshot
     """Snapshot of the lake that is read."""
+    changes: Mapping[str, Changes] = field(default_factory=dict)
+    """What changed in partitions whose documents and chunks are otherwise those of their files, by key."""
 
     def estimate(self, partition: SourcePartition, stale: frozenset[str], is_damaged: bool) -> Estimate:
         """What materializing a partition would do.
@@ -152,12 +160,29 @@ class Estimator:
     def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
         """Yield (chunk_id, text, token_count) of each chunk that the partition will have."""
         corpus, tables = self.pipeline.corpus, self.tables.partition(partition.key)
-        if "raw_documents" in stale:
+        if "raw_documents" in stale and partition.key in self.changes:
+            batches = self._changed_chunks(self.changes[partition.key])
+        elif "raw_documents" in stale:
             batches = corpus.chunks_of(partition)
         elif "chunks" in stale:
             batches = corpus.chunks(tables.rows(RAW, TEXT_COLUMNS), partition.key)
         else:
-            batches = tables.rows(CHUNK_TABLE, ["chunk_id", "text", "token_count"])
+            batches = tables.rows(CHUNK_TABLE, _CHUNK_COLUMNS)
         for batch in batches:
-            columns = (batch.column(name).to_pylist() for name in ("chunk_id", "text", "token_count"))
+            columns = (batch.column(name).to_pylist() for name in _CHUNK_COLUMNS)
             yield from zip(*columns, strict=True)
+
+    def _changed_chunks(self, changes: Changes) -> Iterator[pa.RecordBatch]:
+        """The chunks of a partition of which only the changed files are read."""
+        corpus, key = self.pipeline.corpus, changes.files.key
+        gone = set(changes.stale)
+
+        def changed() -> Iterator[pa.RecordBatch]:
+            for batch in corpus.parsed(changes.files):
+                gone.difference_update(changes.as_before(batch))
+                yield batch.filter(pc.invert(is_known(batch, changes.known)))
+
+        yield from corpus.chunks(changed(), key)
+        names = pa.array(gone, pa.string())
+        for batch in self.tables.partition(key).rows(CHUNK_TABLE, [*_CHUNK_COLUMNS, "document_id"]):
+            yield batch.filter(pc.invert(pc.is_in(batch.column("document_id"), value_set=names)))

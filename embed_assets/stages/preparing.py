@@ -12,11 +12,13 @@ import contextlib
 import threading
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embed_assets.corpus.parsing import ROW_SUFFIXES, lost
 from embed_assets.corpus.source import SourcePartition
@@ -24,7 +26,7 @@ from embed_assets.engine.hardware import available_cores
 from embed_assets.errors import PartitionError
 from embed_assets.records import (
     PARSED_DOCUMENTS,
-    REJECTED_DOCUMENTS,
+    REJECTED_ROWS,
     SPLIT_CHUNKS,
     Document,
     Rejection,
@@ -33,6 +35,7 @@ from embed_assets.records import (
     utc_now,
 )
 from embed_assets.scratch import ArrowFile, ScratchFolder
+from embed_assets.stages.changes import Changes, is_known
 from embed_assets.stages.chunk_rows import INPUTS
 from embed_assets.stages.corpus import Corpus, parsed_batch
 from embed_assets.workers import Stream, WorkerDied, Workers
@@ -57,6 +60,13 @@ class ReadTask:
     files: SourcePartition
     splits: bool
     """Whether the same worker also splits the documents."""
+    known: ArrowFile | None = None
+    """A column `row_hash` of rows that need not be split, because they are as before."""
+
+    @property
+    def key(self) -> str:
+        """Of the partition."""
+        return self.files.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,8 @@ class SplitTask:
 
     key: str
     documents: ArrowFile
+    known: ArrowFile | None = None
+    """As that of a `ReadTask`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +88,7 @@ class Piece:
     chunks: ArrowFile | None = None
     """Rows with the schema `SPLIT_CHUNKS`; None if the documents were not split."""
     rejections: ArrowFile | None = None
-    """Rows with the schema `REJECTED_DOCUMENTS`."""
+    """Rows with the schema `REJECTED_ROWS`."""
 
     @property
     def files(self) -> list[ArrowFile]:
@@ -98,7 +110,7 @@ class Preparer:
     def __call__(self, task: ReadTask | SplitTask) -> Iterator[Piece]:
         """Yield the results of a task, in the order of its documents."""
         if isinstance(task, SplitTask):
-            yield Piece(chunks=self._split(task.documents.batches(), task.key))
+            yield Piece(chunks=self._split(task.documents, task))
             return
         key = task.files.key
         for group in grouped_bytes(self.corpus.documents(task.files), _text_bytes):
@@ -107,34 +119,65 @@ class Preparer:
             rejected = [item for item in group if isinstance(item, Rejection)]
             yield Piece(
                 self._write(PARSED_DOCUMENTS, parsed) if parsed else None,
-                self._split(parsed, key) if parsed and task.splits else None,
-                self._write(REJECTED_DOCUMENTS, [rejection_batch(rejected, key, utc_now())]) if rejected else None,
+                self._split(parsed, task) if parsed and task.splits else None,
+                self._write(REJECTED_ROWS, [rejection_batch(rejected, key, utc_now())]) if rejected else None,
             )
 
     def rejected(self, rejection: Rejection, key: str) -> Piece:
         """A piece with a rejection and nothing else."""
-        return Piece(rejections=self._write(REJECTED_DOCUMENTS, [rejection_batch([rejection], key, utc_now())]))
+        return Piece(rejections=self._write(REJECTED_ROWS, [rejection_batch([rejection], key, utc_now())]))
 
     def stored(self, batches: Iterable[pa.RecordBatch]) -> Iterator[ArrowFile]:
         """Files with the given batches of documents, one each, to be split."""
         return (self._write(batch.schema, [batch]) for batch in batches)
 
-    def _split(self, documents: Iterable[pa.RecordBatch], key: str) -> ArrowFile:
-        return self._write(SPLIT_CHUNKS, self.corpus.chunks(documents, key))
+    def known(self, hashes: pa.FixedSizeBinaryArray) -> ArrowFile:
+        """A file of row hashes, for tasks."""
+        batch = pa.record_batch([hashes], names=["row_hash"])
+        return self._write(batch.schema, [batch])
+
+    def _split(self, documents: Iterable[pa.RecordBatch], task: ReadTask | SplitTask) -> ArrowFile:
+        for known in task.known or ():
+            documents = _without(documents, known.column("row_hash"))
+        return self._write(SPLIT_CHUNKS, self.corpus.chunks(documents, task.key))
 
     def _write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
         return ArrowFile.write(self.folder / f"{uuid.uuid4().hex}.arrow", schema, batches)
+
+
+def _without(documents: Iterable[pa.RecordBatch], known: pa.FixedSizeBinaryArray) -> Iterator[pa.RecordBatch]:
+    """The documents with other row hashes."""
+    for batch in documents:
+        yield batch.filter(pc.invert(is_known(batch, known)))
 
 
 def _text_bytes(item: Document | Rejection) -> int:
     return item.byte_size + len(item.metadata) if isinstance(item, Document) else 0
 
 
-@dataclass(slots=True)
+@dataclass
 class Prepared:
     """A partition's documents and chunks, in files."""
 
     pieces: list[Piece] = field(default_factory=list)
+    changes: Changes | None = None
+    """What was prepared, if the partition's other files are kept as they were read before; None: all of it."""
+
+    @cached_property
+    def read(self) -> frozenset[str] | None:
+        """Ids of the documents that were read, or whose file changed or is gone; None: all of them."""
+        if self.changes is None:
+            return None
+        ids = (i for file in self.documents for batch in file for i in batch.column("document_id").to_pylist())
+        return self.changes.stale.union(ids)
+
+    @cached_property
+    def changed(self) -> frozenset[str] | None:
+        """Ids of the documents that are new, differ from what is stored, or are gone; None: all of them."""
+        if self.read is None or self.changes is None:
+            return None
+        batches = (batch for file in self.documents for batch in file)
+        return self.read.difference(name for batch in batches for name in self.changes.as_before(batch))
 
     @property
     def documents(self) -> list[ArrowFile]:
@@ -148,7 +191,7 @@ class Prepared:
 
     @property
     def rejections(self) -> list[ArrowFile]:
-        """Rows with the schema `REJECTED_DOCUMENTS`."""
+        """Rows with the schema `REJECTED_ROWS`."""
         return [piece.rejections for piece in self.pieces if piece.rejections is not None]
 
     def remove(self) -> None:
@@ -196,19 +239,24 @@ class Arriving:
                     return
                 file = self._files[place]
             place += 1
-            for batch in file.batches():
+            for batch in file:
                 yield batch.select(INPUTS)
 
 
 @contextlib.contextmanager
 def open_preparation(
-    corpus: Corpus, partitions: Sequence[SourcePartition], splits: bool, processes: int
+    corpus: Corpus,
+    partitions: Sequence[SourcePartition],
+    changes: Mapping[str, Changes],
+    splits: bool,
+    configured: int | None,
 ) -> Iterator[Preparation]:
-    """A `Preparation` of the partitions in so many processes; 0: in this one."""
+    """A `Preparation` in `configured` processes (0: in this one) or, by default, as many as are worth starting."""
+    byte_size = sum((changes[p.key].files if p.key in changes else p).byte_size for p in partitions)
     with ScratchFolder() as folder:
         preparer = Preparer(corpus, folder)
-        with Workers(preparer, processes) as workers:
-            yield Preparation(workers, preparer, partitions, splits)
+        with Workers(preparer, processes_for(byte_size, configured)) as workers:
+            yield Preparation(workers, preparer, partitions, splits, changes)
 
 
 def processes_for(byte_size: int, configured: int | None) -> int:
@@ -227,14 +275,18 @@ class Preparation:
         preparer: Preparer,
         partitions: Iterable[SourcePartition],
         splits: bool,
+        changes: Mapping[str, Changes] | None = None,
         task_bytes: int = _TASK_BYTES,
     ) -> None:
-        """`partitions` are those whose files are to be read, `splits` says whether their documents are to be split."""
-        self._workers, self._preparer, self._splits = workers, preparer, splits
+        """`partitions` are those whose files are to be read, or of which only `changes` are, by key.
+
+        `splits` says whether their documents are to be split.
+        """
+        self._workers, self._preparer, self._splits, self._changes = workers, preparer, splits, changes or {}
         self._arriving: dict[str, Arriving] = {}
         self._over: set[str] = set()
         self._lock = threading.Lock()
-        self._upcoming = (task for files in partitions for task in _read_tasks(files, splits, task_bytes))
+        self._upcoming = (task for files in partitions for task in self._tasks(files, task_bytes))
         self._begun: deque[tuple[ReadTask, Stream[Piece]]] = deque()
 
     def take(self, files: SourcePartition) -> Prepared:
@@ -242,7 +294,8 @@ class Preparation:
 
         Raises ``SourceError`` if a file can't be opened or read.
         """
-        prepared, arriving = Prepared(), self.arriving(files)
+        prepared, arriving = Prepared(changes=self._changes.get(files.key)), self.arriving(files)
+        files = self._unread(files)
         if not files.files:
             return prepared
         self._skip_others(files.key)
@@ -261,6 +314,17 @@ class Preparation:
         if taken != len(files.files):
             raise RuntimeError(f"{taken} of the {len(files.files)} files of the partition {files.key!r} were prepared")
         return prepared
+
+    def _tasks(self, files: SourcePartition, task_bytes: int) -> Iterator[ReadTask]:
+        """The tasks to read a partition."""
+        changes = self._changes.get(files.key)
+        known = self._preparer.known(changes.known) if changes is not None and len(changes.known) else None
+        for task in _read_tasks(self._unread(files), self._splits, task_bytes):
+            yield replace(task, known=known)
+
+    def _unread(self, files: SourcePartition) -> SourcePartition:
+        """The partition's files that are to be read."""
+        return self._changes[files.key].files if files.key in self._changes else files
 
     def arriving(self, files: SourcePartition) -> Arriving:
         """The partition's chunks as `take` prepares them, for another thread; none once its turn is over."""
@@ -291,12 +355,13 @@ class Preparation:
         Raises ``PartitionError`` if splitting one of them kills its worker.
         """
         files = list(self._preparer.stored(documents))
-        begun = [(file, self._workers.submit(SplitTask(key, file))) for file in files]
-        prepared = Prepared([piece for file, stream in begun for piece in self._split_pieces(key, file, stream)])
+        tasks = [SplitTask(key, file) for file in files]
+        begun = [(task, self._workers.submit(task)) for task in tasks]
+        prepared = Prepared([piece for task, stream in begun for piece in self._split_pieces(task, stream)])
         for file in files:
             file.remove()
         for file in prepared.rejections:
-            [row] = next(file.batches()).select(["document_id", "detail"]).to_pylist()
+            [row] = next(iter(file)).select(["document_id", "detail"]).to_pylist()
             raise PartitionError(f"partition {key!r}: {row['document_id']!r} can't be split: {row['detail']}")
         return Prepared([replace(piece, documents=None) for piece in prepared.pieces])
 
@@ -314,13 +379,13 @@ class Preparation:
         If it kills its worker, its files are read one by one, and a culprit is rejected.
         """
         key = task.files.key
-        found: list[tuple[Piece, Stream[Piece] | None]] = []
+        found: list[tuple[Piece, SplitTask | None, Stream[Piece] | None]] = []
         try:
             for piece in stream:
                 split = None
                 if self._splits and piece.documents is not None and piece.chunks is None:
-                    split = self._workers.submit(SplitTask(key, piece.documents))
-                found.append((piece, split))
+                    split = SplitTask(key, piece.documents, task.known)
+                found.append((piece, split, None if split is None else self._workers.submit(split)))
         except WorkerDied as died:
             if is_retry and len(task.files.files) == 1:
                 yield self._preparer.rejected(lost(self._preparer.corpus.source, task.files, str(died)), key)
@@ -329,32 +394,28 @@ class Preparation:
             for one in alone:
                 yield from self._pieces(one, self._workers.submit(one), is_retry=len(alone) == 1)
             return
-        for piece, split in found:
-            if split is None or piece.documents is None:
+        for piece, split, chunks in found:
+            if split is None or chunks is None:
                 yield piece
             else:
                 yield Piece(rejections=piece.rejections)
-                yield from self._split_pieces(key, piece.documents, split)
+                yield from self._split_pieces(split, chunks)
 
-    def _split_pieces(
-        self, key: str, documents: ArrowFile, stream: Stream[Piece], is_retry: bool = False
-    ) -> list[Piece]:
+    def _split_pieces(self, task: SplitTask, stream: Stream[Piece], is_retry: bool = False) -> list[Piece]:
         """The documents with their chunks. If splitting kills its worker, they are split one by one."""
+        documents = task.documents
         try:
             return [replace(piece, documents=documents) for piece in stream]
         except WorkerDied as died:
             if is_retry and documents.rows == 1:
-                [row] = next(iter(documents.batches())).select(["document_id", "uri"]).to_pylist()
+                [row] = next(iter(documents)).select(["document_id", "uri"]).to_pylist()
                 detail = f"splitting it ended the process twice, with {died}, perhaps for lack of memory; split it"
-                return [self._preparer.rejected(Rejection(row["document_id"], row["uri"], "too_costly", detail), key)]
-            rows = (batch.slice(i, 1) for batch in documents.batches() for i in range(batch.num_rows))
-            alone = self._preparer.stored(rows)
+                rejection = Rejection(row["document_id"], row["uri"], "too_costly", detail)
+                return [self._preparer.rejected(rejection, task.key)]
+            rows = (batch.slice(i, 1) for batch in documents for i in range(batch.num_rows))
+            alone = [replace(task, documents=one) for one in self._preparer.stored(rows)]
             is_last = documents.rows == 1
-            return [
-                piece
-                for one in alone
-                for piece in self._split_pieces(key, one, self._workers.submit(SplitTask(key, one)), is_last)
-            ]
+            return [p for one in alone for p in self._split_pieces(one, self._workers.submit(one), is_last)]
 
 
 def _read_tasks(files: SourcePartition, splits: bool, task_bytes: int) -> Iterator[ReadTask]:

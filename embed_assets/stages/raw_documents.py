@@ -9,7 +9,7 @@ from embed_assets.lake.tables import RAW
 from embed_assets.lake.writer import Provenance, Replaced, rows_in_files
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.preparing import Prepared
-from embed_assets.stages.rejections import Rejections, replace_rejections
+from embed_assets.stages.rejections import Rejections, UnreadFiles, replace_rejections
 
 
 def materialize_raw_documents(
@@ -21,6 +21,8 @@ def materialize_raw_documents(
     outcome: PartitionOutcome,
 ) -> Replaced:
     """Replace the partition's documents and rejections by those read from `files`; count both in `outcome`.
+
+    Those of files that did not change stay, if `prepared` is without them.
 
     Raises ``SupersededError`` if, since the source was listed, another run replaced the partition's rows and its files
     changed too.
@@ -36,9 +38,11 @@ def materialize_raw_documents(
 
     with Rejections(partition.key) as rejections:
         for file in prepared.rejections:
-            for batch in file.batches():
+            for batch in file:
                 rejections.add_batch(batch)
-        replaced = partition.replace(RAW, rows_in_files(RAW, partition.key, prepared.documents), provenance, check)
-        replace_rejections(partition, rejections, provenance, lambda: partition.require_current(RAW))
-        outcome.documents, outcome.rejected = replaced.rows, rejections.count
+        rows, changes = rows_in_files(RAW, partition.key, prepared.documents), prepared.changes
+        replaced = partition.replace(RAW, rows, provenance, check, documents=prepared.read)
+        own = UnreadFiles(changes.kept if changes else frozenset())
+        kept = replace_rejections(partition, rejections, own, provenance, lambda: partition.require_current(RAW))
+        outcome.documents, outcome.rejected = replaced.rows, rejections.count + kept
         return replaced

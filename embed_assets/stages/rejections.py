@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -14,7 +15,7 @@ from embed_assets.lake.tables import REJECTED
 from embed_assets.lake.writer import Provenance
 from embed_assets.records import (
     NOT_EMBEDDABLE,
-    REJECTED_DOCUMENTS,
+    REJECTED_ROWS,
     Rejection,
     is_chunk_of,
     rejection_batch,
@@ -24,6 +25,7 @@ from embed_assets.scratch import SpooledBatches
 
 _ATTEMPTS = 20
 """Attempts to merge with rows that other runs write at the same time. Each costs a read and a commit."""
+_JUDGED_BY = ("reason", "detail", "document_id", "uri")
 _ROWS_PER_BATCH = 4096
 """Rejections held in memory before they are spooled. More take more memory, fewer make more and smaller batches."""
 
@@ -33,7 +35,7 @@ class Rejections:
 
     def __init__(self, key: str) -> None:
         self._key, self._now = key, utc_now()
-        self._rows = SpooledBatches(REJECTED_DOCUMENTS)
+        self._rows = SpooledBatches(REJECTED_ROWS)
         self._waiting: list[Rejection] = []
         self.count = 0
 
@@ -66,41 +68,89 @@ class Rejections:
         self._waiting.clear()
 
 
+class Own(Protocol):
+    """Tells which rows of rejected_documents belong to a stage, which replaces them or leaves them as they are."""
+
+    def is_own(self, reason: str, detail: str) -> bool:
+        """Whether a row is one of the stage's."""
+        ...
+
+    def is_kept(self, document_id: str, uri: str) -> bool:
+        """Whether one of the stage's rows stays as it is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadFiles:
+    """Files and rows that can't be read."""
+
+    kept: Collection[str] = ()
+    """Locations of files that did not change."""
+
+    def is_own(self, reason: str, detail: str) -> bool:
+        """All but chunks."""
+        return reason != NOT_EMBEDDABLE
+
+    def is_kept(self, document_id: str, uri: str) -> bool:
+        """By its file."""
+        return uri in self.kept
+
+
+@dataclass(frozen=True, slots=True)
+class UnembeddedChunks:
+    """Chunks that a space's model can't embed."""
+
+    space: str
+    changed: Collection[str] | None = None
+    """Ids of the documents whose chunks are replaced; None: all."""
+
+    def is_own(self, reason: str, detail: str) -> bool:
+        """Chunks of the space."""
+        return reason == NOT_EMBEDDABLE and is_chunk_of(self.space, detail)
+
+    def is_kept(self, document_id: str, uri: str) -> bool:
+        """By its document."""
+        return self.changed is not None and document_id not in self.changed
+
+
 def replace_rejections(
     partition: PartitionSnapshot,
     rejections: Rejections,
+    own: Own,
     provenance: Provenance,
     check: Callable[[], None],
-    space: str | None = None,
-) -> None:
-    """Replace the partition's rejected documents or, with `space`, the chunks that this space's model can't embed.
+) -> int:
+    """Replace a stage's `own` rows of the partition's rejected documents; returns how many of them stay as they are.
 
     All other rows stay, including those that another run writes at the same time. `check` is called before every
     attempt and raises if another run meanwhile wrote rows from newer inputs. Raises ``SupersededError`` if the table
     keeps changing.
     """
-    provenance = replace(provenance, rewrite=False)  # what can't be read is replaced in any case
+    is_damaged = provenance.rewrite
+    provenance = replace(provenance, rewrite=False, previous="")  # what can't be read is replaced in any case
     for attempt in range(_ATTEMPTS):
         check()
         partition.reset_baseline(REJECTED)
         if not rejections.count and partition.tables.table(REJECTED) is None:
-            return
-        if space is not None and not rejections.count and not _has_own(partition, space):
-            return
-        batches = chain(rejections.batches(), _others(partition, space))
+            return 0
+        replaced, kept = _count_own(partition, own)
+        if not rejections.count and not replaced and not is_damaged:
+            return kept
+        batches = chain(rejections.batches(), _others(partition, own))
         try:
             partition.replace(REJECTED, batches, provenance, lambda: partition.require_current(REJECTED))
-            return
+            return kept
         except SupersededError:
             if attempt == _ATTEMPTS - 1:
                 raise
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _others(partition: PartitionSnapshot, space: str | None) -> Iterator[pa.RecordBatch]:
+def _others(partition: PartitionSnapshot, own: Own) -> Iterator[pa.RecordBatch]:
     """The rows to keep. Damaged files yield none: replacing the partition's rows repairs it."""
     try:
-        for batch in partition.rows(REJECTED, REJECTED_DOCUMENTS.names):
-            kept = batch.filter(pa.array([not is_own for is_own in _is_own(batch, space)]))
+        for batch in partition.rows(REJECTED, REJECTED_ROWS.names):
+            kept = batch.filter(pa.array([not is_own or is_kept for is_own, is_kept in _judged(batch, own)]))
             if kept.num_rows:
                 yield kept
     except LakeError as error:
@@ -108,16 +158,20 @@ def _others(partition: PartitionSnapshot, space: str | None) -> Iterator[pa.Reco
             raise
 
 
-def _has_own(partition: PartitionSnapshot, space: str) -> bool:
+def _count_own(partition: PartitionSnapshot, own: Own) -> tuple[int, int]:
+    """How many of the stage's rows are to be replaced, and how many stay. Damaged files count as one to replace."""
+    replaced = kept = 0
     try:
-        return any(any(_is_own(batch, space)) for batch in partition.rows(REJECTED, ["reason", "detail"]))
+        for batch in partition.rows(REJECTED, _JUDGED_BY):
+            for is_own, is_kept in _judged(batch, own):
+                replaced += is_own and not is_kept
+                kept += is_own and is_kept
     except LakeError:
-        return True
+        return 1, kept
+    return replaced, kept
 
 
-def _is_own(batch: pa.RecordBatch, space: str | None) -> list[bool]:
-    """For each row, whether it is to be replaced: rejected documents or, with `space`, that space's chunks."""
-    rows = zip(batch.column("reason").to_pylist(), batch.column("detail").to_pylist(), strict=True)
-    if space is None:
-        return [reason != NOT_EMBEDDABLE for reason, _ in rows]
-    return [reason == NOT_EMBEDDABLE and is_chunk_of(space, detail) for reason, detail in rows]
+def _judged(batch: pa.RecordBatch, own: Own) -> list[tuple[bool, bool]]:
+    """For each row, whether it is the stage's own, and whether it stays if it is."""
+    rows = zip(*(batch.column(name).to_pylist() for name in _JUDGED_BY), strict=True)
+    return [(own.is_own(reason, detail), own.is_kept(document, uri)) for reason, detail, document, uri in rows]

@@ -9,7 +9,7 @@ from embed_assets.defs.instance import open_instance
 from embed_assets.defs.sync import run_ranges
 from embed_assets_tests.conftest import Project
 
-KEYS = [f"p{i:03}" for i in range(200)]
+KEYS = [f"p{i:03}" for i in range(600)]
 
 
 @given(st.lists(st.sampled_from("dfo"), max_size=200))
@@ -29,7 +29,7 @@ def test_scattered_partitions_need_few_runs() -> None:
         return len(list(run_ranges(KEYS, due, set(KEYS).difference(due))))
 
     assert runs(KEYS[::2]) == runs(KEYS) == runs(KEYS[:1]) == 1
-    assert runs([KEYS[0], KEYS[50], KEYS[150]]) == 2
+    assert runs([KEYS[0], KEYS[250], KEYS[550]]) == 2
     assert runs([]) == 0
 
 

@@ -266,9 +266,7 @@ def feed(bench: Bench) -> dict[str, Any]:
         with open_preparation(corpus, partitions, True, processes) as preparation:
             for files in partitions:
                 prepared = preparation.take(files)
-                tokens += sum(
-                    int(batch.column("token_count").to_numpy().sum()) for f in prepared.chunks for batch in f.batches()
-                )
+                tokens += sum(int(batch.column("token_count").to_numpy().sum()) for f in prepared.chunks for batch in f)
                 prepared.remove()
         found[f"{processes} processes"] = round(tokens / (time.perf_counter() - started))
     return found | {"sync": _sync(bench, landing)}

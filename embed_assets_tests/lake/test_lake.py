@@ -37,7 +37,7 @@ from embed_assets.lake.tables import (
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_batch
 from embed_assets.lake.verify import verify
 from embed_assets.lake.writer import Provenance, Replaced
-from embed_assets.records import CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS, chunk_ids, hash_text, utc_now
+from embed_assets.records import CHUNKS, EMBEDDINGS, REJECTED_ROWS, chunk_ids, hash_text, utc_now
 
 SPACE = TableSpec("embeddings", "space", {"embed_assets.model": "test"})
 RUN = Provenance("run-1", {"upstream": "v1"})
@@ -60,7 +60,7 @@ def rejections(key: str, *names: str) -> list[pa.RecordBatch]:
         {"partition_key": key, "document_id": n, "uri": "u", "reason": "empty", "detail": "d", "rejected_at": utc_now()}
         for n in names
     ]
-    return [pa.RecordBatch.from_pylist(rows, schema=REJECTED_DOCUMENTS)]
+    return [pa.RecordBatch.from_pylist(rows, schema=REJECTED_ROWS)]
 
 
 def names(lake: Lake, key: str | None = None) -> list[str]:
@@ -151,7 +151,7 @@ def write_chunks(lake: Lake, key: str) -> None:
         "partition_key": key, "document_id": "doc", "uri": "u", "media_type": "text/plain", "title": "", "text": "t",
         "content_hash": hash_text("t"), "byte_size": 1, "modified_at": utc_now(), "metadata": "{}",
     }  # fmt: skip
-    replace_partition(lake, RAW, key, [pa.RecordBatch.from_pylist([document], schema=RAW_DOCUMENTS)], RUN)
+    replace_partition(lake, RAW, key, [pa.RecordBatch.from_pylist([document], schema=RAW.schema)], RUN)
     replace_partition(lake, CHUNK_TABLE, key, [chunks(key, TEXTS)], RUN)
 
 

@@ -17,7 +17,7 @@ from embed_assets.lake.maintenance import RETENTION, maintain
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, REJECTED, Lake, TableSpec
 from embed_assets.lake.writer import Provenance
-from embed_assets.records import REJECTED_DOCUMENTS, utc_now
+from embed_assets.records import REJECTED_ROWS, utc_now
 
 ODD = "it's 100% a/b é\n.."
 LONG_AGO = time.time() - RETENTION.total_seconds() - 3600
@@ -33,7 +33,7 @@ def rows(key: str, *names: str) -> pa.RecordBatch:
         {"partition_key": key, "document_id": n, "uri": "u", "reason": "empty", "detail": "d", "rejected_at": utc_now()}
         for n in names
     ]
-    return pa.RecordBatch.from_pylist(made, schema=REJECTED_DOCUMENTS)
+    return pa.RecordBatch.from_pylist(made, schema=REJECTED_ROWS)
 
 
 def replace(lake: Lake, key: str, *names: str) -> None:

@@ -36,7 +36,7 @@ def rows(files: Iterable[ArrowFile]) -> list[dict[str, object]]:
     return [
         {name: value for name, value in row.items() if name != "rejected_at"}
         for file in files
-        for batch in file.batches()
+        for batch in file
         for row in batch.to_pylist()
     ]
 
@@ -55,7 +55,7 @@ class Deadly(Preparer):
         if isinstance(task, ReadTask) and any("deadly" in file.path for file in task.files.files):
             os.kill(os.getpid(), signal.SIGKILL)
         if isinstance(task, SplitTask):
-            texts = [text for batch in task.documents.batches() for text in batch.column("text").to_pylist()]
+            texts = [text for batch in task.documents for text in batch.column("text").to_pylist()]
             if any("deadly" in text for text in texts):
                 os.kill(os.getpid(), signal.SIGKILL)
         yield from super().__call__(task)
@@ -179,7 +179,7 @@ def test_stored_documents_are_split_like_read_ones(folder: Path) -> None:
     with Workers(preparer, 1) as workers:
         preparation = Preparation(workers, preparer, list(partitions.values()), splits=True)
         read = preparation.take(partitions["_root"])
-        stored = [batch.select(TEXT_COLUMNS) for file in read.documents for batch in file.batches()]
+        stored = [batch.select(TEXT_COLUMNS) for file in read.documents for batch in file]
         again = preparation.split("_root", stored)
         assert again.documents == []
         assert contents(again)[1] == contents(read)[1]
@@ -216,6 +216,6 @@ def test_documents_that_can_not_be_split_again_are_no_silent_loss(folder: Path) 
     [files] = preparer.corpus.source.partitions().values()
     [read] = Preparer(preparer.corpus, preparer.folder)(ReadTask(files, False))
     assert read.documents is not None
-    documents = list(read.documents.batches())
+    documents = list(read.documents)
     with Workers(preparer, 1) as workers, pytest.raises(PartitionError, match=r"rows\.jsonl#7.*signal 9"):
         Preparation(workers, preparer, [], splits=True).split("_root", documents)
