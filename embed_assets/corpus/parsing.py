@@ -73,16 +73,17 @@ def read_documents(source: Source, partition: SourcePartition, options: ParseOpt
 def _read_file(
     source: Source, file: SourceFile, document_id: str, options: ParseOptions
 ) -> Iterator[Document | Rejection]:
-    uri = source.uri(file)
+    uri, version = source.uri(file), file.content_key
 
     def rejected(reason: str, detail: str = "", row_key: str = "") -> Rejection:
         row_id = f"{document_id}#{row_key}" if row_key else document_id
         line = " ".join((detail or REASONS[reason]).split())
-        version = None if reason in _NOT_FOR_GOOD else file.content_key
-        return Rejection(row_id, uri, reason, line[:_MAX_DETAIL_CHARACTERS], version)
+        known = None if reason in _NOT_FOR_GOOD else version
+        return Rejection(row_id, uri, reason, line[:_MAX_DETAIL_CHARACTERS], known)
 
     suffix = PurePosixPath(file.path).suffix.lower()
     has_rows = suffix in _ROW_FORMATS
+    file_name = PurePosixPath(document_id).name
     if file.rejected:
         yield rejected(file.rejected)
     elif suffix not in SUPPORTED_SUFFIXES:
@@ -103,12 +104,12 @@ def _read_file(
                         f"{document_id}#{item.key}" if item.key else document_id,
                         uri,
                         item.media_type,
-                        item.title or PurePosixPath(document_id).name,
+                        item.title or file_name,
                         item.text,
                         item.byte_size,
                         file.modified_at,
                         item.metadata,
-                        file.content_key,
+                        version,
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))
@@ -139,16 +140,16 @@ def _read_rows(source: Source, file: SourceFile, suffix: str, options: ParseOpti
     with source.open(file) as stream, SpillingSet() as keys:
         for row in _ROW_FORMATS[suffix][1](stream, options):
             is_empty = False
-            if isinstance(row, Row):
-                if row.key in keys and row.position:
+            if isinstance(row, Row) and not keys.add(row.key):
+                if row.position:
                     detail = f"its id {row.key!r} was used by an earlier row; ids must be unique"
                     yield BadRow(row.position, "duplicate_id", detail)
                     continue
-                text_key = row.key
-                while row.key in keys:  # the key of a row without an id is a hash of its text: number equal texts
+                text_key, is_new = row.key, False
+                while not is_new:  # the key of a row without an id is a hash of its text: number equal texts
                     repeats[text_key] = repeats.get(text_key, 1) + 1
                     row = row.with_key(f"{text_key}.{repeats[text_key]}")
-                keys.add(row.key)
+                    is_new = keys.add(row.key)
             yield row
     if is_empty:
         yield BadRow("", "empty", "the file has no rows")
