@@ -29,6 +29,7 @@ from embed_assets.defs.names import (
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
+from embed_assets.defs.storage import kept_open
 from embed_assets.errors import UserError, is_retryable
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import RAW
@@ -76,7 +77,7 @@ def build_corpus_assets(
             with _dropping_planned_evaluations(context):
                 given = None if context.retry_number else listed
                 run = _begin(context, pipeline, observer or RunObserver(LogSink(context.log)), given)
-                with contextlib.closing(run.recorder):
+                with kept_open(context.instance), contextlib.closing(run.recorder):
                     if not run.selected:
                         _only_check(run)
                         return

@@ -41,7 +41,8 @@ from dagster._core.instance.config import PoolGranularity  # noqa: E402
 from dagster._core.instance.ref import InstanceRef  # noqa: E402
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable  # noqa: E402
 from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable  # noqa: E402
-from dagster._core.storage.legacy_storage import LegacyRunStorage  # noqa: E402
+from dagster._core.storage.event_log.sqlite import SqliteEventLogStorage  # noqa: E402
+from dagster._core.storage.legacy_storage import LegacyEventLogStorage, LegacyRunStorage  # noqa: E402
 from dagster._core.storage.runs.schema import KeyValueStoreTable  # noqa: E402
 from dagster._core.storage.runs.sql_run_storage import SqlRunStorage  # noqa: E402
 from dagster._core.storage.sqlite import (  # noqa: E402
@@ -85,9 +86,11 @@ __all__ = [
     "Executor",
     "InProcessExecutor",
     "InstanceRef",
+    "LegacyEventLogStorage",
     "PlanOrchestrationContext",
     "RetryMode",
     "SerializableErrorInfo",
+    "SqliteEventLogStorage",
     "StoredEvent",
     "delete_value",
     "drop_planned_evaluations",

@@ -12,6 +12,7 @@ from embed_assets.defs.dagster_internals import register_partitions
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import History, Record
+from embed_assets.defs.storage import kept_open
 from embed_assets.errors import SourceError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
@@ -87,8 +88,9 @@ def discover(
     for keys in slices(added, KEYS_PER_ADD):
         register_partitions(instance, names.partitions_name, keys)
     moved = [p for key, p in partitions.items() if history.version(SOURCE, key) != p.version]
-    for done, partition in enumerate(moved, 1):
-        instance.report_runless_asset_event(observation(names, partition))
-        on_progress(f"{done:,} of {len(moved):,} new or changed partitions recorded", done / len(moved))
+    with kept_open(instance):
+        for done, partition in enumerate(moved, 1):
+            instance.report_runless_asset_event(observation(names, partition))
+            on_progress(f"{done:,} of {len(moved):,} new or changed partitions recorded", done / len(moved))
     changed = [p.key for p in moved if p.files and p.key in registered]
     return Discovery(partitions, added, changed, [p.key for p in moved if not p.files])

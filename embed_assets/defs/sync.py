@@ -30,6 +30,7 @@ from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
+from embed_assets.defs.storage import kept_open
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.staging import remove_windows, stale_windows
@@ -225,7 +226,8 @@ def run_sync(
     observer.start({key: partitions[key].byte_size for key in due})
     registered = instance.get_dynamic_partitions(Names.of(pipeline).partitions_name)
     tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if request.allow_empty else {})
-    with heartbeat(instance, this_process()):
+    # Dagster plans an event for each partition and asset before a run.
+    with heartbeat(instance, this_process()), kept_open(instance):
         listed: Listed | None = listing.partitions
         for message in wait_for_pool(instance) if due else ():
             _log.warning(message)

@@ -72,31 +72,37 @@ def stored(lake: Lake, key: str = "k") -> dict[str, list[str]]:
 TEXTS = st.lists(st.sampled_from(["one", "two", "three"]), max_size=3).map(sorted)
 
 
-@settings(deadline=None, max_examples=25)
+FILLER = {"filler.md": [f"text {i}" for i in range(6000)]}
+"""So many rows that data files are rewritten instead of all of the partition."""
+OTHERS = tuple(f"gone {i}" for i in range(1001))
+"""So many documents that all of the partition is rewritten."""
+
+
+@settings(deadline=None, max_examples=15)
 @given(before=st.dictionaries(st.sampled_from(NAMES), TEXTS), after=st.dictionaries(st.sampled_from(NAMES), TEXTS))
-@pytest.mark.parametrize("limit", [1000, 1])
+@pytest.mark.parametrize(("filler", "others"), [({}, ()), (FILLER, ()), (FILLER, OTHERS)])
 def test_it_gives_the_rows_and_the_version_of_replacing_everything(
-    limit: int,
+    filler: dict[str, list[str]],
+    others: tuple[str, ...],
     before: dict[str, list[str]],
     after: dict[str, list[str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embed_assets.lake.snapshot._MOST_DOCUMENTS", limit)
-        lake, other = (Lake(str(tmp_path_factory.mktemp("lake"))) for _ in range(2))
-        for place in (lake, other):
-            write(place, {"a.md": ["of another partition"]}, "other")
-        first = write(lake, before)
-        changed = sorted(before.keys() | after.keys())[::2]
-        expected = {n: t for n, t in before.items() if n not in changed} | {n: after[n] for n in changed if n in after}
-        made = update(begin(lake), first.data_version, changed, {n: after[n] for n in changed if n in after})
-        whole = write(other, expected)
-        assert stored(lake) == stored(other) == {name: texts for name, texts in expected.items() if texts}
-        assert (made.data_version, made.rows) == (whole.data_version, whole.rows)
-        assert begin(lake).tables.content(CHUNK_TABLE, "k") == made.data_version
-        assert begin(lake).holds(CHUNK_TABLE, made.data_version, made.state.files_hash)
-        assert made.is_committed == (made.data_version != first.data_version)
-        assert stored(lake, "other") == {"a.md": ["of another partition"]}
+    lake, other = (Lake(str(tmp_path_factory.mktemp("lake"))) for _ in range(2))
+    for place in (lake, other):
+        write(place, {"a.md": ["of another partition"]}, "other")
+    first = write(lake, before | filler)
+    changed = sorted(before.keys() | after.keys())[::2]
+    new = {name: after[name] for name in changed if name in after}
+    expected = {name: texts for name, texts in before.items() if name not in changed} | new | filler
+    made = update(begin(lake), first.data_version, [*changed, *others], new)
+    whole = write(other, expected)
+    assert stored(lake) == stored(other) == {name: sorted(texts) for name, texts in expected.items() if texts}
+    assert (made.data_version, made.rows) == (whole.data_version, whole.rows)
+    assert begin(lake).tables.content(CHUNK_TABLE, "k") == made.data_version
+    assert begin(lake).holds(CHUNK_TABLE, made.data_version, made.state.files_hash)
+    assert made.is_committed == (made.data_version != first.data_version)
+    assert stored(lake, "other") == {"a.md": ["of another partition"]}
 
 
 def test_a_version_of_rows_follows_from_what_came_and_went() -> None:
@@ -129,7 +135,7 @@ def test_a_partition_that_another_run_replaced_meanwhile_is_left_to_it(lake: Lak
 @pytest.mark.parametrize("their", ["a.md", "y.md"])
 def test_a_commit_of_other_documents_between_check_and_commit_is_noticed(lake: Lake, their: str) -> None:
     """Delta takes commits for compatible whose documents are apart: here z.md is new, and so is y.md."""
-    first = write(lake, {"a.md": ["1"]})
+    first = write(lake, {"a.md": ["1"]} | FILLER)
     mine, calls = begin(lake), []
 
     def check() -> None:
@@ -143,14 +149,16 @@ def test_a_commit_of_other_documents_between_check_and_commit_is_noticed(lake: L
         update(mine, first.data_version, ["z.md"], {"z.md": ["mine"]}, check)
 
 
-def test_a_commit_to_another_partition_does_not_matter(lake: Lake) -> None:
-    first = write(lake, {"a.md": ["1"]})
+@pytest.mark.parametrize("filler", [{}, FILLER])
+def test_a_commit_to_another_partition_does_not_matter(lake: Lake, filler: dict[str, list[str]]) -> None:
+    first = write(lake, {"a.md": ["1"]} | filler)
     mine = begin(lake)
+    write(lake, {"b.md": ["before"]}, "other")
     made = update(
         mine, first.data_version, ["a.md"], {"a.md": ["2"]}, lambda: void(write(lake, {"b.md": ["other"]}, "other"))
     )
     assert made.is_committed
-    assert stored(lake) == {"a.md": ["2"]}
+    assert stored(lake)["a.md"] == ["2"]
 
 
 def void(_: object) -> None:
@@ -158,7 +166,7 @@ def void(_: object) -> None:
 
 
 def test_compaction_does_not_count_as_a_change(lake: Lake) -> None:
-    first = write(lake, {"a.md": ["1"]})
+    first = write(lake, {"a.md": ["1"]} | FILLER)
     second = update(begin(lake), first.data_version, ["b.md"], {"b.md": ["2"]})
     assert len(begin(lake).state(CHUNK_TABLE).files) == 2
     table = lake.open(CHUNK_TABLE)
