@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import dagster as dg
@@ -26,6 +27,7 @@ from embed_assets.defs.names import (
     Names,
     code_tag,
 )
+from embed_assets.defs.ranges import run_ranges
 from embed_assets.defs.staleness import READ_EACH_TIME, History, Status, load_history, partition_statuses
 from embed_assets.records import slices
 from embed_assets.stages.pipeline import Pipeline
@@ -35,6 +37,8 @@ _INTERVAL_SECONDS = 15
 _SECONDS_BETWEEN_ATTEMPTS = 3600.0
 """Delay before a run is retried after a transient failure (a store that is down, a machine that died): shorter recovers
 sooner, longer starts fewer runs that fail again."""
+_MOST_RANGES = 4
+"""Ranges of adjacent partitions that are left as they are: so few runs are not worth showing others as requested."""
 _RUNS_PER_QUERY = 500
 """Old builds of SQLite take no more than 999 variables in a statement."""
 
@@ -187,17 +191,65 @@ class WorthAnAttempt(_PartitionCondition):
         return attempt.may_retry(status, code_tag(self._reader.pipeline), time.time())
 
 
+class InFewRuns(dg.AutomationCondition[AssetKey]):
+    """Adds fresh partitions to many scattered ones, so that Dagster makes a few runs of them.
+
+    Dagster starts a run, with a process and a model, for each range of adjacent partitions. Runs pass over fresh ones.
+    """
+
+    def __init__(self, operand: dg.AutomationCondition[AssetKey], reader: StateReader) -> None:
+        self._operand, self._reader = operand, reader
+
+    @property
+    def name(self) -> str:
+        """Name of the condition in the UI."""
+        return "in_few_runs"
+
+    @property
+    def description(self) -> str:
+        """Description of the condition in the UI."""
+        return f"as below; if that takes more than {_MOST_RANGES} runs, also the fresh partitions in between"
+
+    @property
+    def children(self) -> Sequence[dg.AutomationCondition[AssetKey]]:
+        """The condition of the partitions that are due."""
+        return [self._operand]
+
+    async def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:  # type: ignore[override]
+        """Select the partitions that are due, and fresh ones between them."""
+        below = context.for_child_condition(self._operand, [0], context.candidate_subset)
+        result = await below.evaluate_async()
+        due = result.true_subset.expensively_compute_partition_keys()
+        keys = due | self._between(context, due) if len(due) > _MOST_RANGES else due
+        wanted = context.candidate_subset.compute_intersection_with_partition_keys(set(keys))
+        return dg.AutomationResult(context, wanted, child_results=[result])
+
+    def _between(self, context: dg.AutomationContext[AssetKey], due: Set[str]) -> set[str]:
+        """The fresh partitions to add; none if there are few ranges without them."""
+        view = context.asset_graph_view
+        history = self._reader.history(view.instance, view)
+        registered = view.instance.get_dynamic_partitions(Names.of(self._reader.pipeline).partitions_name)
+        if len(list(run_ranges(registered, due, set()))) <= _MOST_RANGES:
+            return set()
+        statuses = {key: self._reader.statuses(history, key) for key in registered if key not in due}
+        fresh = {key for key, found in statuses.items() if all(s.state == "fresh" for s in found.values())}
+        place = {key: i for i, key in enumerate(registered)}
+        ranges = run_ranges(registered, due, fresh)
+        return {key for first, last, _ in ranges for key in registered[place[first] : place[last] + 1]} - due
+
+
 def build_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:
     """Build the assets' condition: unsynced, not in progress, and not already attempted on the same code and data."""
     condition, names, reader = dg.AutomationCondition, Names.of(pipeline), StateReader(pipeline)
     own_assets = dg.AssetSelection.assets(*(names.key(asset) for asset in ASSETS))
-    return (
+    due = (
         Unsynced(reader)
         & ~condition.in_progress()
         & ~condition.any_deps_in_progress().allow(own_assets)
         & ~condition.any_deps_missing().allow(own_assets)
         & WorthAnAttempt(reader)
     ).with_label("unsynced: missing or stale, not in progress, not already attempted on the same code and data")
+    return InFewRuns(due, reader)
 
 
 def build_automation_sensor(names: Names) -> dg.AutomationConditionSensorDefinition:

@@ -29,6 +29,7 @@ from embed_assets.defs.discovery import (
 from embed_assets.defs.heartbeat import heartbeat
 from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
+from embed_assets.defs.ranges import run_ranges
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.defs.storage import kept_open
 from embed_assets.errors import PartitionError, UserError
@@ -45,9 +46,6 @@ _log = logging.getLogger(__name__)
 
 _PROBE_TEXTS = 32
 """Texts of a speed probe: more make the estimate steadier, fewer make `plan --count` faster."""
-_MAX_FRESH_BETWEEN = 250
-"""Fresh partitions that a run passes over between two due ones, at a millisecond each; another run takes 0.5 s.
-If the run fails, they are recorded anew, at 30 ms each, because Dagster would show them as failed."""
 _SILENT_CONSOLE = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """Run config that keeps Dagster's log off the console, where the observer shows progress, but in the instance."""
 
@@ -272,28 +270,6 @@ def _check_known(only: Sequence[str], partitions: Mapping[str, SourcePartition])
             f"--partition must name a partition of the source, got {unknown[0]!r}; there are {len(partitions)}: {known}"
             f"{', ...' if len(partitions) > 10 else ''}"
         )
-
-
-def run_ranges(
-    registered: Sequence[str], due: Collection[str], fresh: Collection[str]
-) -> Iterator[tuple[str, str, list[str]]]:
-    """Group the due keys into ranges in Dagster's order, one for each run: (first, last, due keys of the range).
-
-    A range may include up to `_MAX_FRESH_BETWEEN` fresh partitions between two due ones, but no others.
-    """
-    due, found = set(due), list[str]()
-    skipped = 0
-    for key in registered:
-        if key in due:
-            found.append(key)
-            skipped = 0
-        elif found:
-            skipped += 1
-            if key not in fresh or skipped > _MAX_FRESH_BETWEEN:
-                yield found[0], found[-1], found
-                found, skipped = [], 0
-    if found:
-        yield found[0], found[-1], found
 
 
 def _check_complete(observer: RunObserver, keys: Sequence[str], run: dg.ExecuteInProcessResult) -> None:

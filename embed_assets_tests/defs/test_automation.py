@@ -18,7 +18,7 @@ from embed_assets.defs.names import ASSETS, CODE_TAG, PERMANENT_FAILURE_TAG
 from embed_assets.defs.staleness import Status
 from embed_assets.settings import load_settings
 from embed_assets_tests.conftest import Project, topic
-from embed_assets_tests.defs.dagster_runs import definitions, run
+from embed_assets_tests.defs.dagster_runs import definitions, run, run_range
 from embed_assets_tests.engine.models import small_model
 
 Requested = dict[str, set[str]]
@@ -157,6 +157,25 @@ def test_a_failure_is_not_repeated_until_code_or_data_changes(ticker: Ticker) ->
     project.json("verify", "--repair", exit_code=1)
     project.sync()
     assert ticker() == {}
+
+
+def test_many_scattered_partitions_are_requested_with_the_fresh_ones_between(project: Project) -> None:
+    """Dagster makes a run of each range of adjacent partitions, with a process and a model of its own."""
+    for i in range(14):
+        project.write(f"p{i:02}/a.txt", f"text {i}")
+    project.sync()
+    with open_instance() as instance:
+        ticker = Ticker(project, instance)
+        assert ticker() == {}
+        for i in (1, 5, 9):
+            project.write(f"p{i:02}/a.txt", f"a longer text {i}")
+        assert ticker()["embeddings"] == {"p01", "p05", "p09"}
+        ticker.forget_cursor()
+        for i in (3, 7, 11):
+            project.write(f"p{i:02}/a.txt", f"a longer text {i}")
+        assert ticker() == {asset: {f"p{i:02}" for i in range(1, 12)} for asset in ASSETS}
+        assert run_range(instance, "p01", "p11").success
+        assert ticker() == {}
 
 
 def test_a_run_that_crashed_before_it_began_is_not_requested_forever(ticker: Ticker) -> None:

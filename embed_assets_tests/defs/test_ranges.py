@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embed_assets.defs.instance import open_instance
-from embed_assets.defs.sync import run_ranges
+from embed_assets.defs.ranges import run_ranges
 from embed_assets_tests.conftest import Project
 
 KEYS = [f"p{i:03}" for i in range(600)]
