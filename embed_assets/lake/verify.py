@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embed_assets.errors import LakeError
+from embed_assets.lake.coverage import SPAN_COLUMNS, Spans
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec, dimension_of
 from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
 from embed_assets.scratch import DiskMap
-
-_POSITION_BITS = 36
-"""Bits of a position in a document. The others, but for the sign, number a partition's documents: 134 million."""
 
 
 @dataclass(slots=True)
@@ -84,17 +80,31 @@ def verify(tables: Snapshot, table: TableSpec, prompt: str) -> Iterator[tuple[st
 
 def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
     """The gaps of one partition. Vectors are checked only if documents and chunks have no gaps."""
-    gaps = Gaps()
+    gaps, spans = Gaps(), Spans()
+    excused = _rejected_chunks(partition, table.space, REJECTED.schema.names)
+    gaps.unreadable_rejections = int(excused is None)
+    expected = _Expected(prompt, excused or frozenset())
     try:
-        found = measure_coverage(partition)
-        gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
-        gaps.altered_documents = _count_altered(partition, RAW, "content_hash")
-        gaps.altered_chunks = _count_altered(partition, CHUNK_TABLE, "text_hash")
-    except LakeError:  # of either table: read each alone to find out which
-        gaps.unreadable_documents = int(not _is_readable(partition, RAW))
-        gaps.unreadable_chunks = int(not _is_readable(partition, CHUNK_TABLE))
-    gaps.unreadable_rejections = int(not _is_readable(partition, REJECTED))
-    return gaps if gaps.total else verify_vectors(partition, table, prompt)
+        for batch in partition.rows(CHUNK_TABLE, [*SPAN_COLUMNS, "chunk_id", "text", "text_hash"]):
+            gaps.altered_chunks += _count_altered(batch, "text_hash")
+            expected.add(batch)
+            spans.add(batch)
+    except LakeError:
+        gaps.unreadable_chunks = 1
+
+    def documents() -> Iterator[pa.RecordBatch]:
+        for batch in partition.rows(RAW, ["document_id", "text", "content_hash"]):
+            gaps.altered_documents += _count_altered(batch, "content_hash")
+            yield batch
+
+    try:
+        found = spans.coverage(documents())
+    except LakeError:
+        gaps.unreadable_documents = 1
+    else:
+        if not gaps.unreadable_chunks:
+            gaps.uncovered_documents, gaps.gone_documents = found.uncovered_documents, found.gone_documents
+    return gaps if gaps.total else _verify_rows(partition, table, expected)
 
 
 def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
@@ -102,25 +112,29 @@ def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) 
 
     Vectors must have the table's dimension or, if the table records none, that of the first vector in each batch.
     """
-    delta = partition.tables.table(table)
-    dimension = None if delta is None else dimension_of(delta)
-    excused = _rejected_chunks(partition, table.space)
-    expected = _MultisetHash()
+    # Without its rejections, chunks count as missing, and materializing again repairs the table.
+    expected = _Expected(prompt, _rejected_chunks(partition, table.space, ("reason", "detail")) or frozenset())
     try:
-        for ids, hashes in _expected_rows(partition, prompt):
-            kept = [i for i, chunk_id in enumerate(ids) if chunk_id not in excused]
-            expected.add([ids[i] for i in kept], [hashes[i] for i in kept])
+        for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
+            expected.add(batch)
     except LakeError:
         return Gaps(unreadable_chunks=1)
-    gaps, found = Gaps(), _MultisetHash()
+    return _verify_rows(partition, table, expected)
+
+
+def _verify_rows(partition: PartitionSnapshot, table: TableSpec, expected: _Expected) -> Gaps:
+    """The gaps of one partition's vectors compared with the rows that are expected."""
+    delta = partition.tables.table(table)
+    dimension = None if delta is None else dimension_of(delta)
+    gaps, found, prompt = Gaps(), _MultisetHash(), expected.prompt
     try:
         for batch in partition.rows(table, ["chunk_id", "input_hash", "text", "embedding"]):
             _verify_vectors(batch.column("embedding"), dimension, gaps)
             ids, hashes, texts = (batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text"))
             # A row whose text is not the embedded one gets a hash that matches no chunk.
             found.add(ids, [h if h == hash_text(prompt + t) else "" for h, t in zip(hashes, texts, strict=True)])
-        if found != expected:
-            _compare_rows(partition, table, prompt, excused, gaps)
+        if found != expected.rows:
+            _compare_rows(partition, table, expected, gaps)
     except LakeError:
         return Gaps(unreadable_vectors=1)
     return gaps
@@ -142,22 +156,38 @@ class _MultisetHash:
         self.rows += len(hashes)
 
 
-def _expected_rows(partition: PartitionSnapshot, prompt: str) -> Iterator[tuple[list[str], list[str]]]:
-    """Ids of chunks, and the hashes of the model inputs that they should have had."""
-    for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
-        ids, texts = (column.to_pylist() for column in batch.columns)
-        yield ids, [hash_text(prompt + text) for text in texts]
+@dataclass(slots=True)
+class _Expected:
+    """The rows that a table of embeddings should have, by the chunks that were added."""
+
+    prompt: str
+    """Exact string before every chunk."""
+    excused: Set[str]
+    """Ids of chunks that may lack a vector."""
+    rows: _MultisetHash = field(default_factory=_MultisetHash)
+
+    def add(self, chunks: pa.RecordBatch) -> None:
+        """Add chunks, with at least the columns chunk_id and text."""
+        pairs = [pair for pair in self.pairs(chunks) if pair[0] not in self.excused]
+        self.rows.add([chunk_id for chunk_id, _ in pairs], [input_hash for _, input_hash in pairs])
+
+    def pairs(self, chunks: pa.RecordBatch) -> list[tuple[str, str]]:
+        """Id of each chunk and hash of the model's input that it should have had."""
+        texts = chunks.column("text").to_pylist()
+        hashes = (hash_text(self.prompt + text) for text in texts)
+        return list(zip(chunks.column("chunk_id").to_pylist(), hashes, strict=True))
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
     return zip(*(batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text")), strict=True)
 
 
-def _compare_rows(partition: PartitionSnapshot, table: TableSpec, prompt: str, excused: set[str], gaps: Gaps) -> None:
-    """Count the differences between chunks and vectors in `gaps`; `excused` chunks may lack a vector."""
+def _compare_rows(partition: PartitionSnapshot, table: TableSpec, wanted: _Expected, gaps: Gaps) -> None:
+    """Count the differences between chunks and vectors in `gaps`."""
+    prompt, excused = wanted.prompt, wanted.excused
     with DiskMap("input_hash") as expected, DiskMap() as seen:
-        for ids, hashes in _expected_rows(partition, prompt):
-            expected.add(zip(ids, hashes, strict=True))
+        for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
+            expected.add(wanted.pairs(batch))
         met = 0
         for batch in partition.rows(table, ["chunk_id", "input_hash", "text"]):
             for chunk_id, input_hash, text in _rows(batch):
@@ -175,143 +205,23 @@ def _compare_rows(partition: PartitionSnapshot, table: TableSpec, prompt: str, e
         gaps.missing = len(expected) - met - without
 
 
-@dataclass(slots=True)
-class Coverage:
-    """How much of the documents' text is in a partition's chunks."""
-
-    documents: int = 0
-    """Documents of the partition."""
-    uncovered_documents: int = 0
-    """Documents with text, other than whitespace, that is in no chunk."""
-    uncovered_characters: int = 0
-    """Code points, other than whitespace, that are in no chunk."""
-    gone_documents: int = 0
-    """Documents that have chunks but no longer exist."""
-
-
-def measure_coverage(partition: PartitionSnapshot) -> Coverage:
-    """Compare the chunks' spans with the documents' texts.
-
-    Holds 24 bytes per chunk in memory, twice that while sorting. Raises ``LakeError`` if raw_documents or
-    chunks can't be read.
-    """
-    spans = _Spans(partition)
-    found = Coverage()
-    for batch in partition.rows(RAW, ["document_id", "text"]):
-        found.documents += batch.num_rows
-        places = spans.take(batch.column("document_id"))
-        texts = batch.column("text")
-        for i in np.flatnonzero(~spans.are_contiguous(places, pc.utf8_length(texts).to_numpy())).tolist():
-            missing = _characters_outside(texts[i].as_py(), spans.of(int(places[i])))
-            found.uncovered_documents += bool(missing)
-            found.uncovered_characters += missing
-    found.gone_documents = spans.untaken_documents
-    return found
-
-
-class _Spans:
-    """Start and end of each chunk of a partition, by document, as compact arrays."""
-
-    def __init__(self, partition: PartitionSnapshot) -> None:
-        columns = (array("q"), array("q"), array("q"))
-        for batch in partition.rows(CHUNK_TABLE, ["document_id", "char_start", "char_end"]):
-            columns[0].frombytes(_short_hashes(batch.column(0)).tobytes())
-            for values, name in zip(columns[1:], ("char_start", "char_end"), strict=True):
-                values.frombytes(batch.column(name).to_numpy().tobytes())
-        documents, starts, ends = (np.frombuffer(c, np.int64) if c else np.empty(0, np.int64) for c in columns)
-        order = np.lexsort((starts, documents))
-        self._starts, self._ends = starts[order], ends[order]
-        self._documents, self._first = np.unique(documents[order], return_index=True)
-        self._is_taken = np.zeros(len(self._documents), bool)
-        self._reached, self._is_contiguous = self._measured()
-
-    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each document, how far its chunks reach, and whether they leave no gap up to there."""
-        if not len(self._documents):
-            return np.empty(0, np.int64), np.empty(0, bool)
-        number = np.repeat(np.arange(len(self._first)), np.diff(self._first, append=len(self._starts)))
-        # Ends that were reached so far, within each document: its number in the upper bits keeps documents apart.
-        reached = np.maximum.accumulate((number << _POSITION_BITS) | self._ends) & ((1 << _POSITION_BITS) - 1)
-        before = np.concatenate([[0], reached[:-1]])
-        before[self._first] = 0
-        has_gap = np.logical_or.reduceat(self._starts > before, self._first)
-        return np.maximum.reduceat(reached, self._first), ~has_gap
-
-    def take(self, document_ids: pa.StringArray) -> np.ndarray:
-        """int64, shape (n,): the places of the documents, which count as taken; -1 for those without chunks."""
-        names = _short_hashes(document_ids)
-        if not len(self._documents):
-            return np.full(len(names), -1)
-        places = np.minimum(np.searchsorted(self._documents, names), len(self._documents) - 1)
-        places = np.where(self._documents[places] == names, places, -1)
-        self._is_taken[places[places >= 0]] = True
-        return places
-
-    def are_contiguous(self, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """bool, shape (n,): whether the chunks of the documents at `places` cover all of their `lengths`, gapless."""
-        found = places >= 0
-        are = np.zeros(len(places), bool)
-        are[found] = self._is_contiguous[places[found]] & (self._reached[places[found]] >= lengths[found])
-        return are
-
-    def of(self, place: int) -> list[tuple[int, int]]:
-        """(start, end) of the chunks of the document at a place, in code points, sorted by start; none at -1."""
-        if place < 0:
-            return []
-        first = self._first[place]
-        last = self._first[place + 1] if place + 1 < len(self._first) else len(self._starts)
-        return list(zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True))
-
-    @property
-    def untaken_documents(self) -> int:
-        """Number of documents that `take` was never called for."""
-        return int((~self._is_taken).sum())
-
-
-def _short_hashes(document_ids: pa.StringArray) -> np.ndarray:
-    """int64, shape (n,): Python's own hashes, which are fast and the same within a process."""
-    return np.fromiter(map(hash, document_ids.to_pylist()), np.int64, len(document_ids))
-
-
-def _count_altered(partition: PartitionSnapshot, table: TableSpec, hashes: str) -> int:
+def _count_altered(batch: pa.RecordBatch, hashes: str) -> int:
     """Number of rows whose text does not match its hash, which is in the column `hashes`."""
-    altered = 0
-    for batch in partition.rows(table, ["text", hashes]):
-        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        altered += sum(hash_text(text) != text_hash for text, text_hash in rows)
-    return altered
+    rows = zip(batch.column("text").to_pylist(), batch.column(hashes).to_pylist(), strict=True)
+    return sum(hash_text(text) != text_hash for text, text_hash in rows)
 
 
-def _characters_outside(text: str, spans: list[tuple[int, int]]) -> int:
-    """Number of characters in none of the spans, not counting whitespace."""
-    missing = reached = 0
-    for start, end in [*sorted(spans), (len(text), len(text))]:
-        if start > reached:
-            missing += len("".join(text[reached:start].split()))
-        reached = max(reached, end)
-    return missing
-
-
-def _is_readable(partition: PartitionSnapshot, table: TableSpec) -> bool:
+def _rejected_chunks(partition: PartitionSnapshot, space: str, columns: Sequence[str]) -> frozenset[str] | None:
+    """Ids of the chunks that the space's model can't embed; None if the `columns` of rejections can't be read."""
+    found = set()
     try:
-        for _ in partition.rows(table, table.schema.names):
-            pass
+        for batch in partition.rows(REJECTED, columns):
+            for reason, detail in zip(*(batch.column(name).to_pylist() for name in ("reason", "detail")), strict=True):
+                if reason == NOT_EMBEDDABLE and is_chunk_of(space, detail):
+                    found.add(chunk_of(detail))
     except LakeError:
-        return False
-    return True
-
-
-def _rejected_chunks(partition: PartitionSnapshot, space: str) -> set[str]:
-    """Ids of the chunks that the space's model can't embed."""
-    try:
-        return {
-            chunk_of(detail)
-            for batch in partition.rows(REJECTED, ["reason", "detail"])
-            for reason, detail in zip(*(column.to_pylist() for column in batch.columns), strict=True)
-            if reason == NOT_EMBEDDABLE and is_chunk_of(space, detail)
-        }
-    except LakeError:
-        return set()  # then they count as missing, and materializing again repairs the table
+        return None
+    return frozenset(found)
 
 
 def _verify_vectors(column: pa.ListArray, dimension: int | None, gaps: Gaps) -> None:

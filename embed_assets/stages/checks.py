@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from embed_assets.errors import LakeError
+from embed_assets.lake.coverage import measure_coverage
 from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
-from embed_assets.lake.verify import measure_coverage, verify_vectors
+from embed_assets.lake.verify import verify_vectors
 from embed_assets.records import NOT_EMBEDDABLE
 from embed_assets.settings import Settings
 
