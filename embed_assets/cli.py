@@ -408,6 +408,9 @@ def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> C
 
 
 def _pipeline() -> Pipeline:
+    from embed_assets.arrow_startup import skip_pandas
+
+    skip_pandas()
     from embed_assets.stages.pipeline import Pipeline
 
     return Pipeline.from_settings(load_settings())

@@ -6,18 +6,17 @@ Each process is driven by a thread of its own, which mostly waits. Without proce
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
 import os
 import pickle
 import queue
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from embed_assets.arrow_startup import skip_pandas
 from embed_assets.children import how_it_ended, own_pipes, receive, send, start_child
 
 Task = TypeVar("Task")
@@ -215,7 +214,7 @@ def _start(serve: Callable[[Any], Iterator[Any]]) -> subprocess.Popen[bytes]:
 def _main() -> None:
     """The worker's main loop: serve tasks until standard input closes, which it does when the parent ends."""
     requests, answers = own_pipes()
-    sys.meta_path.insert(0, _WithoutPandas())
+    skip_pandas()
     with contextlib.suppress(AttributeError, OSError):
         os.nice(_NICENESS)
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -230,15 +229,6 @@ def _main() -> None:
                 raise
             except Exception as error:
                 send(answers, _pickled_error(error))
-
-
-class _WithoutPandas(importlib.abc.MetaPathFinder):
-    """Hides pandas: pyarrow imports it with its first conversion, if it is installed, and no worker needs it."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> None:
-        """Nothing, so that other finders go on. Raises ``ModuleNotFoundError`` for pandas."""
-        if name == "pandas":
-            raise ModuleNotFoundError("pandas is hidden from worker processes", name=name)
 
 
 def _pickled_error(error: Exception) -> bytes:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from embed_assets.arrow_startup import skip_pandas
 from embed_assets.children import own_pipes, receive, send
 from embed_assets.engine.backend import Window
 from embed_assets.engine.engine import Engine
@@ -146,6 +147,7 @@ def _picklable(error: Exception) -> Exception:
 
 def _main() -> None:
     """Run the child until its parent is gone."""
+    skip_pandas()
     child = _Child(*own_pipes())
     logger = logging.getLogger("embed_assets")
     logger.addHandler(_LogToParent(child))
