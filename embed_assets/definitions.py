@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dagster as dg
 
 from embed_assets.defs.arrivals import build_arrivals_sensor
-from embed_assets.defs.assets import RETRIES, Listed, build_corpus_assets
+from embed_assets.defs.assets import RETRIES, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
 from embed_assets.defs.maintenance_job import build_maintenance_job
 from embed_assets.defs.names import Names
@@ -16,7 +16,7 @@ from embed_assets.defs.plan_job import build_plan_job
 from embed_assets.defs.processes import one_process_executor
 from embed_assets.defs.specs import source_spec
 from embed_assets.settings import Settings, load_settings
-from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.pipeline import DatedListing, Pipeline
 from embed_assets.stages.progress import RunObserver
 
 
@@ -39,12 +39,12 @@ def definitions_over(
     observer: RunObserver | None = None,
     retries: dg.RetryPolicy = RETRIES,
     resources: Mapping[str, object] | None = None,
-    listed: Listed | None = None,
+    listed: DatedListing | None = None,
 ) -> dg.Definitions:
     """Build the definitions over an existing pipeline; `retries` applies to transient errors of the step.
 
-    `observer` and `resources` are those of `build_definitions`, `listed` are the source's partitions by key, if they
-    were listed just now: runs list them otherwise.
+    `observer` and `resources` are those of `build_definitions`. `listed` is the source, if it was listed just now: runs
+    list it otherwise.
     """
     with warnings.catch_warnings():
         # The tests cover the beta and preview features that are used here: importing this module should not warn.

@@ -9,6 +9,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from embed_assets.corpus.source import Source
+from embed_assets.definitions import definitions_over
 from embed_assets.defs.instance import open_instance
+from embed_assets.defs.sync import SyncRequest, run_sync
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
+from embed_assets.lake.writer import Provenance
+from embed_assets.records import Rejection, rejection_batch, utc_now
+from embed_assets.stages.changes import ChangeFinder, Changes
+from embed_assets.stages.outcome import PartitionOutcome
+from embed_assets.stages.pipeline import DatedListing
 from embed_assets_tests.conftest import Project
 
 NAMES = ("one", "two", "three", "four", "sub/five")
@@ -277,3 +286,85 @@ def test_pictures_are_drawn_of_all_of_the_partition(corpus: Project) -> None:
         event = instance.get_latest_materialization_event(dg.AssetKey("embeddings"))
     assert event is not None and event.asset_materialization is not None
     assert {"token_lengths", "map"} <= set(event.asset_materialization.metadata)
+
+
+def test_a_touched_file_of_which_a_row_was_rejected_loses_nothing(corpus: Project) -> None:
+    """The two tables are written one after the other, and documents only if their content changed."""
+    corpus.write("p/mixed.jsonl", '{"id": "good", "text": "The original words."}\nno json\n')
+    corpus.sync()
+    touch(corpus, "p/mixed.jsonl")
+    corpus.write("p/junk.bin", b"no text")
+    assert corpus.sync()["partitions"]["p"]["rejected"] == 2
+    edit(corpus)
+    answer = corpus.sync()["partitions"]["p"]
+    assert (answer["documents"], answer["rejected"], answer["chunks"]) == (6, 2, 6)
+    assert texts(corpus)["mixed.jsonl#good"] == ["The original words."]
+
+
+@pytest.mark.parametrize("table", ["raw_documents", "rejected_documents", "chunks"])
+def test_a_damaged_file_costs_its_partition_a_whole_reading_and_no_other_anything(corpus: Project, table: str) -> None:
+    corpus.write("p/junk.bin", b"no text")
+    corpus.write("q/one.md", "Of another partition.")
+    corpus.sync()
+    [file, *_] = (Path("lake") / table / "partition_key=p").glob("*.parquet")
+    file.unlink()
+    edit(corpus)
+    corpus.write("q/one.md", "Other words of another partition.")
+    corpus.json("plan", "--count")
+    answer = corpus.sync()["partitions"]
+    assert answer["q"]["state"] == answer["p"]["state"] == "materialized"
+    assert (answer["p"]["documents"], answer["p"]["rejected"], answer["p"]["chunks"]) == (5, 1, 5)
+    assert corpus.json("verify")["ok"]
+
+
+def test_what_may_be_readable_the_next_time_is_read_again(corpus: Project) -> None:
+    """A file of rows, one of which was rejected for lack of memory: such rejections name no version of the file."""
+    corpus.write("p/rows.jsonl", '{"text": "The original words."}')
+    corpus.sync()
+    pipeline = corpus.pipeline()
+    source, lake = pipeline.corpus.source, pipeline.lake
+    [file] = [file for file in source.partitions()["p"].files if file.path == "p/rows.jsonl"]
+    finder = ChangeFinder(Snapshot(lake), source, lambda partition: True)
+    assert [f.path for f in found(finder, source).files.files] == []
+    rejection = Rejection("rows.jsonl#2", source.uri(file), "too_costly", "it took too long")
+    rows = [rejection_batch([rejection], "p", utc_now())]
+    Snapshot(lake).partition("p").replace(REJECTED, rows, Provenance("run"))
+    finder = ChangeFinder(Snapshot(lake), source, lambda partition: True)
+    assert [f.path for f in found(finder, source).files.files] == ["p/rows.jsonl"]
+    assert len(found(finder, source).stale) == 1
+
+
+def found(finder: ChangeFinder, source: Source) -> Changes:
+    changes = finder.find(source.partitions()["p"])
+    assert changes is not None
+    return changes
+
+
+@pytest.mark.long
+def test_many_texts_that_are_there_already(corpus: Project) -> None:
+    """As in a daily dump: delta-rs can't take a predicate with so many values."""
+    rows = "\n".join(json.dumps({"id": i, "text": f"row {i}"}) for i in range(28_000))
+    corpus.write("p/monday.jsonl", rows)
+    corpus.sync()
+    corpus.write("p/tuesday.jsonl", rows)
+    answer = corpus.sync()
+    assert (answer["embedded"], answer["partitions"]["p"]["chunks"]) == (0, 56_005)
+
+
+def test_a_listing_from_before_another_run_is_not_used(corpus: Project) -> None:
+    pipeline = corpus.pipeline()
+    early = DatedListing.of(pipeline)
+    corpus.write("p/late.md", "Words that the listing does not know.")
+    corpus.sync()
+    (corpus.landing / "p/two.md").write_text("Words of neither.")
+
+    class Silent:
+        def progress(self, line: str, share: float) -> None: ...
+
+        def news(self, line: str) -> None: ...
+
+        def finished(self, outcome: PartitionOutcome, share: float) -> None: ...
+
+    with open_instance() as instance:
+        run_sync(instance, pipeline, partial(definitions_over, pipeline), Silent(), SyncRequest(listing=early))
+    assert texts(corpus)["late.md"] == ["Words that the listing does not know."]

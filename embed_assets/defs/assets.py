@@ -3,8 +3,7 @@
 # https://github.com/dagster-io/dagster/issues/26837
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence, Set
 
 import dagster as dg
 
@@ -33,12 +32,10 @@ from embed_assets.defs.storage import kept_open
 from embed_assets.errors import UserError, is_retryable
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import RAW
-from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.pipeline import DatedListing, Pipeline
 from embed_assets.stages.progress import LogSink, RunObserver
 from embed_assets.stages.remote import open_compute
 
-Listed: TypeAlias = Mapping[str, SourcePartition]
-"""Partitions of the source, by key."""
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """Retries of transient errors: a store that is briefly unavailable, a lost device. What was embedded is kept.
 
@@ -53,12 +50,12 @@ def build_corpus_assets(
     observer: RunObserver | None = None,
     retries: dg.RetryPolicy = RETRIES,
     resource_keys: Set[str] = frozenset(),
-    listed: Listed | None = None,
+    listed: DatedListing | None = None,
 ) -> dg.AssetsDefinition:
     """Build the multi-asset over `pipeline`; progress goes to `observer`, or by default to the run's log.
 
-    Dagster initializes the resources named in `resource_keys` before the step starts. `listed` are the source's
-    partitions, if they were listed just now: a run's first attempt uses them, later ones list the source anew.
+    Dagster initializes the resources named in `resource_keys` before the step starts. `listed` is the source,
+    if it was listed just now: a run's first attempt may use that, later ones list the source anew.
     """
     names = Names.of(pipeline)
 
@@ -112,9 +109,12 @@ def _begin(
     context: dg.AssetExecutionContext,
     pipeline: Pipeline,
     observer: RunObserver,
-    listed: Listed | None,
+    early: DatedListing | None,
 ) -> CorpusRun:
-    """Set up a run: list the source unless it is `listed`, load the recorded history, and observe what changed."""
+    """Set up a run: list the source, load the recorded history, and record observations of what changed.
+
+    The source is not listed again if no run changed the documents since the `early` listing.
+    """
     names = Names.of(pipeline)
     selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
     pipeline.lake.check_usable(pipeline.embeddings_table)
@@ -127,7 +127,9 @@ def _begin(
     before.version(RAW)  # pinned before the listing, to detect rows that another run writes after it
     if _is_automated(context):
         listed = wait_until_settled(pipeline, context.partition_keys)
-    elif listed is None:
+    elif early is not None and before.version(RAW) == early.documents_version:
+        listed = early.partitions
+    else:
         listed = pipeline.corpus.source.partitions()
     partitions = {key: listed.get(key, SourcePartition(key)) for key in wanted}
     # Emptied partitions come last: partitions that their texts moved to can still reuse their vectors.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +18,11 @@ from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.staleness import History, Status
-from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
+from embed_assets.errors import LakeError, ModelError, PartitionError, SettingsError, UserError, hide_secrets
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.lake.writer import Provenance, Replaced
-from embed_assets.stages.changes import find_changes
+from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.chunk_rows import ChunkRows, PreparedChunks, StoredChunks
 from embed_assets.stages.chunks import materialize_chunks
 from embed_assets.stages.compute import Compute
@@ -54,12 +54,11 @@ class _Task:
     error: Exception | None = None
     """The error that reading or chunking raised."""
 
-    def split_stored(self, preparation: Preparation) -> None:
-        """Split all documents of the lake, in place of those that were prepared."""
+    def replace_prepared(self, prepared: Prepared) -> None:
+        """Use `prepared` instead of what was prepared before."""
         if self.prepared is not None:
             self.prepared.remove()
-        with self.partition.watched(RAW):
-            self.prepared = preparation.split(self.outcome.key, self.partition.rows(RAW, TEXT_COLUMNS))
+        self.prepared = prepared
 
     def close(self) -> None:
         """Remove what was prepared, and return open tables."""
@@ -214,11 +213,8 @@ class CorpusRun:
                 if self._status(asset, outcome).state != "fresh":
                     due[asset].append(files)
         corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
-        before = (self.before.partition(files.key) for files in due["raw_documents"])
-        intact = {partition.key for partition in before if self._is_as_recorded(RAW, partition)}
-        as_before = [files for files in due["raw_documents"] if files.key in intact]
-        changes = find_changes(self.before, corpus.source, as_before)
-        return open_preparation(corpus, due["raw_documents"], changes, "chunks" in self.selected, configured)
+        finder = ChangeFinder(self.before, corpus.source, partial(self._is_as_recorded, RAW))
+        return open_preparation(corpus, due["raw_documents"], finder.find, "chunks" in self.selected, configured)
 
     def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
@@ -258,16 +254,38 @@ class CorpusRun:
             # Rows that another run wrote since the source was listed may be newer than these files.
             partition.set_baseline(self.before.partition(outcome.key).state(RAW))
             task.prepared = preparation.take(task.files)
-            provenance, source = self._provenance("raw_documents", outcome), self.pipeline.corpus.source
-            made = materialize_raw_documents(partition, task.prepared, source, task.files, provenance, outcome)
-            _note("raw_documents", outcome, made)
+            self._make(task, "raw_documents", lambda: preparation.take_whole(task.files))
         if self._is_due("chunks", outcome):
-            changed = task.prepared.changed if task.prepared is not None else None
-            if task.prepared is None or (changed is not None and not self._is_as_recorded(CHUNK_TABLE, partition)):
-                task.split_stored(preparation)
-            assert task.prepared is not None
-            provenance = self._provenance("chunks", outcome)
-            _note("chunks", outcome, materialize_chunks(partition, task.prepared, provenance, outcome))
+
+            def split_stored() -> Prepared:
+                with partition.watched(RAW):
+                    return preparation.split(outcome.key, partition.rows(RAW, TEXT_COLUMNS))
+
+            prepared = task.prepared
+            if prepared is None or (prepared.changed is not None and not self._is_as_recorded(CHUNK_TABLE, partition)):
+                task.replace_prepared(split_stored())
+            self._make(task, "chunks", split_stored)
+
+    def _make(self, task: _Task, asset: str, prepare_all: Callable[[], Prepared]) -> None:
+        """Commit what was prepared, or all of the partition if the rows that were to stay can't be read."""
+        try:
+            self._commit(task, asset)
+        except LakeError as error:
+            if error.is_retryable or task.prepared is None or task.prepared.changes is None:
+                raise
+            _log.warning("partition %r: %s is made anew as a whole: %s", task.outcome.key, asset, describe(error))
+            task.replace_prepared(prepare_all())
+            self._commit(task, asset)
+
+    def _commit(self, task: _Task, asset: str) -> None:
+        partition, outcome, prepared = task.partition, task.outcome, task.prepared
+        assert prepared is not None
+        provenance, source = self._provenance(asset, outcome), self.pipeline.corpus.source
+        if asset == "chunks":
+            made = materialize_chunks(partition, prepared, provenance, outcome)
+        else:
+            made = materialize_raw_documents(partition, prepared, source, task.files, provenance, outcome)
+        _note(asset, outcome, made)
 
     def _begin(self, task: _Task, lanes: Executor) -> Future[_Task]:
         """Record and check what was prepared, and submit it for embedding if that is selected and due."""

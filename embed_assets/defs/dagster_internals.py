@@ -42,6 +42,7 @@ from dagster._core.instance.ref import InstanceRef  # noqa: E402
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable  # noqa: E402
 from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable  # noqa: E402
 from dagster._core.storage.event_log.sqlite import SqliteEventLogStorage  # noqa: E402
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME as INDEX_SHARD  # noqa: E402
 from dagster._core.storage.legacy_storage import LegacyEventLogStorage, LegacyRunStorage  # noqa: E402
 from dagster._core.storage.runs.schema import KeyValueStoreTable  # noqa: E402
 from dagster._core.storage.runs.sql_run_storage import SqlRunStorage  # noqa: E402
@@ -73,6 +74,7 @@ _NUMBERS = ("IntMetadataEntryData", "FloatMetadataEntryData")
 __all__ = [
     "CODE_VERSION_TAG",
     "DATA_VERSION_TAG",
+    "INDEX_SHARD",
     "INPUT_POINTER_TAG",
     "INPUT_VERSION_TAG",
     "LAST_UNSTAMPED_REVISION",

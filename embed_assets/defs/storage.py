@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import QueuePool
 
 from embed_assets.defs.dagster_internals import (
+    INDEX_SHARD,
     LAST_UNSTAMPED_REVISION,
     ConfigurableClassData,
     DagsterSqliteStorage,
@@ -47,6 +48,7 @@ class KeptOpenEventLog(SqliteEventLogStorage):
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
         self._engines: dict[str, Engine] = {}
+        """Of the index and of the newest run."""
         self._keepers = 0
 
     @contextlib.contextmanager
@@ -59,30 +61,34 @@ class KeptOpenEventLog(SqliteEventLogStorage):
         finally:
             with self._db_lock:
                 self._keepers -= 1
-                engines = [] if self._keepers else list(self._engines.values())
-                if engines:
-                    self._engines.clear()
-            for engine in engines:
-                engine.dispose()
+                self._close_unless_kept()
 
     @contextlib.contextmanager
     def _connect(self, shard: str) -> Iterator[Connection]:
-        if not self._keepers:
-            with super()._connect(shard) as connection:
-                yield connection
-            return
         with self._db_lock:
-            if shard not in self._engines:
-                arguments = {"timeout": _BUSY_SECONDS, "check_same_thread": False}
-                made = create_engine(
-                    self.conn_string_for_shard(shard), poolclass=QueuePool, pool_size=1, connect_args=arguments
-                )
-                if shard not in self._initialized_dbs:
-                    self._initdb(made)
-                    self._initialized_dbs.add(shard)
-                self._engines[shard] = made
-            with self._engines[shard].connect() as connection, connection.begin():
-                yield connection
+            try:
+                with self._engine(shard).connect() as connection, connection.begin():
+                    yield connection
+            finally:
+                self._close_unless_kept()
+
+    def _engine(self, shard: str) -> Engine:
+        """The database of a run, or the index. Closes those of other runs."""
+        if shard not in self._engines:
+            for other in self._engines.keys() - {INDEX_SHARD}:
+                if shard != INDEX_SHARD:
+                    self._engines.pop(other).dispose()
+            arguments = {"timeout": _BUSY_SECONDS, "check_same_thread": False}
+            place = self.conn_string_for_shard(shard)
+            self._engines[shard] = create_engine(place, poolclass=QueuePool, pool_size=1, connect_args=arguments)
+        if shard not in self._initialized_dbs:
+            self._initdb(self._engines[shard])
+            self._initialized_dbs.add(shard)
+        return self._engines[shard]
+
+    def _close_unless_kept(self) -> None:
+        while not self._keepers and self._engines:
+            self._engines.popitem()[1].dispose()
 
 
 def kept_open(instance: DagsterInstance) -> contextlib.AbstractContextManager[None]:

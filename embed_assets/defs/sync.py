@@ -11,8 +11,7 @@ from typing import Protocol
 import dagster as dg
 from dagster import DagsterInstance
 
-from embed_assets.corpus.source import Listing, SourcePartition
-from embed_assets.defs.assets import Listed
+from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.dagster_internals import (
     RANGE_END_TAG,
     RANGE_START_TAG,
@@ -33,13 +32,13 @@ from embed_assets.defs.ranges import run_ranges
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.defs.storage import kept_open
 from embed_assets.errors import PartitionError, UserError
-from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
-from embed_assets.stages.changes import Changes, find_changes
+from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.foresight import remember_synced
 from embed_assets.stages.outcome import PartitionOutcome
-from embed_assets.stages.pipeline import Estimate, Estimator, Pipeline
+from embed_assets.stages.pipeline import DatedListing, Estimate, Estimator, Pipeline
 from embed_assets.stages.progress import RunObserver, Sink
 
 _log = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     if not count:
         return Plan(plans)
     # Emptied partitions last, in the order of sync: with REUSE=table, the first partition with a text embeds it.
-    estimator = Estimator(pipeline, tables, _changes(history, pipeline, tables, plans))
+    estimator = Estimator(pipeline, tables, _change_finder(history, pipeline, tables).find)
     estimates = {
         plan.partition.key: _estimate(estimator, history, plan)
         for plan in sorted(plans, key=lambda plan: not plan.partition.files)
@@ -119,20 +118,14 @@ def make_plan(instance: DagsterInstance, pipeline: Pipeline, count: bool = False
     return Plan(counted, _estimated_seconds(history, pipeline, sum(e.tokens for e in estimates.values())))
 
 
-def _changes(
-    history: History, pipeline: Pipeline, tables: Snapshot, plans: Sequence[PartitionPlan]
-) -> dict[str, Changes]:
-    """What changed in the partitions of which a sync would read only that, by key."""
-    due = [plan.partition for plan in plans if plan.statuses["raw_documents"].state != "fresh"]
-    intact = [
-        files
-        for files in due
-        if all(
-            history.is_as_recorded(table, tables.partition(files.key), pipeline.code_versions[table.kind])
-            for table in (RAW, CHUNK_TABLE)
-        )
-    ]
-    return find_changes(tables, pipeline.corpus.source, intact)
+def _change_finder(history: History, pipeline: Pipeline, tables: Snapshot) -> ChangeFinder:
+    """Finds what a sync would read of partitions."""
+
+    def is_as_recorded(partition: PartitionSnapshot) -> bool:
+        codes = pipeline.code_versions
+        return all(history.is_as_recorded(table, partition, codes[table.kind]) for table in (RAW, CHUNK_TABLE))
+
+    return ChangeFinder(tables, pipeline.corpus.source, is_as_recorded)
 
 
 def _estimated_seconds(history: History, pipeline: Pipeline, tokens: int) -> float | None:
@@ -173,8 +166,8 @@ def _probe_speed(pipeline: Pipeline) -> float:
 class Build(Protocol):
     """Builds the definitions that a sync runs."""
 
-    def __call__(self, observer: RunObserver, *, listed: Listed | None) -> dg.Definitions:
-        """Definitions over an observer, and over the source's partitions if they were listed just now."""
+    def __call__(self, observer: RunObserver, *, listed: DatedListing | None) -> dg.Definitions:
+        """Definitions over an observer, and over the source if it was listed just now."""
         ...
 
 
@@ -186,7 +179,7 @@ class SyncRequest:
     """Keys of the partitions to materialize if they are missing or stale; empty for all."""
     allow_empty: bool = False
     """Drop everything if the source is empty."""
-    listing: Listing | None = None
+    listing: DatedListing | None = None
     """The source, if it was listed just now."""
 
 
@@ -202,7 +195,7 @@ def run_sync(
     only = request.only
     started = time.perf_counter()
     pipeline.lake.check_usable(pipeline.embeddings_table)
-    listing = request.listing or pipeline.corpus.source.listing()
+    listing = request.listing or DatedListing.of(pipeline)
     partitions = with_emptied_partitions(instance, listing.partitions, Names.of(pipeline))
     _check_known(only, partitions)
     tables = Snapshot(pipeline.lake)
@@ -226,7 +219,7 @@ def run_sync(
     tags = {PROCESS_TAG: this_process()} | ({ALLOW_EMPTY_TAG: "true"} if request.allow_empty else {})
     # Dagster plans an event for each partition and asset before a run.
     with heartbeat(instance, this_process()), kept_open(instance):
-        listed: Listed | None = listing.partitions
+        listed: DatedListing | None = listing
         for message in wait_for_pool(instance) if due else ():
             _log.warning(message)
             listed = None  # the wait may have been long

@@ -24,6 +24,7 @@ from deltalake.exceptions import CommitFailedError
 from embed_assets.errors import LakeError, SupersededError
 from embed_assets.lake.reader import PartitionState, TableState, content_of, read_table, state_of, table_state
 from embed_assets.lake.tables import (
+    MOST_VALUES,
     Handle,
     Lake,
     TableSpec,
@@ -45,9 +46,6 @@ from embed_assets.lake.writer import (
 from embed_assets.records import CONTENT_COLUMNS, ContentVersion
 from embed_assets.scratch import SpooledBatches
 
-_MOST_DOCUMENTS = 1000
-"""Documents whose rows are replaced by their ids: 1,000 take 0.02 s to look up, 5,000 take 0.14 s, and all files that
-they are in are rewritten anyway."""
 _LEAST_ROWS = 5000
 """Rows of a partition below which all of it is rewritten, which takes half the time of finding the files to rewrite."""
 _COMMIT_ATTEMPTS = 20
@@ -160,7 +158,7 @@ class PartitionSnapshot:
         documents = self._documents
         if documents is None:
             return self.tables.rows(table, columns, partition_predicate(self.key))
-        if len(documents) <= _MOST_DOCUMENTS:
+        if len(documents) <= MOST_VALUES:
             where = documents_predicate(self.key, documents)
             return self.tables.rows(table, columns, where) if documents else iter(())
         names = pa.array(documents, pa.string())
@@ -270,7 +268,7 @@ class PartitionSnapshot:
     ) -> Replaced:
         with _spooled(table, self.key, new) as rows, SpooledBatches(table.schema) as kept:
             content = ContentVersion(CONTENT_COLUMNS[table.kind], provenance.previous)
-            is_rewritten = content.row_count <= _LEAST_ROWS or len(documents) > _MOST_DOCUMENTS
+            is_rewritten = content.row_count <= _LEAST_ROWS or len(documents) > MOST_VALUES
             for batch in self._rows_of_documents(table, documents, kept if is_rewritten else None):
                 content.remove(batch)
             for batch in rows.batches:
@@ -280,11 +278,10 @@ class PartitionSnapshot:
                 check()
                 self.require_current(table)
                 return self._replaced(rows, is_committed=False)
-            where = documents_predicate(self.key, documents)
+            where = partition_predicate(self.key) if is_rewritten else documents_predicate(self.key, documents)
             if is_rewritten:
                 size = rows.byte_size + kept.complete()
                 rows = replace(rows, batches=Chained([kept, rows.batches]), byte_size=size)
-                where = partition_predicate(self.key)
             under: list[PartitionState] = []
 
             def check_all() -> None:
@@ -310,15 +307,15 @@ class PartitionSnapshot:
             yield batch.filter(is_one)
 
     def _require_sole_commit(self, under: PartitionState) -> None:
-        """Raise ``SupersededError`` if the commit just made lies on top of one to the partition since `under`.
+        """Raise ``SupersededError`` if another commit to the partition came between `under` and the one just made.
 
-        Delta takes commits for compatible whose documents differ; together they may be what neither of them recorded.
+        Delta accepts both if their documents differ, but together they are what neither of the runs recorded.
         """
         table, delta = under.table, self.tables.table(under.table)
         if delta is None or under.version is None or int(delta.version()) == under.version + 1:
             return
-        below = self._state_of(table, self.lake.open(table, int(delta.version()) - 1))
-        if below.files != under.files:
+        below = self.lake.open(table, int(delta.version()) - 1)
+        if self._state_of(table, below).files != under.files and not self._is_compacted(under, below):
             raise self._superseded(table)
 
     def _commit(self, rows: SpooledRows, provenance: Provenance, check: Callable[[], None], where: str) -> None:

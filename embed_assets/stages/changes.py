@@ -1,28 +1,30 @@
-"""What changed in the files of partitions since they were read, so that all else can be kept.
+"""What changed in a partition's files since they were read, so that all else can be kept.
 
-A row of raw_documents or rejected_documents names the version of the file that it came from. A file is kept if there
-are rows of that version: they are complete, because a partition's rows are committed together. Of a file that is read
-again, the documents are kept whose rows come out as they are stored.
+A row of raw_documents or rejected_documents names the version of the file that it came from. A file is kept if all of
+its rows, in both tables, name the version that it has now. Of a file that is read again, the documents are kept whose
+rows come out as they are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embed_assets.corpus.source import Source, SourcePartition
-from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import RAW, REJECTED, TableSpec, is_one_of
-from embed_assets.records import CONTENT_COLUMNS, hashes_of, packed_hashes
+from embed_assets.errors import LakeError
+from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
+from embed_assets.lake.tables import RAW, REJECTED
+from embed_assets.records import CONTENT_COLUMNS, NOT_EMBEDDABLE, hashes_of
 
-_MOST_VALUES = 500
-"""Partitions or documents that are looked up by name. For more, one pass over the whole table is faster."""
+_log = logging.getLogger(__name__)
+
 _MOST_STALE = 1_000_000
 """Documents of a partition that are compared one by one, in about 300 bytes of memory each."""
+_HASH = "S16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,10 @@ class Changes:
     """Files that are new or changed."""
     stale: frozenset[str]
     """Ids of the documents whose file changed or is gone."""
-    kept: frozenset[str]
-    """Locations of the files that did not change."""
-    known: pa.FixedSizeBinaryArray
-    """Hashes of the rows of the stale documents, as `PARSED_DOCUMENTS` has them."""
+    rejected: frozenset[str]
+    """Locations of files that did not change, of which something was rejected."""
+    known: np.ndarray
+    """Sorted hashes of the rows of the stale documents, as `PARSED_DOCUMENTS` has them; 16 bytes each."""
 
     def as_before(self, documents: pa.RecordBatch) -> list[str]:
         """Ids of the documents, given as rows of `PARSED_DOCUMENTS`, that come out as they are stored."""
@@ -44,69 +46,74 @@ class Changes:
         return names
 
 
-def is_known(documents: pa.RecordBatch, known: pa.FixedSizeBinaryArray) -> pa.BooleanArray:
-    """For each row of `PARSED_DOCUMENTS`, whether its hash is among the `known` ones."""
-    return pc.is_in(documents.column("row_hash"), value_set=known)
+def is_known(documents: pa.RecordBatch, known: np.ndarray) -> pa.BooleanArray:
+    """For each row of `PARSED_DOCUMENTS`, whether its hash is among the sorted `known` ones."""
+    hashes = np.frombuffer(hashes_of(documents, ()), _HASH)
+    if not len(known):
+        return pa.array(np.zeros(len(hashes), bool))
+    return pa.array(known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes)
 
 
-def find_changes(tables: Snapshot, source: Source, partitions: Sequence[SourcePartition]) -> dict[str, Changes]:
-    """The changes of partitions, by key, but for those in which too much changed.
+@dataclass(frozen=True)
+class ChangeFinder:
+    """Finds what changed in partitions, one by one."""
 
-    Reads a few short columns of the partitions' documents, and none of their texts.
-    """
-    stored = {files.key: _Stored(source, files) for files in partitions}
-    for table in (RAW, REJECTED) if stored else ():
-        for key, rows in _rows(tables, table, ("document_id", "uri", "file_version"), partition_key=stored):
-            if key in stored:
-                stored[key].add(table, rows)
-    few = {key: found for key, found in stored.items() if len(found.stale) <= _MOST_STALE}
-    documents = {name for found in few.values() for name in found.stale}
+    tables: Snapshot
+    """The lake as it was when the source was listed."""
+    source: Source
+    is_as_recorded: Callable[[PartitionSnapshot], bool]
+    """Whether the rows that the lake has of a partition can be trusted."""
+
+    def find(self, files: SourcePartition) -> Changes | None:
+        """The changes of a partition; None if all of it has to be read.
+
+        Reads a few short columns of its documents, and none of their texts.
+        """
+        partition = self.tables.partition(files.key)
+        try:
+            return self._find(partition, files) if self.is_as_recorded(partition) else None
+        except LakeError as error:
+            _log.warning("partition %r: all of it is read, as what changed can't be told: %s", files.key, error)
+            return None
+
+    def _find(self, partition: PartitionSnapshot, files: SourcePartition) -> Changes | None:
+        uris = [self.source.uri(file) for file in files.files]
+        now = {uri: file.content_key for uri, file in zip(uris, files.files, strict=True)}
+        kept_rejections, changed = _rejected_files(partition, now)
+        kept, stale = set[str](), set[str]()
+        for document_id, uri, version in _rows(partition, ("document_id", "uri", "file_version")):
+            if version is not None and now.get(uri) == version and uri not in changed:
+                kept.add(uri)
+            else:
+                stale.add(document_id)
+                changed.add(uri)
+            if len(stale) > _MOST_STALE:
+                return None
+        if not kept.isdisjoint(changed):  # rows of two versions of a file
+            return None
+        kept |= kept_rejections - changed
+        unread = tuple(file for uri, file in zip(uris, files.files, strict=True) if uri not in kept)
+        known = _hashes(partition.only(stale))
+        return Changes(replace(files, files=unread), frozenset(stale), frozenset(kept & kept_rejections), known)
+
+
+def _rejected_files(partition: PartitionSnapshot, now: dict[str, str | None]) -> tuple[set[str], set[str]]:
+    """Locations of the files with rejections: of those that are as they were, and of the others."""
+    kept, changed = set[str](), set[str]()
+    for batch in partition.rows(REJECTED, ("uri", "file_version", "reason")):
+        for uri, version, reason in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if reason != NOT_EMBEDDABLE:  # those are of a model, not of a file
+                (kept if version is not None and now.get(uri) == version else changed).add(uri)
+    return kept - changed, changed
+
+
+def _rows(partition: PartitionSnapshot, columns: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    for batch in partition.rows(RAW, tuple(columns)):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _hashes(documents: PartitionSnapshot) -> np.ndarray:
+    """The sorted hashes of the rows of documents."""
     columns = CONTENT_COLUMNS["raw_documents"]
-    for key, rows in _rows(tables, RAW, columns, partition_key=few, document_id=documents) if documents else ():
-        if key in few:
-            few[key].add_content(rows)
-    return {key: found.changes() for key, found in few.items()}
-
-
-class _Stored:
-    """What a partition's rows say of the files that they came from."""
-
-    def __init__(self, source: Source, files: SourcePartition) -> None:
-        self._files = files
-        self._uris = [source.uri(file) for file in files.files]
-        versions = ((uri, file.content_key) for uri, file in zip(self._uris, files.files, strict=True))
-        self._now = pa.array([None if key is None else f"{uri}\n{key}" for uri, key in versions], pa.string())
-        self._kept: set[str] = set()
-        self._hashes = bytearray()
-        self.stale: set[str] = set()
-        """Ids of the documents whose file changed or is gone."""
-
-    def add(self, table: TableSpec, rows: pa.RecordBatch) -> None:
-        """Add rows of a table, with the columns document_id, uri and file_version."""
-        files = pc.binary_join_element_wise(rows.column("uri"), rows.column("file_version"), "\n")
-        is_kept = pc.fill_null(pc.is_in(files, value_set=self._now, skip_nulls=True), False)
-        self._kept.update(rows.column("uri").filter(is_kept).unique().to_pylist())
-        if table is RAW:
-            self.stale.update(rows.column("document_id").filter(pc.invert(is_kept)).to_pylist())
-
-    def add_content(self, rows: pa.RecordBatch) -> None:
-        """Add rows of documents, with the columns that decide whether two are equal."""
-        is_stale = np.fromiter(map(self.stale.__contains__, rows.column("document_id").to_pylist()), bool)
-        self._hashes += hashes_of(rows.filter(pa.array(is_stale)), CONTENT_COLUMNS["raw_documents"])
-
-    def changes(self) -> Changes:
-        """The changes, once all rows were added."""
-        pairs = zip(self._uris, self._files.files, strict=True)
-        files = replace(self._files, files=tuple(file for uri, file in pairs if uri not in self._kept))
-        return Changes(files, frozenset(self.stale), frozenset(self._kept), packed_hashes(bytes(self._hashes)))
-
-
-def _rows(
-    tables: Snapshot, table: TableSpec, columns: Iterable[str], **wanted: Collection[str]
-) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Partition key and rows of a table, of at least those with the `wanted` values, if these are few."""
-    few = [is_one_of(name, values) for name, values in wanted.items() if len(values) <= _MOST_VALUES]
-    for batch in tables.rows(table, ["partition_key", *columns], " AND ".join(few) or None):
-        encoded = batch.column("partition_key").dictionary_encode()
-        for number, key in enumerate(encoded.dictionary.to_pylist()):
-            yield key, batch.filter(pc.equal(encoded.indices, number))
+    found = b"".join(hashes_of(batch, columns) for batch in documents.rows(RAW, columns))
+    return np.sort(np.frombuffer(found, _HASH))

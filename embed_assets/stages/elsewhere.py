@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import TableSpec, is_one_of
+from embed_assets.lake.tables import MOST_VALUES, TableSpec, is_one_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, hash_keys
+from embed_assets.records import slices
 
 
 class Elsewhere:
@@ -40,8 +41,9 @@ class Elsewhere:
         """Batches with `VECTOR_COLUMNS` of the wanted input hashes, in the table as it is `now` and as it was."""
         wanted = inputs.filter(pa.array(self.has(hash_keys(inputs)))).to_pylist()
         tables = [now] if self._at_start.version(self._table) == now.version(self._table) else [now, self._at_start]
-        for table in tables if wanted else ():
-            yield from table.rows(self._table, VECTOR_COLUMNS, is_one_of("input_hash", wanted))
+        for table in tables:
+            for some in slices(wanted, MOST_VALUES):
+                yield from table.rows(self._table, VECTOR_COLUMNS, is_one_of("input_hash", some))
 
     @cached_property
     def _index(self) -> HashIndex:

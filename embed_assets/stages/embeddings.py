@@ -16,7 +16,15 @@ from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.staging import Staging
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, dimension_of, is_one_of, partition_predicate
+from embed_assets.lake.tables import (
+    CHUNK_TABLE,
+    MOST_VALUES,
+    RAW,
+    TableSpec,
+    dimension_of,
+    is_one_of,
+    partition_predicate,
+)
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array, vector_batch
 from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail, utc_now
@@ -226,14 +234,16 @@ class _Vectors:
         for batch in self.chunks.inputs():
             keys = hash_keys(batch.column("input_hash"))
             wanted.add_new(keys[~self._store.has(keys)])
-        found = set[str]()
-        for batch in self.partition.rows(self.target.table, ["input_hash"]) if len(wanted) else ():
+        table, found = self.target.table, set[str]()
+        for batch in self.partition.rows(table, ["input_hash"]) if len(wanted) else ():
             hashes = batch.column("input_hash")
             found.update(hashes.filter(pa.array(wanted.find(hash_keys(hashes)) >= 0)).to_pylist())
-        if found:
-            where = f"{partition_predicate(self.partition.key)} AND {is_one_of('input_hash', sorted(found))}"
-            for batch in self.partition.tables.rows(self.target.table, VECTOR_COLUMNS, where):
-                self._store.add(batch)
+        where = partition_predicate(self.partition.key)
+        if len(found) <= MOST_VALUES:
+            where += f" AND {is_one_of('input_hash', sorted(found))}" if found else ""
+        for batch in self.partition.tables.rows(table, VECTOR_COLUMNS, where) if found else ():
+            is_wanted = wanted.find(hash_keys(batch.column("input_hash"))) >= 0
+            self._store.add(batch.filter(pa.array(is_wanted)))
         return len(wanted) - len(found)
 
     def missing_windows(self, compute: Compute) -> Iterator[Window]:

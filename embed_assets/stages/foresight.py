@@ -5,17 +5,17 @@ A wrong guess costs time and nothing else: a model that loads in vain, or later 
 
 from __future__ import annotations
 
-from embed_assets.corpus.source import Listing, SourcePartition
+from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine import user_cache
-from embed_assets.errors import SourceError
+from embed_assets.errors import LakeError, SourceError
 from embed_assets.locations import local_path
 from embed_assets.records import hash_parts
-from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.pipeline import DatedListing, Pipeline
 
 _KIND = "synced"
 
 
-def load_model_early(pipeline: Pipeline) -> Listing | None:
+def load_model_early(pipeline: Pipeline) -> DatedListing | None:
     """Start loading the model if the source is not as the last sync on this machine left it.
 
     Returns the source's listing, if it was listed for that. Only for local sources: listing another takes as long as
@@ -25,12 +25,12 @@ def load_model_early(pipeline: Pipeline) -> Listing | None:
     if process is None or pipeline.settings.compute != "local" or local_path(pipeline.corpus.source.root) is None:
         return None
     try:
-        listing = pipeline.corpus.source.listing()
-    except SourceError:
+        listed = DatedListing.of(pipeline)
+    except (SourceError, LakeError):
         return None  # the sync itself will say so
-    if listing.partitions and user_cache.read(_KIND, _name(pipeline)) != _state(pipeline, listing.partitions):
+    if listed.partitions and user_cache.read(_KIND, _name(pipeline)) != _state(pipeline, listed.partitions):
         process.start()
-    return listing
+    return listed
 
 
 def remember_synced(pipeline: Pipeline, partitions: dict[str, SourcePartition]) -> None:

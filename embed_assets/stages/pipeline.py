@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pyarrow as pa
@@ -107,6 +107,26 @@ class Pipeline:
         self.lake.check_tables(self.embeddings_table)
 
 
+@dataclass(frozen=True, slots=True)
+class DatedListing:
+    """The source as it was listed, and the lake's documents right before that."""
+
+    partitions: dict[str, SourcePartition]
+    """Partitions that have files, by key, in order of their keys."""
+    hidden: Sequence[str]
+    """Paths of files and folders that are skipped because their names begin with a dot."""
+    documents_version: int | None
+    """Version of the table raw_documents; None if it did not exist."""
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> DatedListing:
+        """List the source. Raises ``SourceError`` or ``LakeError``."""
+        with Snapshot(pipeline.lake) as tables:
+            version = tables.version(RAW)
+        listing = pipeline.corpus.source.listing()
+        return cls(listing.partitions, listing.hidden, version)
+
+
 @dataclass(frozen=True)
 class Estimator:
     """Estimates what materializing partitions would embed, by reading and splitting their documents. Writes nothing.
@@ -117,8 +137,8 @@ class Estimator:
     pipeline: Pipeline
     tables: Snapshot
     """Snapshot of the lake that is read."""
-    changes: Mapping[str, Changes] = field(default_factory=dict)
-    """What changed in partitions whose documents and chunks are otherwise those of their files, by key."""
+    find: Callable[[SourcePartition], Changes | None] = lambda files: None
+    """Finds what changed in a partition whose documents and chunks are otherwise those of its files."""
 
     def estimate(self, partition: SourcePartition, stale: frozenset[str], is_damaged: bool) -> Estimate:
         """What materializing a partition would do.
@@ -160,10 +180,9 @@ class Estimator:
     def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
         """Yield (chunk_id, text, token_count) of each chunk that the partition will have."""
         corpus, tables = self.pipeline.corpus, self.tables.partition(partition.key)
-        if "raw_documents" in stale and partition.key in self.changes:
-            batches = self._changed_chunks(self.changes[partition.key])
-        elif "raw_documents" in stale:
-            batches = corpus.chunks_of(partition)
+        if "raw_documents" in stale:
+            changes = self.find(partition) if self._can_read_chunks(partition.key) else None
+            batches = corpus.chunks_of(partition) if changes is None else self._changed_chunks(changes)
         elif "chunks" in stale:
             batches = corpus.chunks(tables.rows(RAW, TEXT_COLUMNS), partition.key)
         else:
@@ -171,6 +190,15 @@ class Estimator:
         for batch in batches:
             columns = (batch.column(name).to_pylist() for name in _CHUNK_COLUMNS)
             yield from zip(*columns, strict=True)
+
+    def _can_read_chunks(self, key: str) -> bool:
+        """Whether the partition's stored chunks can be read; a sync makes all of them anew if not."""
+        try:
+            for _ in self.tables.partition(key).rows(CHUNK_TABLE, [*_CHUNK_COLUMNS, "document_id"]):
+                pass
+        except LakeError:
+            return False
+        return True
 
     def _changed_chunks(self, changes: Changes) -> Iterator[pa.RecordBatch]:
         """The chunks of a partition of which only the changed files are read."""

@@ -12,11 +12,11 @@ import contextlib
 import threading
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,6 +24,7 @@ from embed_assets.corpus.parsing import ROW_SUFFIXES, lost
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.hardware import available_cores
 from embed_assets.errors import PartitionError
+from embed_assets.lake.writer import Chained
 from embed_assets.records import (
     PARSED_DOCUMENTS,
     REJECTED_ROWS,
@@ -31,6 +32,8 @@ from embed_assets.records import (
     Document,
     Rejection,
     grouped_bytes,
+    hashes_of,
+    packed_hashes,
     rejection_batch,
     utc_now,
 )
@@ -61,7 +64,7 @@ class ReadTask:
     splits: bool
     """Whether the same worker also splits the documents."""
     known: ArrowFile | None = None
-    """A column `row_hash` of rows that need not be split, because they are as before."""
+    """A column `row_hash`, sorted, of rows that need not be split, because they are as before."""
 
     @property
     def key(self) -> str:
@@ -96,6 +99,7 @@ class Piece:
         return [file for file in (self.documents, self.chunks, self.rejections) if file is not None]
 
 
+FindChanges = Callable[[SourcePartition], Changes | None]
 PreparingWorkers = Workers[ReadTask | SplitTask, Piece]
 
 
@@ -131,22 +135,22 @@ class Preparer:
         """Files with the given batches of documents, one each, to be split."""
         return (self._write(batch.schema, [batch]) for batch in batches)
 
-    def known(self, hashes: pa.FixedSizeBinaryArray) -> ArrowFile:
-        """A file of row hashes, for tasks."""
-        batch = pa.record_batch([hashes], names=["row_hash"])
+    def known(self, hashes: np.ndarray) -> ArrowFile:
+        """A file of sorted row hashes, for tasks."""
+        batch = pa.record_batch([packed_hashes(hashes.tobytes())], names=["row_hash"])
         return self._write(batch.schema, [batch])
 
     def _split(self, documents: Iterable[pa.RecordBatch], task: ReadTask | SplitTask) -> ArrowFile:
         for known in task.known or ():
-            documents = _without(documents, known.column("row_hash"))
+            documents = _without(documents, np.frombuffer(hashes_of(known, ()), "S16"))
         return self._write(SPLIT_CHUNKS, self.corpus.chunks(documents, task.key))
 
     def _write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
         return ArrowFile.write(self.folder / f"{uuid.uuid4().hex}.arrow", schema, batches)
 
 
-def _without(documents: Iterable[pa.RecordBatch], known: pa.FixedSizeBinaryArray) -> Iterator[pa.RecordBatch]:
-    """The documents with other row hashes."""
+def _without(documents: Iterable[pa.RecordBatch], known: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """The documents whose row hashes are not among the sorted `known` ones."""
     for batch in documents:
         yield batch.filter(pc.invert(is_known(batch, known)))
 
@@ -155,29 +159,27 @@ def _text_bytes(item: Document | Rejection) -> int:
     return item.byte_size + len(item.metadata) if isinstance(item, Document) else 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Prepared:
     """A partition's documents and chunks, in files."""
 
     pieces: list[Piece] = field(default_factory=list)
     changes: Changes | None = None
     """What was prepared, if the partition's other files are kept as they were read before; None: all of it."""
+    read: frozenset[str] | None = None
+    """Ids of the documents that were read, or whose file changed or is gone; None: all of them."""
+    changed: frozenset[str] | None = None
+    """Ids of the documents that are new, differ from what is stored, or are gone; None: all of them."""
 
-    @cached_property
-    def read(self) -> frozenset[str] | None:
-        """Ids of the documents that were read, or whose file changed or is gone; None: all of them."""
-        if self.changes is None:
-            return None
-        ids = (i for file in self.documents for batch in file for i in batch.column("document_id").to_pylist())
-        return self.changes.stale.union(ids)
-
-    @cached_property
-    def changed(self) -> frozenset[str] | None:
-        """Ids of the documents that are new, differ from what is stored, or are gone; None: all of them."""
-        if self.read is None or self.changes is None:
-            return None
-        batches = (batch for file in self.documents for batch in file)
-        return self.read.difference(name for batch in batches for name in self.changes.as_before(batch))
+    def complete(self) -> Prepared:
+        """This, with the ids of the documents, once all pieces are there."""
+        if self.changes is not None:
+            read, as_before = set(self.changes.stale), set[str]()
+            for batch in Chained(self.documents):
+                read.update(batch.column("document_id").to_pylist())
+                as_before.update(self.changes.as_before(batch))
+            self.read, self.changed = frozenset(read), frozenset(read - as_before)
+        return self
 
     @property
     def documents(self) -> list[ArrowFile]:
@@ -245,18 +247,16 @@ class Arriving:
 
 @contextlib.contextmanager
 def open_preparation(
-    corpus: Corpus,
-    partitions: Sequence[SourcePartition],
-    changes: Mapping[str, Changes],
-    splits: bool,
-    configured: int | None,
+    corpus: Corpus, partitions: Sequence[SourcePartition], find: FindChanges, splits: bool, configured: int | None
 ) -> Iterator[Preparation]:
     """A `Preparation` in `configured` processes (0: in this one) or, by default, as many as are worth starting."""
-    byte_size = sum((changes[p.key].files if p.key in changes else p).byte_size for p in partitions)
+    # A single partition with a few changes is not worth starting processes.
+    known = {files.key: find(files) for files in partitions} if len(partitions) == 1 else {}
+    byte_size = sum((c.files if (c := known.get(files.key)) else files).byte_size for files in partitions)
     with ScratchFolder() as folder:
         preparer = Preparer(corpus, folder)
         with Workers(preparer, processes_for(byte_size, configured)) as workers:
-            yield Preparation(workers, preparer, partitions, splits, changes)
+            yield Preparation(workers, preparer, partitions, splits, lambda f: known[f.key] if known else find(f))
 
 
 def processes_for(byte_size: int, configured: int | None) -> int:
@@ -275,18 +275,21 @@ class Preparation:
         preparer: Preparer,
         partitions: Iterable[SourcePartition],
         splits: bool,
-        changes: Mapping[str, Changes] | None = None,
+        find: FindChanges = lambda files: None,
         task_bytes: int = _TASK_BYTES,
     ) -> None:
-        """`partitions` are those whose files are to be read, or of which only `changes` are, by key.
+        """`partitions` are those whose files are to be read, or of which those are that `find` finds changed.
 
         `splits` says whether their documents are to be split.
         """
-        self._workers, self._preparer, self._splits, self._changes = workers, preparer, splits, changes or {}
+        self._workers, self._preparer, self._splits, self._find = workers, preparer, splits, find
+        self._changes: dict[str, Changes | None] = {}
+        self._known: dict[str, ArrowFile] = {}
         self._arriving: dict[str, Arriving] = {}
         self._over: set[str] = set()
         self._lock = threading.Lock()
-        self._upcoming = (task for files in partitions for task in self._tasks(files, task_bytes))
+        self._task_bytes = task_bytes
+        self._upcoming = (task for files in partitions for task in self._tasks(files))
         self._begun: deque[tuple[ReadTask, Stream[Piece]]] = deque()
 
     def take(self, files: SourcePartition) -> Prepared:
@@ -294,10 +297,11 @@ class Preparation:
 
         Raises ``SourceError`` if a file can't be opened or read.
         """
-        prepared, arriving = Prepared(changes=self._changes.get(files.key)), self.arriving(files)
-        files = self._unread(files)
+        changes, arriving = self._changes_of(files), self.arriving(files)
+        prepared = Prepared(changes=changes)
+        files = changes.files if changes is not None else files
         if not files.files:
-            return prepared
+            return prepared.complete()
         self._skip_others(files.key)
         taken = 0
         while self._begun and self._begun[0][0].files.key == files.key:
@@ -313,18 +317,27 @@ class Preparation:
                 raise
         if taken != len(files.files):
             raise RuntimeError(f"{taken} of the {len(files.files)} files of the partition {files.key!r} were prepared")
-        return prepared
+        return prepared.complete()
 
-    def _tasks(self, files: SourcePartition, task_bytes: int) -> Iterator[ReadTask]:
-        """The tasks to read a partition."""
-        changes = self._changes.get(files.key)
-        known = self._preparer.known(changes.known) if changes is not None and len(changes.known) else None
-        for task in _read_tasks(self._unread(files), self._splits, task_bytes):
-            yield replace(task, known=known)
+    def take_whole(self, files: SourcePartition) -> Prepared:
+        """All of a partition, of which `take` gave only what changed. Raises ``SourceError``."""
+        tasks = list(_read_tasks(files, self._splits, self._task_bytes))
+        begun = [(task, self._workers.submit(task)) for task in tasks]
+        return Prepared([piece for task, stream in begun for piece in self._pieces(task, stream)])
 
-    def _unread(self, files: SourcePartition) -> SourcePartition:
-        """The partition's files that are to be read."""
-        return self._changes[files.key].files if files.key in self._changes else files
+    def _tasks(self, files: SourcePartition) -> Iterator[ReadTask]:
+        """The tasks to read a partition, or what changed in it."""
+        changes = self._changes_of(files)
+        if changes is not None and changes.files.files and len(changes.known):
+            self._known[files.key] = self._preparer.known(changes.known)
+        for task in _read_tasks(changes.files if changes is not None else files, self._splits, self._task_bytes):
+            yield replace(task, known=self._known.get(files.key))
+
+    def _changes_of(self, files: SourcePartition) -> Changes | None:
+        """What changed in a partition whose turn has not ended."""
+        if files.key not in self._changes:
+            self._changes[files.key] = self._find(files) if files.files else None
+        return self._changes[files.key]
 
     def arriving(self, files: SourcePartition) -> Arriving:
         """The partition's chunks as `take` prepares them, for another thread; none once its turn is over."""
@@ -336,6 +349,9 @@ class Preparation:
 
     def end(self, files: SourcePartition) -> None:
         """Nothing more will arrive of the partition. To be called in any case once its turn to be prepared is over."""
+        self._changes.pop(files.key, None)
+        if (known := self._known.pop(files.key, None)) is not None:
+            known.remove()
         with self._lock:
             self._over.add(files.key)
             arriving = self._arriving.pop(files.key, None)

@@ -42,7 +42,7 @@ def materialize_raw_documents(
                 rejections.add_batch(batch)
         rows, changes = rows_in_files(RAW, partition.key, prepared.documents), prepared.changes
         replaced = partition.replace(RAW, rows, provenance, check, documents=prepared.read)
-        own = UnreadFiles(changes.kept if changes else frozenset())
+        own = UnreadFiles(changes.rejected if changes else frozenset())
         kept = replace_rejections(partition, rejections, own, provenance, lambda: partition.require_current(RAW))
         outcome.documents, outcome.rejected = replaced.rows, rejections.count + kept
         return replaced

@@ -85,7 +85,7 @@ class UnreadFiles:
     """Files and rows that can't be read."""
 
     kept: Collection[str] = ()
-    """Locations of files that did not change."""
+    """Locations of files that were not read again, because they did not change."""
 
     def is_own(self, reason: str, detail: str) -> bool:
         """All but chunks."""

@@ -51,6 +51,19 @@ def test_databases_are_open_only_inside(project: Project) -> None:
         assert count(instance) == 4
 
 
+def test_of_many_runs_only_the_newest_stays_open(project: Project) -> None:
+    for name in "abcd":
+        project.write(f"{name}/one.md", name)
+    project.sync()
+    with open_instance() as instance, kept_open(instance):
+        runs = [run.run_id for run in instance.get_runs()]
+        for run_id in [*runs, "other", "another"]:
+            assert instance.get_records_for_run(run_id).records is not None
+            assert len(open_databases()) <= 2
+        observe(instance, "a")
+        assert "index.db" in open_databases()
+
+
 def test_an_error_inside_closes_them_and_undoes_nothing(project: Project) -> None:
     with open_instance() as instance:
         with pytest.raises(RuntimeError), kept_open(instance):
