@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -23,7 +24,8 @@ def change_corpus(project: Project, rng: random.Random) -> None:
     what = rng.random()
     if what < 0.45 or not files:
         if place.endswith(".jsonl"):
-            text = "\n".join(json.dumps({"text": rng.choice(paragraphs)}) for _ in range(rng.randint(0, 4)))
+            rows = [json.dumps({"text": rng.choice(paragraphs)}) for _ in range(rng.randint(0, 4))]
+            text = "\n".join([*rows, *["no JSON"] * rng.randint(0, 1)])
         else:
             text = "\n\n".join(rng.choice([*paragraphs, "# Heading"]) for _ in range(rng.randint(0, 6)))
         project.write(place, text)
@@ -31,7 +33,10 @@ def change_corpus(project: Project, rng: random.Random) -> None:
     file = rng.choice(files)
     if what < 0.6:
         file.unlink()
-    elif what < 0.75:
+    elif what < 0.7:
+        stat = file.stat()
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    elif what < 0.8:
         file.rename(file.with_name(rng.choice("xyz") + file.suffix))
     elif what < 0.9:
         file.with_name(rng.choice("uvw") + file.suffix).write_bytes(file.read_bytes())
@@ -77,6 +82,8 @@ def test_any_history_ends_with_the_same_table_as_a_fresh_start(
         planned = {name: plan[name] for name in COUNTS}
         assert planned == {name: answer[counted] for name, counted in COUNTS.items()}, round_number
         assert {p["state"] for p in project.sync()["partitions"].values()} <= {"fresh"}
+        counted = sum(p["documents"] for p in answer["partitions"].values())
+        assert counted == len(project.rows("document_id", table="raw_documents"))
         assert project.json("verify")["ok"]
         assert not list(Path("lake").rglob("_staging/*"))
         if round_number % 3 == 2:
