@@ -214,7 +214,7 @@ class CorpusRun:
                     due[asset].append(files)
         corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
         finder = ChangeFinder(self.before, corpus.source, partial(self._is_as_recorded, RAW))
-        return open_preparation(corpus, due["raw_documents"], finder.find, "chunks" in self.selected, configured)
+        return open_preparation(corpus, due["raw_documents"], "chunks" in self.selected, configured, finder.find)
 
     def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""

@@ -247,7 +247,11 @@ class Arriving:
 
 @contextlib.contextmanager
 def open_preparation(
-    corpus: Corpus, partitions: Sequence[SourcePartition], find: FindChanges, splits: bool, configured: int | None
+    corpus: Corpus,
+    partitions: Sequence[SourcePartition],
+    splits: bool,
+    configured: int | None,
+    find: FindChanges = lambda files: None,
 ) -> Iterator[Preparation]:
     """A `Preparation` in `configured` processes (0: in this one) or, by default, as many as are worth starting."""
     # A single partition with a few changes is not worth starting processes.
