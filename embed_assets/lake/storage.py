@@ -70,6 +70,16 @@ class Storage:
         """The content of a file."""
         return bytes(obstore.get(self._store, path).bytes())
 
+    def has(self, path: str) -> bool:
+        """Whether a file exists."""
+        if self._path is not None:
+            return (self._path / path).exists()
+        try:
+            obstore.head(self._store, path)
+        except FileNotFoundError:
+            return False
+        return True
+
     def write(self, path: str, data: bytes | memoryview) -> None:
         """Write or overwrite a file. Missing folders are created."""
         obstore.put(self._store, path, data)

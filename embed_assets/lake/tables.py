@@ -148,9 +148,13 @@ class Lake:
         return None if delta is None else Handle(path, delta, int(delta.version()))
 
     def refresh(self, handle: Handle) -> None:
-        """Move an open table to its newest version. Raises ``LakeError``."""
+        """Move an open table to its newest version. Raises ``LakeError``.
+
+        Looks for the next commit first: updating takes 2 ms, and 7.5 ms at 7,000 files, even if there is none.
+        """
         with self._table_errors(handle.path):
-            handle.delta.update_incremental()
+            if self.storage.has(f"{handle.path}/_delta_log/{int(handle.delta.version()) + 1:020}.json"):
+                handle.delta.update_incremental()
 
     def release(self, handle: Handle) -> None:
         """Return a table from `acquire`, for reuse within a session."""
