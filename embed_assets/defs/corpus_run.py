@@ -214,7 +214,10 @@ class CorpusRun:
                     due[asset].append(files)
         corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
         finder = ChangeFinder(self.before, corpus.source, partial(self._is_as_recorded, RAW))
-        return open_preparation(corpus, due["raw_documents"], "chunks" in self.selected, configured, finder.find)
+        split_bytes = sum(files.byte_size for files in due["chunks"])
+        return open_preparation(
+            corpus, due["raw_documents"], "chunks" in self.selected, configured, finder.find, split_bytes
+        )
 
     def _prepare(self, key: str, preparation: Preparation) -> _Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""

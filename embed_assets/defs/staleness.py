@@ -147,7 +147,7 @@ class History:
             or not ContentVersion.can_continue(record.data_version)
         ):
             return False
-        if record.source and canonical_location(record.source) != canonical_location(self.source):
+        if self._is_from_elsewhere(record):
             return False
         inputs = (dependency for dependency in DEPENDENCIES[asset] if dependency != SOURCE)
         if any(record.input_versions.get(dependency) != self.version(dependency, key) for dependency in inputs):
@@ -185,7 +185,7 @@ class History:
         reasons: list[str] = []
         if record.code_version == code_version and self._is_replaced(asset, key, record):
             reasons.append("its rows are not those that were recorded: somebody else replaced them")
-        if record.source and canonical_location(record.source) != canonical_location(self.source):
+        if self._is_from_elsewhere(record):
             reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
             reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
@@ -197,6 +197,10 @@ class History:
             if version is not None and record.input_versions.get(dependency) != version
         ]
         return Status("stale", tuple(reasons)) if reasons else Status("fresh")
+
+    def _is_from_elsewhere(self, record: Record) -> bool:
+        """Whether documents were read from another location than they are now."""
+        return bool(record.source) and canonical_location(record.source) != canonical_location(self.source)
 
     def _status_of_reported(self, record: Record, key: str, inputs: Mapping[str, str | None]) -> Status:
         """The status of a partition that a person reported as materialized, which the UI allows.

@@ -46,9 +46,14 @@ class Changes:
         return names
 
 
+def row_keys(documents: pa.RecordBatch) -> np.ndarray:
+    """The column `row_hash` as an array of shape (n,) that can be sorted and searched."""
+    return np.frombuffer(hashes_of(documents, ()), _HASH)
+
+
 def is_known(documents: pa.RecordBatch, known: np.ndarray) -> pa.BooleanArray:
     """For each row of `PARSED_DOCUMENTS`, whether its hash is among the sorted `known` ones."""
-    hashes = np.frombuffer(hashes_of(documents, ()), _HASH)
+    hashes = row_keys(documents)
     if not len(known):
         return pa.array(np.zeros(len(hashes), bool))
     return pa.array(known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes)

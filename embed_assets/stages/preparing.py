@@ -32,13 +32,12 @@ from embed_assets.records import (
     Document,
     Rejection,
     grouped_bytes,
-    hashes_of,
     packed_hashes,
     rejection_batch,
     utc_now,
 )
 from embed_assets.scratch import ArrowFile, ScratchFolder
-from embed_assets.stages.changes import Changes, is_known
+from embed_assets.stages.changes import Changes, is_known, row_keys
 from embed_assets.stages.chunk_rows import INPUTS
 from embed_assets.stages.corpus import Corpus, parsed_batch
 from embed_assets.workers import Stream, WorkerDied, Workers
@@ -142,7 +141,7 @@ class Preparer:
 
     def _split(self, documents: Iterable[pa.RecordBatch], task: ReadTask | SplitTask) -> ArrowFile:
         for known in task.known or ():
-            documents = _without(documents, np.frombuffer(hashes_of(known, ()), "S16"))
+            documents = _without(documents, row_keys(known))
         return self._write(SPLIT_CHUNKS, self.corpus.chunks(documents, task.key))
 
     def _write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
@@ -252,14 +251,18 @@ def open_preparation(
     splits: bool,
     configured: int | None,
     find: FindChanges = lambda files: None,
+    split_bytes: int = 0,
 ) -> Iterator[Preparation]:
-    """A `Preparation` in `configured` processes (0: in this one) or, by default, as many as are worth starting."""
+    """A `Preparation` in `configured` processes (0: in this one) or, by default, as many as are worth starting.
+
+    `split_bytes` is the size of the files whose documents are to be split, whether or not they are read.
+    """
     # A single partition with a few changes is not worth starting processes.
     known = {files.key: find(files) for files in partitions} if len(partitions) == 1 else {}
     byte_size = sum((c.files if (c := known.get(files.key)) else files).byte_size for files in partitions)
     with ScratchFolder() as folder:
         preparer = Preparer(corpus, folder)
-        with Workers(preparer, processes_for(byte_size, configured)) as workers:
+        with Workers(preparer, processes_for(max(byte_size, split_bytes), configured)) as workers:
             yield Preparation(workers, preparer, partitions, splits, lambda f: known[f.key] if known else find(f))
 
 
