@@ -31,6 +31,8 @@ def check_version(version: str) -> None:
 
 check_version(dg.__version__)
 
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned  # noqa: E402
+from dagster._core.definitions.partitions.subset import DefaultPartitionsSubset  # noqa: E402
 from dagster._core.errors import raise_execution_interrupts  # noqa: E402
 from dagster._core.execution.context.system import PlanOrchestrationContext  # noqa: E402
 from dagster._core.execution.plan.plan import ExecutionPlan  # noqa: E402
@@ -65,6 +67,8 @@ RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 _IDS_PER_QUERY = 500
 """Old builds of SQLite take no more than 999 variables in a statement."""
+_KEYS_PER_PLANNED_CHECK = 100
+"""Each takes a statement to store, and a kilobyte in each row of a partition until the check is evaluated."""
 _PLANNED = "PLANNED"
 """Status of a check evaluation that a run has planned and not recorded yet."""
 _REGISTER_ATTEMPTS = 20
@@ -103,6 +107,7 @@ __all__ = [
     "latest_attempts",
     "latest_evaluations",
     "latest_event_ids",
+    "planned_checks_in_parts",
     "raise_execution_interrupts",
     "read_events",
     "read_values",
@@ -302,3 +307,19 @@ def drop_planned_evaluations(instance: DagsterInstance, run_id: str, checks: Col
             is_check = (table.c.asset_key == check.asset_key.to_string()) & (table.c.check_name == check.name)
             is_planned = (table.c.run_id == run_id) & (table.c.execution_status == _PLANNED)
             connection.execute(table.delete().where(is_check & is_planned))
+
+
+def planned_checks_in_parts(event: dg.EventLogEntry) -> Iterator[dg.EventLogEntry]:
+    """The event, or if a run over many partitions plans a check, the same event for some of them at a time."""
+    planned = event.dagster_event.event_specific_data if event.dagster_event else None
+    if not isinstance(planned, AssetCheckEvaluationPlanned) or planned.partitions_subset is None:
+        yield event
+        return
+    for keys in slices(sorted(planned.partitions_subset.get_partition_keys()), _KEYS_PER_PLANNED_CHECK):
+        some = AssetCheckEvaluationPlanned(
+            asset_key=planned.asset_key,
+            check_name=planned.check_name,
+            partitions_subset=DefaultPartitionsSubset(set(keys)),
+        )
+        assert event.dagster_event is not None
+        yield event._replace(dagster_event=event.dagster_event._replace(event_specific_data=some))

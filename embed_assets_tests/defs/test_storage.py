@@ -1,14 +1,20 @@
-"""The event log's databases stay open while many events are written, and at no other time."""
+"""The event log's databases stay open while many events are written, and planned checks take little space."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
 import pytest
+from dagster import DagsterEventType
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
+from dagster._core.definitions.partitions.subset import DefaultPartitionsSubset
+from dagster._core.utils import make_new_run_id
 
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.storage import kept_open
@@ -93,3 +99,40 @@ def test_threads_and_other_processes_write_at_the_same_time(project: Project) ->
         assert [other.wait() for other in others] == [0, 0]
         assert open_databases() == set()
         assert count(instance) == 121
+
+
+def plan_check(instance: dg.DagsterInstance, keys: set[str] | None) -> None:
+    """Record, as a run over some partitions does, that it will evaluate a check on them."""
+    planned = AssetCheckEvaluationPlanned(
+        asset_key=dg.AssetKey("chunks"),
+        check_name="coverage",
+        partitions_subset=None if keys is None else DefaultPartitionsSubset(keys),
+    )
+    event = dg.DagsterEvent(DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED.value, "job", event_specific_data=planned)
+    instance.report_dagster_event(event, run_id=make_new_run_id())
+
+
+def planned_checks(project: Project) -> tuple[list[str | None], int]:
+    """The partitions with a planned check, sorted, and the bytes that are stored for each."""
+    [database] = (project.root / ".dagster").rglob("index.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT partition, length(evaluation_event) FROM asset_check_executions").fetchall()
+    return sorted(key for key, _ in rows), max(size for _, size in rows)
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 2000])
+def test_a_planned_check_takes_the_same_space_per_partition_however_many_there_are(
+    project: Project, count: int
+) -> None:
+    keys = {f"partition {i:05}" for i in range(count)}
+    with open_instance() as instance:
+        plan_check(instance, keys)
+    stored, byte_size = planned_checks(project)
+    assert stored == sorted(keys)
+    assert byte_size < 4000
+
+
+def test_a_check_without_partitions_is_planned_once(project: Project) -> None:
+    with open_instance() as instance:
+        plan_check(instance, None)
+    assert planned_checks(project)[0] == [None]
