@@ -18,17 +18,17 @@ _LENGTH = struct.Struct("<Q")
 
 
 def start_child(
-    module: str, environment: Mapping[str, str] = MappingProxyType({}), is_quiet: bool = False
+    module: str, environment: Mapping[str, str] = MappingProxyType({}), stderr: IO[bytes] | int | None = None
 ) -> subprocess.Popen[bytes]:
     """Start ``python -m module`` with pipes for its input and output, and this process's import path.
 
-    `environment` has additional variables. With `is_quiet`, its standard error is discarded.
+    `environment` has additional variables. `stderr` is where its standard error goes; None: where this process's does.
     """
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if is_quiet else None,
+        stderr=stderr,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment},
         # Ctrl-C must reach only the parent. Not a session of its own: Linux compares priorities within one only.
         process_group=0,

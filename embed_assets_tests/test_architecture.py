@@ -27,10 +27,22 @@ ALLOWED = {
     "workers": {"children", "arrow_startup"},
     "corpus": {"records", "scratch", "children", "settings", "locations", "errors"},
     "engine": {"records", "scratch", "children", "arrow_startup", "settings", "locations", "errors"},
+    "cluster": {"engine", "children", "errors"},
     "lake": {"records", "scratch", "settings", "locations", "errors"},
-    "stages": {"corpus", "engine", "lake", "records", "scratch", "workers", "settings", "locations", "errors"},
+    "stages": {
+        "corpus",
+        "engine",
+        "cluster",
+        "lake",
+        "records",
+        "scratch",
+        "workers",
+        "settings",
+        "locations",
+        "errors",
+    },
     "pictures": set(),
-    "defs": {"stages", "corpus", "engine", "lake", "pictures", "records", "settings", "locations", "errors"},
+    "defs": {"stages", "corpus", "engine", "cluster", "lake", "pictures", "records", "settings", "locations", "errors"},
     "definitions": {"defs", "stages", "settings"},
     "component": {"definitions", "settings", "spelling"},
     "console": {"engine", "lake"},
@@ -52,7 +64,7 @@ ALLOWED = {
         "errors",
     },
 }
-"""The arrows: definitions, cli -> defs -> stages -> {corpus, engine, lake} -> records. Siblings do not meet."""
+"""The arrows: definitions, cli -> defs -> stages -> {corpus, cluster -> engine, lake} -> records."""
 HEAVY = {"torch", "sentence_transformers", "transformers", "ray", "openvino", "nncf", "matplotlib", "pynvml"}
 MODULES = sorted(ROOT.rglob("*.py"))
 

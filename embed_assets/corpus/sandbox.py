@@ -85,7 +85,7 @@ class ParserProcess:
         """The live process, started if necessary. Raises ``SourceError`` when it does not start."""
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._process = start_child("embed_assets.corpus.sandbox", is_quiet=True)
+            self._process = start_child("embed_assets.corpus.sandbox", stderr=subprocess.DEVNULL)
             assert self._process.stdout is not None
             try:
                 receive(self._process.stdout)

@@ -8,10 +8,10 @@ from typing import TypeAlias
 import dagster as dg
 import psutil
 
+from embed_assets.cluster.report import PoolReport
 from embed_assets.defs.staleness import History
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats, advise
-from embed_assets.engine.ray import PoolReport
 from embed_assets.pictures import draw_map, draw_token_lengths
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.outcome import PartitionOutcome, Sample

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from embed_assets.cluster.report import PoolReport
 from embed_assets.engine.backend import Embedder
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
-from embed_assets.engine.ray import PoolReport
 
 _MAX_TEXTS = 16_384
 """Upper limit for texts per window, whose texts and vectors are held in memory."""

@@ -9,9 +9,9 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embed_assets.cluster.connection import require_ray
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.backends.quantization import CALIBRATION_TEXTS
-from embed_assets.engine.ray_cluster import require_ray
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec

@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from embed_assets.cluster.nodes import RayOptions
+from embed_assets.cluster.process import ClusterProcess
+from embed_assets.cluster.report import PoolReport
+from embed_assets.cluster.supervisor import WINDOWS_PER_WORKER
+from embed_assets.cluster.worker import Done
 from embed_assets.engine.backend import EmbeddedWindow, Embedder, OnTick, Window
 from embed_assets.engine.code_version import code_version
 from embed_assets.engine.engine import Engine, EngineInfo, configured
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.providers.catalog import provider_of
-from embed_assets.engine.ray import TASKS_PER_WORKER, PoolReport
-from embed_assets.engine.ray_cluster import RayOptions
-from embed_assets.engine.ray_process import RayProcess
-from embed_assets.engine.ray_worker import Done
 from embed_assets.errors import LakeError, ModelError
 from embed_assets.lake.staging import Staging, bytes_of
 from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
@@ -127,7 +128,7 @@ def open_compute(pipeline: Pipeline) -> Compute:
         wait_seconds=settings.ray_wait_seconds,
         device=settings.device if runs_on_gpu else "cpu",
     )
-    return RayCompute(RayProcess(lambda: worker_recipe(pipeline), options), configured(model.options))
+    return RayCompute(ClusterProcess(lambda: worker_recipe(pipeline), options), configured(model.options))
 
 
 class LakeWorker:
@@ -141,7 +142,7 @@ class LakeWorker:
         """Where and how the model runs."""
         return self._engine.info
 
-    def run(self, content: bytes, is_retry: bool) -> Done:
+    def run(self, content: bytes, is_retry: bool, on_tick: OnTick = lambda texts, tokens: None) -> Done:
         """Embed a window and stage it; answers how many rows that are, and why texts have none."""
         with pa.ipc.open_stream(content) as stream:
             header = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
@@ -150,16 +151,17 @@ class LakeWorker:
         staging = Staging(self._lake, self._table, header["key"])
         if is_retry and _is_staged(staging, header["name"], len(window.texts)):
             return Done(_answer(len(window.texts), {}), EngineStats())
-        embedded = self._embed(window, int(header["expected"]))
+        embedded = self._embed(window, int(header["expected"]), on_tick)
         batch = window_rows(embedded)
         if batch.num_rows:
             staging.write(batch, header["name"])
         return Done(_answer(batch.num_rows, embedded.rejected), embedded.stats)
 
-    def _embed(self, window: Window, expected: int) -> EmbeddedWindow:
+    def _embed(self, window: Window, expected: int, on_tick: OnTick) -> EmbeddedWindow:
         embedder = self._engine.embedder_for(window.texts, expected)
         starts = range(0, len(window.texts), _PART_TEXTS)
-        parts = list(embedder.embed_windows(Window(window.texts[start : start + _PART_TEXTS]) for start in starts))
+        windows = (Window(window.texts[start : start + _PART_TEXTS]) for start in starts)
+        parts = list(embedder.embed_windows(windows, on_tick))
         stats = EngineStats()
         rejected: dict[int, str] = {}
         for start, part in zip(starts, parts, strict=True):
@@ -187,7 +189,9 @@ class RayCompute:
 
     max_partitions = 16
 
-    def __init__(self, pool: RayProcess, configured: EngineInfo, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, pool: ClusterProcess, configured: EngineInfo, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._pool, self._configured, self._clock = pool, configured, clock
         self._size = WindowSize(_WINDOW_SECONDS)
         self._room: threading.Semaphore | None = None
@@ -198,7 +202,7 @@ class RayCompute:
     @property
     def partitions_in_flight(self) -> int:
         """Enough to keep all workers busy with small partitions."""
-        return min(self.max_partitions, TASKS_PER_WORKER * max(2, self._pool.most_replicas))
+        return min(self.max_partitions, WINDOWS_PER_WORKER * max(2, self._pool.most_replicas))
 
     def news(self) -> list[str]:
         """Where the workers are, once, then every few seconds how fast they are, and what they warned of."""
@@ -228,7 +232,7 @@ class RayCompute:
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """They take about the window's time, or are this partition's share of a worker and pay for the way there."""
-        share = max(_LEAST_TEXTS, expected // (TASKS_PER_WORKER * self._pool.most_replicas))
+        share = max(_LEAST_TEXTS, expected // (WINDOWS_PER_WORKER * self._pool.most_replicas))
         pays = tokens >= (self._size.tokens or 0) * _LEAST_SECONDS / _WINDOW_SECONDS
         return (texts >= share and pays) or self._size.is_full(texts, tokens)
 
@@ -243,7 +247,7 @@ class RayCompute:
         with self._lock:
             if self._room is None:
                 # What waits in this process, in the feed and with the workers is bounded, whatever the corpus.
-                self._room = threading.Semaphore((TASKS_PER_WORKER + 1) * self._pool.most_replicas + 1)
+                self._room = threading.Semaphore((WINDOWS_PER_WORKER + 1) * self._pool.most_replicas + 1)
         return _RayEmbedder(self._pool, self._room, key, self.info.dimension, expected)
 
     def close(self) -> None:
@@ -254,7 +258,9 @@ class RayCompute:
 class _RayEmbedder:
     """The workers, for the windows of one partition."""
 
-    def __init__(self, pool: RayProcess, room: threading.Semaphore, key: str, dimension: int, expected: int) -> None:
+    def __init__(
+        self, pool: ClusterProcess, room: threading.Semaphore, key: str, dimension: int, expected: int
+    ) -> None:
         self._pool, self._room, self._key, self._expected = pool, room, key, expected
         self.dimension = dimension
         self._texts = self._tokens = 0

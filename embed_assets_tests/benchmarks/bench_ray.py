@@ -26,7 +26,7 @@ from embed_assets.settings import load_settings
 from embed_assets.stages.embeddings import staged
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.remote import open_compute
-from embed_assets_tests.ray.clusters import STORE_BYTES, windows_of
+from embed_assets_tests.cluster.clusters import STORE_BYTES, windows_of
 
 BATCH = 64
 _TEXTS, _CHUNK_TOKENS = 5000, 96

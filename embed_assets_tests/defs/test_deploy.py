@@ -107,7 +107,7 @@ def test_every_instance_file_has_the_settings_that_the_step_relies_on() -> None:
 
 
 def test_the_ray_launcher_and_cluster_files_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two files must match; `embed_assets_tests/ray/test_dagster_ray.py` tests that such a run works."""
+    """The two files must match; `embed_assets_tests/cluster/test_dagster_ray.py` tests that such a run works."""
     import yaml
     from dagster._serdes import ConfigurableClassData
 

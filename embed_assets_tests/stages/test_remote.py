@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from embed_assets.cluster.nodes import Node, Replicas
+from embed_assets.cluster.report import PoolReport, WorkerReport
+from embed_assets.cluster.worker import Done
 from embed_assets.defs.metadata import engine_metadata
 from embed_assets.engine.backend import EmbeddedWindow, Window
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
-from embed_assets.engine.ray import PoolReport, WorkerReport
-from embed_assets.engine.ray_cluster import Node, Replicas
-from embed_assets.engine.ray_worker import Done
 from embed_assets.errors import EmbeddingError, LakeError, ModelError
 from embed_assets.lake.staging import Staging
 from embed_assets.records import hash_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embed_assets_tests.ray.simulation import simulate
+from embed_assets_tests.cluster.simulation import simulate
 
 pytestmark = pytest.mark.long
 
@@ -15,6 +15,5 @@ def test_many_partitions_on_many_nodes_take_bounded_memory() -> None:
     assert done.planned.tokens == 30_000 * 16 and done.planned.runs > 1
     assert done.failed == [] and done.verified
     assert 1 <= done.workers <= 2
-    assert 0 < done.memory.feed < 300 << 20, "what waits is with the run's process, and bounded there"
     assert done.memory.before > 0 and done.memory.run - done.memory.before < 300 << 20
     assert 0 < done.memory.driver < 400 << 20

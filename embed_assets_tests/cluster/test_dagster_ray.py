@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from embed_assets.defs.instance import open_instance
+from embed_assets_tests.cluster.clusters import ray_cluster
 from embed_assets_tests.conftest import Project, topic
 from embed_assets_tests.defs.dagster_runs import latest
-from embed_assets_tests.ray.clusters import ray_cluster
 
 pytestmark = pytest.mark.long
 BIN = Path(sys.executable).parent

@@ -1,6 +1,6 @@
 """A large job on a cluster of many nodes, simulated on one machine: planned, and synced by the fake model.
 
-    python -m embed_assets_tests.ray.simulation [PARTITIONS] [CHUNKS_PER_PARTITION] [NODES]
+    python -m embed_assets_tests.cluster.simulation [PARTITIONS] [CHUNKS_PER_PARTITION] [NODES]
 
 All is real but the model and the nodes, which are processes of this machine: documents, chunks, Dagster's run, windows,
 workers, staging, commits.
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ import psutil
 from embed_assets.defs.instance import open_instance
 from embed_assets.engine.capacity import Capacity, estimate_capacity
 from embed_assets.engine.metrics import ModelCost
+from embed_assets_tests.cluster.clusters import ray_cluster
 from embed_assets_tests.conftest import REPOSITORY
 from embed_assets_tests.defs.dagster_runs import latest
-from embed_assets_tests.ray.clusters import ray_cluster
 
 BGE_BASE = ModelCost(12 * 12 * 768 * 768, 12 * 768)
 _LINE = "chunk {} of partition {} says one two three four five six seven.\n\n"
@@ -45,9 +44,7 @@ class Memory:
     run: int = 0
     """The run's process: reads, chunks, commits."""
     driver: int = 0
-    """Its child that drives Ray."""
-    feed: int = 0
-    """The actor that hands out the windows."""
+    """Its child that drives Ray and hands out the windows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,20 +125,13 @@ def _watch(pid: int, memory: Memory) -> None:
         run = psutil.Process(pid)
         while run.is_running() and run.status() != psutil.STATUS_ZOMBIE:
             memory.run = max(memory.run, run.memory_info().rss)
-            drivers = [child for child in run.children() if "ray_process" in " ".join(child.cmdline())]
+            drivers = [child for child in run.children() if "cluster.driver" in " ".join(child.cmdline())]
             if drivers and not memory.before:
                 memory.before = run.memory_info().rss
             memory.driver = max([memory.driver, *map(_resident, drivers)])
-            memory.feed = max([memory.feed, *map(_resident, _feeds())])
             time.sleep(1)
     except psutil.NoSuchProcess:
         return
-
-
-def _feeds() -> Iterator[psutil.Process]:
-    return (
-        process for process in psutil.process_iter(["name"]) if (process.info["name"] or "").startswith("ray::Feed")
-    )
 
 
 def _resident(process: psutil.Process) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from embed_assets.engine.backend import Window
+from embed_assets.cluster.worker import Done
+from embed_assets.engine.backend import OnTick, Window
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
-from embed_assets.engine.ray_worker import Done
 from embed_assets.errors import ModelError
 from embed_assets.records import hash_text
 from embed_assets.stages.compute import Compute
@@ -95,7 +95,7 @@ class EchoWorker:
     def __init__(self, log: str) -> None:
         self._log = log
 
-    def run(self, content: bytes, is_retry: bool) -> Done:
+    def run(self, content: bytes, is_retry: bool, on_tick: OnTick) -> Done:
         is_first = True
         if self._log:
             is_first = content not in Path(self._log).read_bytes().splitlines() if Path(self._log).exists() else True
@@ -113,5 +113,11 @@ class EchoWorker:
         time.sleep(float(seconds or 0))
         if name == b"warn":
             logging.getLogger("embed_assets.engine").warning("the budget was halved")
-        answer = os.environ.get(name.partition(b"$")[2].decode(), "unset") if b"$" in name else content.decode()
+        answer = _node_id() if name == b"where" else content.decode()
         return Done(answer, EngineStats(texts=1, tokens=10, seconds=0.1))
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
