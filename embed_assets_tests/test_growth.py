@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import fsspec
+import psutil
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -103,3 +107,33 @@ def test_events_and_commits_per_partition_stay_as_they_are(project: Project) -> 
         counts.append((events(project), commits(project)))
     steps = [tuple(b - a for a, b in zip(before, after, strict=True)) for before, after in itertools.pairwise(counts)]
     assert steps[0] == steps[1]
+
+
+def starts_workers(project: Project) -> bool:
+    """Whether a sync reads or splits in processes of their own."""
+    found, is_done = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not (found.is_set() or is_done.is_set()):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "embed_assets.workers" in child.cmdline():
+                        found.set()
+            time.sleep(0.01)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    project.sync()
+    is_done.set()
+    looking.join()
+    return found.is_set()
+
+
+def test_much_to_read_or_only_to_split_is_shared_by_processes_and_little_is_not(project: Project) -> None:
+    project.monkeypatch.delenv("EMBED_PREPARE_PROCESSES", raising=False)
+    project.write("a/large.md", "".join(f"Sentence {i} of a large document.\n\n" for i in range(60_000)))
+    assert starts_workers(project)
+    project.set(CHUNK_TOKENS="100")
+    assert starts_workers(project), "the document is split again"
+    project.write("a/small.md", "A small document.")
+    assert not starts_workers(project)
