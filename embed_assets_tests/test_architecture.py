@@ -42,7 +42,8 @@ ALLOWED = {
         "errors",
     },
     "pictures": set(),
-    "defs": {"stages", "corpus", "engine", "cluster", "lake", "pictures", "records", "settings", "locations", "errors"},
+    "defs": {"stages", "corpus", "engine", "cluster", "lake", "pictures", "records", "scratch", "settings", "errors"}
+    | {"locations"},
     "definitions": {"defs", "stages", "settings"},
     "component": {"definitions", "settings", "spelling"},
     "console": {"engine", "lake"},

@@ -14,7 +14,7 @@ from typing import IO, Any
 from embed_assets.children import own_pipes, receive, send
 from embed_assets.cluster.connection import TokenRequired, connect, disconnect, list_nodes
 from embed_assets.cluster.nodes import Cluster, Node, Replicas, check_room, plan_replicas
-from embed_assets.cluster.process import NeedsToken, Order
+from embed_assets.cluster.process import NeedsToken, Order, TaskCall, TaskDone
 from embed_assets.cluster.supervisor import Lost, Supervisor, Then
 from embed_assets.cluster.worker import ModelActor
 from embed_assets.engine.faults import reason_of
@@ -72,6 +72,23 @@ def _starter(order: Order, replicas: Replicas) -> Callable[[], RayActor]:
     return lambda: RayActor(actor.remote(order.recipe, replicas.cpus, replicas.gpus))
 
 
+def _run_task(task: TaskCall, tell: Callable[[object], None]) -> None:
+    """Start a task; `tell` hears its result. Ray starts it again, elsewhere, if its node is lost."""
+    import ray
+
+    def ended(future: Future[Any]) -> None:
+        error = future.exception()
+        failure = error and EmbeddingError(f"a task on the cluster was lost: {reason_of_loss(error)}; run again", True)
+        tell(TaskDone(task.number, failure or future.result()))
+
+    function = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_call)
+    function.remote(task.call).future().add_done_callback(ended)
+
+
+def _call(call: Callable[[], Any]) -> Any:
+    return call()
+
+
 def _watch(cluster: Cluster, supervisor: Supervisor, tell: Callable[[object], None]) -> None:
     """In a thread: look at the cluster every few seconds. Ends this process when its head is lost."""
     silent = 0
@@ -92,14 +109,18 @@ def _watch(cluster: Cluster, supervisor: Supervisor, tell: Callable[[object], No
                 os._exit(1)  # Ray's calls would wait for it
 
 
-def _read(requests: IO[bytes], supervisor: Supervisor) -> None:
-    """In a thread: pass on the parent's windows, until it closes the pipe or is gone.
+def _read(requests: IO[bytes], supervisor: Supervisor, tell: Callable[[object], None]) -> None:
+    """In a thread: pass on the parent's windows and tasks, until it closes the pipe or is gone.
 
     As bytes, not as references: the copy of an object that a lost node had may delay another worker for ten seconds.
     """
     with contextlib.suppress(EOFError):
         while True:
-            supervisor.submit(*pickle.loads(receive(requests)))
+            message = pickle.loads(receive(requests))
+            if isinstance(message, TaskCall):
+                _run_task(message, tell)
+            else:
+                supervisor.submit(*message)
     supervisor.fail(EmbeddingError("the run has ended"))
 
 
@@ -110,7 +131,7 @@ def _drive(order: Order, requests: IO[bytes], tell: Callable[[object], None]) ->
     check_room(cluster, nodes, replicas)
     supervisor = Supervisor(cluster, nodes, replicas, _starter(order, replicas), tell, order.patience)
     threading.Thread(target=_watch, args=(cluster, supervisor, tell), name="watch", daemon=True).start()
-    threading.Thread(target=_read, args=(requests, supervisor), name="requests", daemon=True).start()
+    threading.Thread(target=_read, args=(requests, supervisor, tell), name="requests", daemon=True).start()
     supervisor.run()
     disconnect()
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from embed_assets.children import how_it_ended, receive, send, start_child
 from embed_assets.cluster.connection import TOKEN_MODE
@@ -28,6 +28,8 @@ from embed_assets.cluster.supervisor import Finished, Patience, Status
 from embed_assets.cluster.worker import Done, Recipe
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.errors import EmbeddingError, SettingsError, UserError, hide_secrets
+
+T = TypeVar("T")
 
 _CLOSE_SECONDS = 30.0
 
@@ -39,6 +41,22 @@ class Order:
     recipe: Recipe
     options: RayOptions
     patience: Patience
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCall:
+    """A call to be done by any machine with a free CPU."""
+
+    number: int
+    call: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    """The result of a `TaskCall`."""
+
+    number: int
+    result: Any
 
 
 class NeedsToken:
@@ -63,9 +81,9 @@ class ClusterProcess:
         self._output: IO[bytes] | None = None
         self._listener: threading.Thread | None = None
         self._count = 0
-        self._futures: dict[int, Future[Done]] = {}
+        self._futures: dict[int, Future[Any]] = {}
         self._error: UserError | None = None
-        self._is_ready = threading.Event()
+        self._is_connected, self._is_ready = threading.Event(), threading.Event()
         self._report: PoolReport | None = None
         self._news: deque[str] = deque(maxlen=100)
 
@@ -84,12 +102,8 @@ class ClusterProcess:
         """What the cluster did so far; None before the start."""
         return self._report
 
-    def start(self) -> None:
-        """Connect, and wait until a worker has loaded the model.
-
-        Raises ``SettingsError`` when there is no cluster or no room on it, ``ModelError`` when the model can't be
-        loaded, ``EmbeddingError`` when the cluster was lost.
-        """
+    def connect(self) -> None:
+        """Connect, and begin to start workers. Raises ``SettingsError`` when there is no cluster or no room on it."""
         with self._lock:
             self.check()
             if self._process is None:
@@ -99,18 +113,35 @@ class ClusterProcess:
                 self._start_driver({})
                 self._listener = threading.Thread(target=self._listen, name="ray", daemon=True)
                 self._listener.start()
+        self._is_connected.wait()
+        self.check()
+
+    def start(self) -> None:
+        """Connect, and wait until a worker has loaded the model.
+
+        Raises ``SettingsError`` when there is no cluster or no room on it, ``ModelError`` when the model can't be
+        loaded, ``EmbeddingError`` when the cluster was lost.
+        """
+        self.connect()
         self._is_ready.wait()
         self.check()
 
     def submit(self, content: bytes) -> Future[Done]:
         """Have a window embedded by any worker. Call `start` before."""
-        future: Future[Done] = Future()
+        return self._submit(lambda number: (number, content))
+
+    def run_task(self, call: Callable[[], T]) -> Future[T]:
+        """Have a call done on any machine with a free CPU; `call` is pickled. Call `connect` before."""
+        return self._submit(lambda number: TaskCall(number, call))
+
+    def _submit(self, message: Callable[[int], object]) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._lock:
             self.check()
             self._count += 1
             number = self._count
             self._futures[number] = future
-        self._send((number, content))
+        self._send(message(number))
         return future
 
     def check(self) -> None:
@@ -171,18 +202,19 @@ class ClusterProcess:
                 self._take(message)
 
     def _take(self, message: object) -> None:
-        if isinstance(message, Finished):
-            self._report = message.report
+        if isinstance(message, Finished | TaskDone):
+            self._report = message.report if isinstance(message, Finished) else self._report
             with self._lock:
                 future = self._futures.pop(message.number, None)
             if future is None:
                 return  # everything was ended meanwhile
-            if isinstance(message.result, Done):
-                future.set_result(message.result)
-            else:
+            if isinstance(message.result, Exception):
                 future.set_exception(message.result)
+            else:
+                future.set_result(message.result)
         elif isinstance(message, Status):
             self._report = message.report
+            self._is_connected.set()
             if message.is_ready:
                 self._is_ready.set()
         elif isinstance(message, str):
@@ -197,6 +229,7 @@ class ClusterProcess:
             futures, self._futures = list(self._futures.values()), {}
         for future in futures:
             future.set_exception(self._error)
+        self._is_connected.set()
         self._is_ready.set()
 
     def _last_words(self) -> str:

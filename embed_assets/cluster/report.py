@@ -65,6 +65,11 @@ class PoolReport:
         return f"{len(self.workers)} workers, {self.tokens_per_second:,.0f} tokens/s;{slowest} {each}{again}"
 
     @property
+    def spare_cpus(self) -> int:
+        """CPUs that are left when all workers have theirs."""
+        return max(0, int(sum(node.cpus for node in self.nodes)) - self.replicas.most * self.replicas.cpus)
+
+    @property
     def utilization_percent(self) -> float:
         """How busy the workers were on average."""
         return round(sum(w.busy_percent for w in self.workers) / len(self.workers), 1) if self.workers else 0.0

@@ -178,6 +178,7 @@ class Supervisor:
     def run(self) -> None:
         """Work until an error ends it, which `tell` has heard then."""
         self._start_workers()
+        self._tell(Status(self._report(), is_ready=False))
         while not self._is_over:
             self._events.get()()
 

@@ -10,9 +10,10 @@ import dagster as dg
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.arrivals import wait_until_settled
 from embed_assets.defs.checks import Checker, check_specs
-from embed_assets.defs.corpus_run import CorpusRun, describe
+from embed_assets.defs.corpus_run import CorpusRun
 from embed_assets.defs.dagster_internals import drop_planned_evaluations, latest_evaluations
 from embed_assets.defs.discovery import refuse_if_emptied
+from embed_assets.defs.ingest import describe
 from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.names import (
     ALLOW_EMPTY_TAG,

@@ -12,7 +12,7 @@ from embed_assets.defs.names import Names
 from embed_assets.defs.staleness import READ_EACH_TIME, Status
 from embed_assets.errors import PartitionError
 from embed_assets.lake.snapshot import PartitionSnapshot
-from embed_assets.stages.checks import CHECKS, Outcome, Subject, check
+from embed_assets.stages.checks import CHECKS, Outcome, Subject, evaluate
 from embed_assets.stages.pipeline import Pipeline
 
 FRESHNESS = "freshness"
@@ -47,24 +47,32 @@ class Checker:
     known: Mapping[tuple[dg.AssetCheckKey, str], Evaluation]
     """The latest evaluation by check and partition; an identical one is not recorded again."""
 
-    def check(self, asset: str, partition: PartitionSnapshot, stale: Mapping[str, Status]) -> None:
+    def check(
+        self,
+        asset: str,
+        partition: PartitionSnapshot,
+        stale: Mapping[str, Status],
+        found: Mapping[str, Outcome] | None = None,
+    ) -> None:
         """Evaluate the selected checks of an asset on a partition; `stale` has the status of assets that are not fresh.
 
-        Raises ``PartitionError`` if a blocking check fails.
+        `found` has the outcomes if they were evaluated elsewhere. Raises ``PartitionError`` if a blocking check fails.
         """
-        for name, outcome in self.outcomes(asset, partition, stale).items():
+        for name, outcome in self.outcomes(asset, partition, stale, found).items():
             if not outcome.passed and (asset, name) in _BLOCKING:
                 raise PartitionError(f"the check {name!r} of {asset} failed: {outcome.detail}")
 
-    def outcomes(self, asset: str, partition: PartitionSnapshot, stale: Mapping[str, Status]) -> dict[str, Outcome]:
+    def outcomes(
+        self,
+        asset: str,
+        partition: PartitionSnapshot,
+        stale: Mapping[str, Status],
+        found: Mapping[str, Outcome] | None = None,
+    ) -> dict[str, Outcome]:
         """Evaluate the selected checks of an asset, and record changed results: outcomes by check name."""
         target = self.pipeline.target
         subject = Subject(partition, target.table, target.prompt, self.pipeline.settings)
-        outcomes = {
-            spec.name: check(spec, subject)
-            for spec in CHECKS
-            if spec.asset == asset and self._is_selected(asset, spec.name)
-        }
+        outcomes = dict(evaluate(asset, self.names_of(asset), subject) if found is None else found)
         if asset == "embeddings" and self._is_selected(asset, FRESHNESS):
             outcomes[FRESHNESS] = _freshness(stale)
         for name, outcome in outcomes.items():
@@ -85,6 +93,10 @@ class Checker:
                 )
             )
         return outcomes
+
+    def names_of(self, asset: str) -> list[str]:
+        """Names of the selected checks of an asset, but for freshness."""
+        return [spec.name for spec in CHECKS if spec.asset == asset and self._is_selected(asset, spec.name)]
 
     def _is_selected(self, asset: str, name: str) -> bool:
         return dg.AssetCheckKey(self.names.key(asset), name) in self.selected

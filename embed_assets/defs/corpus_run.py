@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -14,57 +15,31 @@ import dagster as dg
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.checks import Checker
+from embed_assets.defs.cluster_ingest import ClusterIngest
+from embed_assets.defs.due import Due, input_versions
+from embed_assets.defs.ingest import Ingest, Task, describe
 from embed_assets.defs.metadata import MetadataWriter
-from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE
+from embed_assets.defs.names import ASSETS, SOURCE
 from embed_assets.defs.recording import Recorder
-from embed_assets.defs.staleness import History, Status
-from embed_assets.errors import LakeError, ModelError, PartitionError, SettingsError, UserError, hide_secrets
-from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
-from embed_assets.lake.writer import Provenance, Replaced
+from embed_assets.defs.staleness import History
+from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
+from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.tables import RAW
+from embed_assets.scratch import ScratchFolder
 from embed_assets.stages.changes import ChangeFinder
-from embed_assets.stages.chunk_rows import ChunkRows, PreparedChunks, StoredChunks
-from embed_assets.stages.chunks import materialize_chunks
 from embed_assets.stages.compute import Compute
-from embed_assets.stages.corpus import TEXT_COLUMNS
 from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
 from embed_assets.stages.executors import embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.preparing import Preparation, Prepared, open_preparation
+from embed_assets.stages.preparing import Preparation, open_preparation
 from embed_assets.stages.progress import RunObserver
-from embed_assets.stages.raw_documents import materialize_raw_documents
 
 _log = logging.getLogger(__name__)
 _LEAST_BYTES_AHEAD = 4 << 20
 """Size of a new partition whose chunks are embedded before all of them are there. Smaller ones overlap with others."""
 _WAIT_SECONDS = 2.0
 """Timeout of a wait for partitions: how late messages of the compute are passed on at most."""
-
-
-@dataclass(slots=True)
-class _Task:
-    """A partition on its way through the three stages."""
-
-    files: SourcePartition
-    partition: PartitionSnapshot
-    outcome: PartitionOutcome
-    prepared: Prepared | None = None
-    """Its documents and chunks, if they were read or split in this run."""
-    error: Exception | None = None
-    """The error that reading or chunking raised."""
-
-    def replace_prepared(self, prepared: Prepared) -> None:
-        """Use `prepared` instead of what was prepared before."""
-        if self.prepared is not None:
-            self.prepared.remove()
-        self.prepared = prepared
-
-    def close(self) -> None:
-        """Remove what was prepared, and return open tables."""
-        if self.prepared is not None:
-            self.prepared.remove()
-        self.partition.close()
 
 
 @dataclass(slots=True)
@@ -89,6 +64,16 @@ class CorpusRun:
     """Names of the assets to materialize."""
     failures: dict[str, Exception] = field(default_factory=dict)
     """Errors of the partitions that failed, by key."""
+    _elsewhere: ClusterIngest | None = None
+    """Where partitions are ingested and checked, if not here."""
+
+    @property
+    def _due(self) -> Due:
+        return Due(self.pipeline, self.history, self.selected, self.run_id)
+
+    @property
+    def _ingest(self) -> Ingest:
+        return Ingest(self._due, lambda key: self.before.partition(key).state(RAW))
 
     @property
     def history(self) -> History:
@@ -103,22 +88,20 @@ class CorpusRun:
         """
         self.observer.start({key: self.partitions[key].byte_size for key in self.keys})
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead,
             embedding_executor(self.compute) as lanes,
             contextlib.closing(self.compute),
-            self._open_preparation() as preparation,
+            self._open_ingest() as (begin, depth, preparation),
         ):
-            upcoming = ahead.submit(self._prepare, self.keys[0], preparation) if self.keys else None
-            under_way: dict[Future[_Task], str] = {}
+            upcoming: deque[Future[Task]] = deque(map(begin, self.keys[:depth]))
+            under_way: dict[Future[Task], str] = {}
             for place, key in enumerate(self.keys):
-                assert upcoming is not None
-                current, rest = upcoming, range(place + 1, len(self.keys))
+                current, rest = upcoming.popleft(), range(place + 1, len(self.keys))
                 embedded = self._embed_ahead(key, preparation)
                 while not current.done():
                     self._end_finished(under_way, current)
                 lost = self._lost() if rest else None
-                if rest and lost is None:
-                    upcoming = ahead.submit(self._prepare, self.keys[place + 1], preparation)
+                if place + depth < len(self.keys) and lost is None:
+                    upcoming.append(begin(self.keys[place + depth]))
                 with self._failing(key):
                     task = current.result()
                     task.outcome.count_embedded(embedded)
@@ -149,7 +132,7 @@ class CorpusRun:
             with self._failing(key):
                 raise error
 
-    def _end_finished(self, under_way: dict[Future[_Task], str], *others: Future[_Task]) -> None:
+    def _end_finished(self, under_way: dict[Future[Task], str], *others: Future[Task]) -> None:
         """Wait up to `_WAIT_SECONDS` for a partition to be embedded or one of `others`; record what finished."""
         finished, _ = wait([*under_way, *others], _WAIT_SECONDS, FIRST_COMPLETED)
         for line in self.compute.news():
@@ -203,33 +186,55 @@ class CorpusRun:
                 for asset in self.selected:
                     self.recorder.confirm(asset, key)
 
-    def _open_preparation(self) -> contextlib.AbstractContextManager[Preparation]:
-        """The documents to read and split in this run."""
+    @contextlib.contextmanager
+    def _open_ingest(self) -> Iterator[tuple[Callable[[str], Future[Task]], int, Preparation]]:
+        """How to begin ingesting a partition, how many at a time, and the documents that are read on this machine."""
+        due = self._partitions_due()
+        checks = {asset: self.checker.names_of(asset) for asset in ASSETS}
+        elsewhere = ClusterIngest.of(self.compute, self._due, self.before, checks, due["raw_documents"])
+        self._elsewhere = elsewhere
+        here = [] if elsewhere else due["raw_documents"]
+        corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
+        finder = ChangeFinder(self.before, corpus.source, partial(self._due.is_as_recorded, RAW))
+        split_bytes = sum(files.byte_size for files in due["chunks"])
+        depth, keys_elsewhere = (
+            (elsewhere.depth, {files.key for files in due["raw_documents"]}) if elsewhere else (1, ())
+        )
+        if elsewhere:
+            self.observer.news(f"partitions are read and split on the cluster, up to {depth} at a time")
+        with (
+            ScratchFolder() as folder,
+            _threads(depth, waits=elsewhere is None) as threads,
+            open_preparation(
+                corpus, here, "chunks" in self.selected, 0 if elsewhere else configured, finder.find, split_bytes
+            ) as preparation,
+        ):
+
+            def begin(key: str) -> Future[Task]:
+                files = self.partitions[key]
+                if elsewhere is None or key not in keys_elsewhere:
+                    return threads.submit(self._prepare, key, preparation)
+                ingested = elsewhere.begin(files)
+                return threads.submit(lambda: ingested.result().task(files, self.before, folder))
+
+            yield begin, depth, preparation
+
+    def _partitions_due(self) -> dict[str, list[SourcePartition]]:
+        """The partitions whose documents are to be read, and those whose documents are to be split."""
         due: dict[str, list[SourcePartition]] = {"raw_documents": [], "chunks": []}
         for key in self.keys:
             files = self.partitions[key]
             outcome = self.history.outcome(key, files.version)
             for asset in due.keys() & set(self.selected):
-                if self._status(asset, outcome).state != "fresh":
+                if self._due.status(asset, outcome).state != "fresh":
                     due[asset].append(files)
-        corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
-        finder = ChangeFinder(self.before, corpus.source, partial(self._is_as_recorded, RAW))
-        split_bytes = sum(files.byte_size for files in due["chunks"])
-        return open_preparation(
-            corpus, due["raw_documents"], "chunks" in self.selected, configured, finder.find, split_bytes
-        )
+        return due
 
-    def _prepare(self, key: str, preparation: Preparation) -> _Task:
+    def _prepare(self, key: str, preparation: Preparation) -> Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
         files = self.partitions[key]
-        task = _Task(files, self.before.begin(key), self.history.outcome(key, files.version))
-        try:
-            self._read_and_chunk(task, preparation)
-        except Exception as error:  # _begin raises it, after recording what was materialized before it
-            task.error = error
-        finally:
-            preparation.end(files)
-        return task
+        task = Task(files, self.before.begin(key), self.history.outcome(key, files.version))
+        return self._ingest.ingest(task, preparation)
 
     def _embed_ahead(self, key: str, preparation: Preparation) -> PartitionOutcome:
         """Embed a large new partition's chunks in this thread while another one still prepares them.
@@ -251,46 +256,7 @@ class CorpusRun:
                 _log.info("partition %r: embedding ahead of its chunks ended: %s", key, describe(error))
         return ahead
 
-    def _read_and_chunk(self, task: _Task, preparation: Preparation) -> None:
-        partition, outcome = task.partition, task.outcome
-        if self._is_due("raw_documents", outcome):
-            # Rows that another run wrote since the source was listed may be newer than these files.
-            partition.set_baseline(self.before.partition(outcome.key).state(RAW))
-            task.prepared = preparation.take(task.files)
-            self._make(task, "raw_documents", lambda: preparation.take_whole(task.files))
-        if self._is_due("chunks", outcome):
-
-            def split_stored() -> Prepared:
-                with partition.watched(RAW):
-                    return preparation.split(outcome.key, partition.rows(RAW, TEXT_COLUMNS))
-
-            prepared = task.prepared
-            if prepared is None or (prepared.changed is not None and not self._is_as_recorded(CHUNK_TABLE, partition)):
-                task.replace_prepared(split_stored())
-            self._make(task, "chunks", split_stored)
-
-    def _make(self, task: _Task, asset: str, prepare_all: Callable[[], Prepared]) -> None:
-        """Commit what was prepared, or all of the partition if the rows that were to stay can't be read."""
-        try:
-            self._commit(task, asset)
-        except LakeError as error:
-            if error.is_retryable or task.prepared is None or task.prepared.changes is None:
-                raise
-            _log.warning("partition %r: %s is made anew as a whole: %s", task.outcome.key, asset, describe(error))
-            task.replace_prepared(prepare_all())
-            self._commit(task, asset)
-
-    def _commit(self, task: _Task, asset: str) -> None:
-        partition, outcome, prepared = task.partition, task.outcome, task.prepared
-        assert prepared is not None
-        provenance, source = self._provenance(asset, outcome), self.pipeline.corpus.source
-        if asset == "chunks":
-            made = materialize_chunks(partition, prepared, provenance, outcome)
-        else:
-            made = materialize_raw_documents(partition, prepared, source, task.files, provenance, outcome)
-        _note(asset, outcome, made)
-
-    def _begin(self, task: _Task, lanes: Executor) -> Future[_Task]:
+    def _begin(self, task: Task, lanes: Executor) -> Future[Task]:
         """Record and check what was prepared, and submit it for embedding if that is selected and due."""
         outcome = task.outcome
         try:
@@ -301,82 +267,43 @@ class CorpusRun:
         except BaseException:
             task.close()
             raise
-        if not self._is_due("embeddings", outcome):
-            done: Future[_Task] = Future()
+        if not self._due.is_due("embeddings", outcome):
+            done: Future[Task] = Future()
             done.set_result(task)
             return done
         if "chunks" not in outcome.reasons:  # chunks of another run: check them before embedding
             self.checker.check("chunks", task.partition, {})
         return lanes.submit(self._embed, task)
 
-    def _embed(self, task: _Task) -> _Task:
+    def _embed(self, task: Task) -> Task:
         """Embed a partition's chunks; runs in a thread of `lanes`."""
         outcome = task.outcome
         try:
             made = materialize_embeddings(
                 task.partition,
-                self._chunk_rows(task),
+                self._ingest.chunk_rows(task),
                 self.pipeline.target,
                 self.compute,
-                self._provenance("embeddings", outcome),
+                self._due.provenance("embeddings", outcome),
                 outcome,
                 partial(self.observer.progress, outcome.key),
             )
         except BaseException:
             task.close()
             raise
-        _note("embeddings", outcome, made)
+        task.note("embeddings", made)
+        if self._elsewhere is not None and (found := self._elsewhere.check("embeddings", outcome.key)) is not None:
+            task.checks = {**task.checks, "embeddings": found}
         return task
 
-    def _chunk_rows(self, task: _Task) -> ChunkRows:
-        """The partition's chunks: as just prepared, where possible."""
-        prepared = task.prepared if "chunks" in task.outcome.replaced else None
-        stored = StoredChunks(task.partition, self.pipeline.target.prompt)
-        if prepared is None:
-            return stored
-        are_enough = prepared.changed is None or self._is_as_recorded(self.pipeline.target.table, task.partition)
-        return PreparedChunks(prepared.chunks, prepared.changed) if are_enough else stored
-
-    def _end(self, task: _Task) -> None:
+    def _end(self, task: Task) -> None:
         """Record and check a partition's embeddings, and report it as finished."""
         with contextlib.closing(task):
             if "embeddings" in task.outcome.replaced:
                 self._record("embeddings", task)
         self.observer.finished(task.outcome)
 
-    def _is_due(self, asset: str, outcome: PartitionOutcome) -> bool:
-        """Whether the asset is selected, and missing or stale.
-
-        Raises ``PartitionError`` if it is due and one of its inputs was never materialized.
-        """
-        if asset not in self.selected:
-            return False
-        status = self._status(asset, outcome)
-        if status.state == "fresh":
-            return False
-        outcome.reasons[asset] = status.reasons
-        for dependency in DEPENDENCIES[asset]:
-            if outcome.versions[dependency] is None:
-                raise PartitionError(
-                    f"{asset} of partition {outcome.key!r} needs {dependency}, which was never materialized; "
-                    "select it as well"
-                )
-        return True
-
-    def _status(self, asset: str, outcome: PartitionOutcome) -> Status:
-        inputs = {dependency: outcome.versions[dependency] for dependency in DEPENDENCIES[asset]}
-        return self.history.status(asset, outcome.key, self.pipeline.code_versions[asset], inputs)
-
-    def _is_as_recorded(self, table: TableSpec, partition: PartitionSnapshot) -> bool:
-        """Whether the partition's rows are those recorded, so that changed documents alone can be replaced."""
-        return self.history.is_as_recorded(table, partition, self.pipeline.code_versions[table.kind])
-
-    def _provenance(self, asset: str, outcome: PartitionOutcome) -> Provenance:
-        rewrite = self.history.is_marked_for_repair(asset, outcome.key)
-        previous = self.history.version(asset, outcome.key) or ""
-        return Provenance(self.run_id, _inputs(asset, outcome), rewrite, previous)
-
-    def _record(self, asset: str, task: _Task) -> None:
+    def _record(self, asset: str, task: Task) -> None:
         """Record a materialization, then evaluate the asset's checks on it.
 
         Raises ``PartitionError`` if a blocking check fails; the partition is then recorded as damaged.
@@ -386,28 +313,24 @@ class CorpusRun:
             asset,
             outcome,
             self.pipeline.code_versions[asset],
-            _inputs(asset, outcome),
+            input_versions(asset, outcome),
             self.metadata.of(asset, outcome, self.compute),
         )
         # Only the freshness check of embeddings needs this; what this run materialized is fresh.
         others = [a for a in ASSETS if a not in outcome.reasons] if asset == "embeddings" else []
-        stale = {a: s for a in others if (s := self._status(a, outcome)).state != "fresh"}
+        stale = {a: s for a in others if (s := self._due.status(a, outcome)).state != "fresh"}
         try:
-            self.checker.check(asset, task.partition, stale)
+            self.checker.check(asset, task.partition, stale, task.checks.get(asset))
         except PartitionError:
             self.recorder.damaged(asset, outcome.key)
             raise
 
 
-def _note(asset: str, outcome: PartitionOutcome, made: Replaced) -> None:
-    outcome.replaced[asset], outcome.versions[asset] = made, made.data_version
-
-
-def _inputs(asset: str, outcome: PartitionOutcome) -> dict[str, str]:
-    """Data versions of the asset's dependencies, by name."""
-    return {dependency: outcome.versions[dependency] or "" for dependency in DEPENDENCIES[asset]}
-
-
-def describe(error: Exception) -> str:
-    """The error as one line for logs and results, without secrets."""
-    return str(error) if isinstance(error, UserError) else hide_secrets(f"{type(error).__name__}: {error}")
+@contextlib.contextmanager
+def _threads(count: int, waits: bool) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are waited for at the end; or not, because they wait for compute that is yet to be closed."""
+    threads = ThreadPoolExecutor(count, thread_name_prefix="prepare")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=waits, cancel_futures=not waits)

@@ -8,7 +8,7 @@ so agree.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dagster import DagsterInstance
@@ -153,6 +153,12 @@ class History:
         if any(record.input_versions.get(dependency) != self.version(dependency, key) for dependency in inputs):
             return False
         return partition.holds(table, record.data_version, record.data_files)
+
+    def only(self, key: str) -> History:
+        """The part of it that is about one partition. Can be pickled; reads no rows."""
+        records = {asset: {key: known[key]} if key in known else {} for asset, known in self.records.items()}
+        tables = {kind: table and table.only(key) for kind, table in self.tables.items()}
+        return replace(self, records=records, tables=tables, contents=None)
 
     def outcome(self, key: str, source_version: str | None) -> PartitionOutcome:
         """The outcome of leaving a partition as it is: its recorded versions and counts."""

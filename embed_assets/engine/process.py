@@ -33,6 +33,7 @@ from embed_assets.engine.engine import EngineInfo, configured
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.provider import EngineOptions
 from embed_assets.engine.space import EmbeddingSpace
+from embed_assets.engine.tokenization import token_lists
 from embed_assets.errors import EmbeddingError
 from embed_assets.scratch import ScratchFolder, scratch_errors
 
@@ -138,10 +139,7 @@ class ModelProcess:
 
     def _written(self, window: Window) -> Path:
         file = self._folder.path / f"{uuid.uuid4().hex}.window"
-        tokens = window.tokens
-        ids = pa.nulls(len(window.texts), pa.list_(pa.int32()))
-        if tokens is not None:
-            ids = pa.ListArray.from_arrays(pa.array(tokens.offsets.astype(np.int32)), pa.array(tokens.ids, pa.int32()))
+        ids = token_lists(window.tokens, len(window.texts))
         batch = pa.RecordBatch.from_arrays([pa.array(window.texts, pa.string()), ids], schema=SENT)
         with scratch_errors(), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SENT) as writer:
             writer.write_batch(batch)

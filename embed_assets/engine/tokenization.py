@@ -53,6 +53,13 @@ class TokenizedTexts:
         return np.diff(self.offsets)
 
 
+def token_lists(tokens: TokenizedTexts | None, texts: int) -> pa.ListArray:
+    """list<int32>: the token ids of each text, as `TokenizedTexts.from_lists` reads them; null if they are unknown."""
+    if tokens is None:
+        return pa.nulls(texts, pa.list_(pa.int32()))
+    return pa.ListArray.from_arrays(pa.array(tokens.offsets.astype(np.int32)), pa.array(tokens.ids, pa.int32()))
+
+
 class ModelTokenizer:
     """The model's tokenizer, as a private instance whose truncation and padding no other code changes.
 

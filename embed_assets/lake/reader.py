@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -76,6 +76,10 @@ class TableState:
     version: int
     partitions: Mapping[str, PartitionFiles]
     """Partitions with rows, by key."""
+
+    def only(self, key: str) -> TableState:
+        """The summary without the other partitions."""
+        return replace(self, partitions={key: self.partitions[key]} if key in self.partitions else {})
 
     @property
     def rows(self) -> int:

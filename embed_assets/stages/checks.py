@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -149,3 +149,8 @@ CHECKS: tuple[Check, ...] = (
         _truncated_share,
     ),
 )
+
+
+def evaluate(asset: str, names: Collection[str], subject: Subject) -> dict[str, Outcome]:
+    """Outcomes of an asset's checks of these names, by name."""
+    return {spec.name: check(spec, subject) for spec in CHECKS if spec.asset == asset and spec.name in names}

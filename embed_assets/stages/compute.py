@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from embed_assets.cluster.report import PoolReport
 from embed_assets.engine.backend import Embedder
 from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats
+
+T = TypeVar("T")
 
 _MAX_TEXTS = 16_384
 """Upper limit for texts per window, whose texts and vectors are held in memory."""
@@ -74,6 +77,17 @@ class Compute(Protocol):
         """Raise the error that ended the workers, if they ended before `close`."""
         ...
 
+    def spare_cpus(self) -> int:
+        """CPUs of other machines that can run tasks: 0 if there are none. May have to connect to them.
+
+        Raises ``UserError`` if that fails.
+        """
+        ...
+
+    def run_task(self, call: Callable[[], T]) -> Future[T]:
+        """Have a call done on one of the `spare_cpus`."""
+        ...
+
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """Whether this many texts and tokens make a full window, with about `expected` texts in the partition."""
         ...
@@ -114,6 +128,14 @@ class LocalCompute:
 
     def require_alive(self) -> None:
         """Never raises: there are no workers to lose."""
+
+    def spare_cpus(self) -> int:
+        """0: those of this machine are used anyway."""
+        return 0
+
+    def run_task(self, call: Callable[[], T]) -> Future[T]:
+        """Not to be called, as there are no `spare_cpus`."""
+        raise NotImplementedError
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """Whether the texts take about the target duration of a window."""

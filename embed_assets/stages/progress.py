@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -39,8 +40,13 @@ class RunObserver:
         """Outcomes of the partitions that finished or failed so far, by key."""
         self._sink, self._clock = sink, clock
         self._sizes: Mapping[str, int] | None = None
+        self._total = 0
+        """Sum of the sizes."""
+        self._done = 0.0
+        """What of it is done."""
         self._shares: dict[str, float] = {}
         """Share of each partition that is done, from 0 to 1, by key."""
+        self._lock = threading.Lock()
         self._started = clock()
 
     def start(self, sizes: Mapping[str, int]) -> None:
@@ -49,11 +55,11 @@ class RunObserver:
         Later calls are ignored, because a sync of several runs calls it first for all of them.
         """
         if self._sizes is None:
-            self._sizes, self._started = sizes, self._clock()
+            self._sizes, self._total, self._started = sizes, sum(sizes.values()), self._clock()
 
     def progress(self, key: str, progress: Progress) -> None:
         """Report how much of a partition is embedded; may be called from any thread."""
-        self._shares[key] = progress.share
+        self._advance(key, progress.share)
         remaining = self.remaining_seconds
         left = "" if remaining is None else f", about {_duration(remaining)} left"
         line = (
@@ -68,7 +74,7 @@ class RunObserver:
 
     def finished(self, outcome: PartitionOutcome) -> None:
         """Keep the outcome of a partition that finished or failed, and report it."""
-        self._shares[outcome.key] = 1.0
+        self._advance(outcome.key, 1.0)
         # After a retry of the step, partitions that the first attempt materialized are fresh: keep their first outcome.
         if outcome.state != "fresh" or outcome.key not in self.outcomes:
             self.outcomes[outcome.key] = outcome
@@ -77,10 +83,12 @@ class RunObserver:
     @property
     def share(self) -> float:
         """Share of the run that is done, from 0 to 1, weighted by bytes."""
-        sizes = self._sizes or {}
-        total = sum(sizes.values())
-        done = sum(share * sizes.get(key, 0) for key, share in list(self._shares.items()))
-        return min(1.0, done / total) if total else 0.0
+        return min(1.0, self._done / self._total) if self._total else 0.0
+
+    def _advance(self, key: str, share: float) -> None:
+        with self._lock:
+            self._done += (share - self._shares.get(key, 0.0)) * (self._sizes or {}).get(key, 0)
+            self._shares[key] = share
 
     @property
     def remaining_seconds(self) -> float | None:

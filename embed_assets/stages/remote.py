@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,18 +29,21 @@ from embed_assets.engine.code_version import code_version
 from embed_assets.engine.engine import Engine, EngineInfo, configured
 from embed_assets.engine.metrics import EngineStats
 from embed_assets.engine.providers.catalog import provider_of
+from embed_assets.engine.tokenization import TokenizedTexts, token_lists
 from embed_assets.errors import LakeError, ModelError
 from embed_assets.lake.staging import Staging, bytes_of
-from embed_assets.lake.tables import CHUNK_TABLE, Lake, TableSpec
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
 from embed_assets.settings import load_settings
 from embed_assets.stages.compute import Compute, LocalCompute, WindowSize
 from embed_assets.stages.embeddings import window_rows
 from embed_assets.stages.pipeline import Pipeline
 
+T = TypeVar("T")
+
 _WINDOW_SECONDS = 5.0
 """Target duration of a window. Shorter than in one process, to spread partitions and to lose less with a worker."""
 _PART_TEXTS = 2048
-"""Texts per part of a window: a worker tokenizes one part while the previous one is on the device."""
+"""Texts per part of a window."""
 _LEAST_TEXTS = 64
 """Texts a window should have even if a partition is spread over all workers: fewer make inefficient batches."""
 _LEAST_SECONDS = 0.5
@@ -48,11 +52,17 @@ _SECONDS_BETWEEN_NEWS = 10.0
 """Interval of the workers' lines in the run's log: shorter is more current, longer less noisy."""
 _TICK_SECONDS = 2.0
 """Interval of progress reports and of checks that the workers are alive."""
-_SENT = pa.schema([pa.field("input_hash", pa.string(), False), pa.field("text", pa.string(), False)])
+_SENT = pa.schema(
+    [
+        pa.field("input_hash", pa.string(), False),
+        pa.field("text", pa.string(), False),
+        pa.field("input_ids", pa.list_(pa.int32())),
+    ]
+)
 
 
 def lake_id(lake: Lake) -> str:
-    """Unique id of the lake, from its table of chunks; empty while that does not exist."""
+    """Unique id of the lake, from its table of chunks; empty if that does not exist."""
     chunks = lake.open(CHUNK_TABLE)
     return "" if chunks is None else str(chunks.metadata().id)
 
@@ -72,7 +82,14 @@ class WorkerRecipe:
     """`code_version` of the process that asks."""
 
     def open(self) -> LakeWorker:
-        """Load the model, after checking that this machine has the same code, model and lake.
+        """Load the model. Raises as `pipeline` does."""
+        pipeline = self.pipeline()
+        engine = pipeline.model.engine
+        _ = engine.embedder  # loads the model
+        return LakeWorker(engine, pipeline.lake, self.table)
+
+    def pipeline(self) -> Pipeline:
+        """The pipeline, after checking that this machine has the same code, model and lake.
 
         Raises ``ModelError`` or ``LakeError`` if one of them differs.
         """
@@ -94,20 +111,22 @@ class WorkerRecipe:
                 f"workers must reach the lake of the process that started them: {pipeline.lake.root!r} is another one "
                 "there, or none; set EMBED_LAKE to a bucket or to a folder that all machines share"
             )
-        engine = pipeline.model.engine
-        _ = engine.embedder  # loads the model
-        return LakeWorker(engine, pipeline.lake, self.table)
+        return pipeline
 
 
 def worker_recipe(pipeline: Pipeline) -> WorkerRecipe:
     """What a worker elsewhere needs to do this pipeline's work: its settings, with places that mean the same in any
-    folder."""
+    folder. Creates the tables of documents and chunks unless they exist, because workers know the lake by them.
+    """
     settings = pipeline.settings
     folder = Path(settings.model)
     model = str(folder.absolute()) if folder.is_dir() else settings.model
     # All fields, so that the environment of a worker's machine has no effect.
-    fields = settings.model_dump() | {"lake": pipeline.lake.root, "model": model, "compute": "local"}
+    places = {"source": pipeline.corpus.source.root, "lake": pipeline.lake.root, "model": model}
+    fields = settings.model_dump() | places | {"compute": "local"}
     space = pipeline.model.space
+    for table in (RAW, CHUNK_TABLE):
+        pipeline.lake.create(table)
     return WorkerRecipe(fields, space.fingerprint, pipeline.embeddings_table, lake_id(pipeline.lake), code_version())
 
 
@@ -147,28 +166,35 @@ class LakeWorker:
         with pa.ipc.open_stream(content) as stream:
             header = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
             sent = stream.read_next_batch()
-        window = Window(sent.column("text").to_pylist(), sent.column("input_hash").to_pylist())
+        window = _window(sent)
         staging = Staging(self._lake, self._table, header["key"])
         if is_retry and _is_staged(staging, header["name"], len(window.texts)):
             return Done(_answer(len(window.texts), {}), EngineStats())
-        embedded = self._embed(window, int(header["expected"]), on_tick)
+        parts = [sent.slice(start, _PART_TEXTS) for start in range(0, sent.num_rows, _PART_TEXTS)]
+        embedded = self._embed(window, [_window(part) for part in parts], int(header["expected"]), on_tick)
         batch = window_rows(embedded)
         if batch.num_rows:
             staging.write(batch, header["name"])
         return Done(_answer(batch.num_rows, embedded.rejected), embedded.stats)
 
-    def _embed(self, window: Window, expected: int, on_tick: OnTick) -> EmbeddedWindow:
+    def _embed(self, window: Window, parts: Sequence[Window], expected: int, on_tick: OnTick) -> EmbeddedWindow:
+        """Embed a window, given also in parts, of which one is tokenized while the previous one is on the device."""
         embedder = self._engine.embedder_for(window.texts, expected)
-        starts = range(0, len(window.texts), _PART_TEXTS)
-        windows = (Window(window.texts[start : start + _PART_TEXTS]) for start in starts)
-        parts = list(embedder.embed_windows(windows, on_tick))
+        done = list(embedder.embed_windows(iter(parts), on_tick))
         stats = EngineStats()
         rejected: dict[int, str] = {}
-        for start, part in zip(starts, parts, strict=True):
+        start = 0
+        for part in done:
             stats.add(part.stats)
             rejected |= {start + row: reason for row, reason in part.rejected.items()}
-        vectors = np.concatenate([part.vectors for part in parts])
-        return EmbeddedWindow(window, vectors, np.concatenate([part.is_truncated for part in parts]), rejected, stats)
+            start += len(part.window.texts)
+        vectors = np.concatenate([part.vectors for part in done])
+        return EmbeddedWindow(window, vectors, np.concatenate([part.is_truncated for part in done]), rejected, stats)
+
+
+def _window(sent: pa.RecordBatch) -> Window:
+    tokens = TokenizedTexts.from_lists(sent.column("input_ids"))
+    return Window(sent.column("text").to_pylist(), sent.column("input_hash").to_pylist(), tokens)
 
 
 def _is_staged(staging: Staging, name: str, rows: int) -> bool:
@@ -230,6 +256,16 @@ class RayCompute:
         """What the workers did."""
         return self._pool.report
 
+    def spare_cpus(self) -> int:
+        """CPUs of the cluster that are left when all workers have theirs."""
+        self._pool.connect()
+        report = self._pool.report
+        return 0 if report is None else report.spare_cpus
+
+    def run_task(self, call: Callable[[], T]) -> Future[T]:
+        """Have a call done on any machine of the cluster with a free CPU."""
+        return self._pool.run_task(call)
+
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """They take about the window's time, or are this partition's share of a worker and pay for the way there."""
         share = max(_LEAST_TEXTS, expected // (WINDOWS_PER_WORKER * self._pool.most_replicas))
@@ -289,7 +325,8 @@ class _RayEmbedder:
     def _send(self, window: Window, under_way: dict[Future[Done], tuple[Window, str]]) -> None:
         name = uuid.uuid4().hex
         header = {"key": self._key, "name": name, "expected": str(self._expected)}
-        arrays = [pa.array(window.hashes, pa.string()), pa.array(window.texts, pa.string())]
+        ids = token_lists(window.tokens, len(window.texts))
+        arrays = [pa.array(window.hashes, pa.string()), pa.array(window.texts, pa.string()), ids]
         batch = pa.RecordBatch.from_arrays(arrays, schema=_SENT.with_metadata(header))
         try:
             under_way[self._pool.submit(bytes_of(batch))] = (window, name)

@@ -145,7 +145,7 @@ def test_no_window_is_given_before_the_model_is_loaded() -> None:
     [worker] = scene.workers
     worker.then.pop("place")(Place("a", "host a"))
     scene.settle()
-    assert worker.contents == [] and not any(isinstance(told, Status) for told in scene.told)
+    assert worker.contents == [] and not any(isinstance(told, Status) and told.is_ready for told in scene.told)
     worker.then.pop("load")(INFO)
     scene.settle()
     assert worker.contents == ["window 0"]

@@ -20,7 +20,7 @@ import pytest
 
 from embed_assets.defs.instance import open_instance
 from embed_assets.lake.staging import batches_of
-from embed_assets_tests.cluster.clusters import kill, ray_cluster
+from embed_assets_tests.cluster.clusters import STORE_BYTES, kill, ray_cluster
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project
 from embed_assets_tests.defs.dagster_runs import latest
 
@@ -135,6 +135,31 @@ def test_a_lost_node_costs_its_windows(project: Project, cluster: Any) -> None:
     assert result["embedded"] == local["embedded"]
     assert_same(table(project), expected)
     assert staged_windows(project) == []
+
+
+@pytest.mark.long
+def test_partitions_are_ingested_on_the_cluster_as_here_even_if_a_node_is_lost(project: Project, cluster: Any) -> None:
+    for n in range(24):
+        project.write(f"p{n % 8}/{n}.md", "".join(f"Sentence {i} of document {n}.\n\n" for i in range(4000)))
+    project.set(MODEL="fake:16", COMPUTE="ray", RAY_ADDRESS=cluster.address, RAY_REPLICAS="1", LAKE="other")
+    project.monkeypatch.setenv("DAGSTER_HOME", str(project.root / "home"))
+    (project.root / "home").mkdir()
+    process = project.start_sync()
+    until = time.monotonic() + 240
+    while not list((project.root / "other/chunks").glob("partition_key=*")):
+        assert process.poll() is None and time.monotonic() < until, "there was no middle"
+        time.sleep(0.05)
+    kill(cluster.worker_nodes.pop())
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    assert "partitions are read and split on the cluster" in stderr
+    remote, made = json.loads(stdout), table(project)
+    project.monkeypatch.delenv("DAGSTER_HOME")
+    project.set(COMPUTE="local", LAKE="lake")
+    local = project.sync()
+    assert remote["embedded"] == local["embedded"] > 1000
+    assert_same(made, table(project))
 
 
 def embedded_texts(project: Project) -> set[str]:
