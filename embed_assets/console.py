@@ -72,8 +72,12 @@ def _print_capacity(capacity: Capacity) -> None:
         markup=False,
         soft_wrap=True,
     )
-    if capacity.runs > 1:
-        stdout.print(f"reading and chunking at that speed takes {capacity.runs} runs at a time", soft_wrap=True)
+    if capacity.bottleneck != "devices":
+        stdout.print(
+            f"reading and chunking is the bottleneck: it takes {capacity.feed_cores} cores to keep the devices busy, "
+            f"this machine has {capacity.cores} and needs {_span(capacity.feed_hours)}; on a Ray cluster, all are used",
+            soft_wrap=True,
+        )
 
 
 def _hours(hours: float) -> str:

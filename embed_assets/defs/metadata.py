@@ -29,8 +29,8 @@ _MOST_WORKERS_SHOWN = 32
 _LEAST_BUSY_PERCENT = 70.0
 """Below this utilization, the metadata advises fewer workers: higher advises it sooner."""
 _STARVED = (
-    "workers were busy {:.0f} % of the time: the run's process reads and chunks too slowly, or has little to embed; "
-    "start fewer workers (EMBED_RAY_REPLICAS), or several runs at a time"
+    "workers were busy {:.0f} % of the time: reading and chunking are too slow for them, or there is little to embed; "
+    "start fewer workers (EMBED_RAY_REPLICAS), which leaves it more CPUs, or add CPUs"
 )
 
 

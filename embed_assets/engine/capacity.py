@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from embed_assets.engine.hardware import available_cores
 from embed_assets.engine.metrics import ModelCost
 from embed_assets.engine.model import LocalSpace
 from embed_assets.engine.model_files import tokenizer_file
@@ -24,8 +25,9 @@ _BYTES_PER_WIDTH = 80
 """A layer writes and reads about 40 values of 2 bytes per token and unit of width."""
 _CPU_SHARE = 0.8
 """Share of the cores' matrix product: float32 was measured to reach 78 to 84 % on two cores of an AMD EPYC (Zen 4)."""
-_FEED_TOKENS_PER_SECOND = 500_000
-"""What one run's process can chunk: `make bench` measured 480,000 on one core of an AMD EPYC (Zen 4), 620,000 on 2."""
+_FEED_TOKENS_PER_SECOND = 670_000
+"""What one core reads, chunks, commits and records: `make bench` (feed) measured 1.5 CPU seconds per million tokens of
+Markdown with a WordPiece tokenizer, on an AMD EPYC (Zen 4). Parsing PDF takes several times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,15 @@ class Capacity:
     device_hours: float
     """Summed over the devices."""
     runs: int
-    """Concurrent runs needed to keep all devices busy while documents are still being read and chunked."""
+    """Machines with `cores` that it takes to read and chunk as fast as the devices embed."""
+    cores: int
+    """Of this machine."""
+    feed_cores: int
+    """Cores that it takes to read and chunk as fast as the devices embed."""
+    feed_hours: float
+    """Wall-clock time of reading and chunking on this machine."""
+    bottleneck: str
+    """"devices", or "reading and chunking" where this machine's cores take longer for it than the devices."""
     price_per_hour: float | None
     """Price of one device; None if not given."""
     cost: float | None
@@ -90,8 +100,11 @@ def estimate_capacity(
     precision: str = "auto",
     devices: int = 1,
     price_per_hour: float | None = None,
+    cores: int | None = None,
 ) -> Capacity:
-    """Estimate for `tokens` in texts of `mean_tokens` each, on `devices` devices of one kind.
+    """Estimate for `tokens` in texts of `mean_tokens` each, on `devices` devices of one kind, fed by `cores`.
+
+    By default, those of this machine.
 
     Raises ``SettingsError`` for an unknown device, int8 on a GPU, or a model without files on this machine.
     """
@@ -110,6 +123,8 @@ def estimate_capacity(
         number_format = "float32" if precision == "auto" else precision
         speed = _CPU_SHARE * spec.teraflops * 1e12 * _CPU_FACTORS.get(precision, 1.0) / operations
     device_hours = tokens / speed / 3600
+    cores = cores or available_cores()
+    feed_cores = math.ceil(speed * devices / _FEED_TOKENS_PER_SECOND)
     return Capacity(
         device=spec.name,
         about=f"{spec.about}, {number_format}",
@@ -118,7 +133,11 @@ def estimate_capacity(
         tokens_per_second=round(speed, 1),
         hours=device_hours / devices,
         device_hours=device_hours,
-        runs=max(1, math.ceil(speed * devices / _FEED_TOKENS_PER_SECOND)),
+        runs=math.ceil(feed_cores / cores),
+        cores=cores,
+        feed_cores=feed_cores,
+        feed_hours=tokens / (_FEED_TOKENS_PER_SECOND * cores) / 3600,
+        bottleneck="devices" if feed_cores <= cores else "reading and chunking",
         price_per_hour=price_per_hour,
         cost=None if price_per_hour is None else round(device_hours * price_per_hour, 4),
     )

@@ -68,15 +68,25 @@ def test_plan_prints_it(project: Project) -> None:
     assert "capacity" not in project.json("plan", "--count")
 
 
-def test_large_jobs_are_printed_in_hours_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_jobs_are_printed_in_hours_with_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
     from embed_assets.console import _print_capacity
 
-    _print_capacity(estimate_capacity(BGE_LARGE, 10**12, 200, "A100", devices=8, price_per_hour=1.5))
+    _print_capacity(estimate_capacity(BGE_LARGE, 10**12, 200, "A100", devices=8, price_per_hour=1.5, cores=2))
     printed = capsys.readouterr().out
     assert "128.6 h, 1,028.8 device hours, cost 1,543.27 at 1.5 per device hour" in printed
-    assert "269,989 tokens/s each" in printed and "5 runs at a time" in printed
-    _print_capacity(estimate_capacity(MINILM, 10**6, 200, "CPU", devices=2))
-    assert "runs at a time" not in capsys.readouterr().out
+    assert "269,989 tokens/s each" in printed
+    assert "the bottleneck: it takes 4 cores to keep the devices busy, this machine has 2 and needs 207.3 h" in printed
+    _print_capacity(estimate_capacity(MINILM, 10**6, 200, "CPU", devices=2, cores=2))
+    assert "bottleneck" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores", "runs", "bottleneck"), [(1, 2, 1, "devices"), (8, 2, 2, "reading and chunking")]
+)
+def test_the_slower_side_is_the_bottleneck(devices: int, cores: int, runs: int, bottleneck: str) -> None:
+    found = estimate_capacity(BGE_LARGE, 10**9, 200, "A100", devices=devices, cores=cores)
+    assert (found.runs, found.bottleneck) == (runs, bottleneck)
+    assert (found.feed_hours <= found.hours) == (bottleneck == "devices")
 
 
 def test_the_configured_precision_counts_on_a_gpu_too() -> None:
