@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import IO, Any
 
+import pyarrow as pa
+
 from embed_assets.children import own_pipes, receive, send
 from embed_assets.cluster.connection import TokenRequired, connect, disconnect, list_nodes
 from embed_assets.cluster.nodes import Cluster, Node, Replicas, check_room, plan_replicas
@@ -48,9 +50,11 @@ class RayActor:
 
 
 def reason_of_loss(error: BaseException) -> str:
-    """Why a worker was lost, from Ray's error of many lines."""
+    """Why a call was lost, in one line, from Ray's error of many; for one that the call raised, that error."""
     if "out of memory" in str(error).lower() or type(error).__name__ == "OutOfMemoryError":
         return "it took more memory than its node has, and Ray ended it"
+    if isinstance(cause := getattr(error, "cause", None), Exception):
+        return hide_secrets(reason_of(cause))[:200]
     lines = [line.strip() for line in hide_secrets(str(error)).splitlines() if line.strip()]
     return " ".join(lines[:1])[:200] or type(error).__name__
 
@@ -77,15 +81,20 @@ def _run_task(task: TaskCall, tell: Callable[[object], None]) -> None:
     import ray
 
     def ended(future: Future[Any]) -> None:
-        error = future.exception()
-        failure = error and EmbeddingError(f"a task on the cluster was lost: {reason_of_loss(error)}; run again", True)
-        tell(TaskDone(task.number, failure or future.result()))
+        try:
+            tell(TaskDone(task.number, future.result()))
+        except Exception as error:
+            failure = EmbeddingError(f"a task on the cluster failed: {reason_of_loss(error)}; run again", True)
+            tell(TaskDone(task.number, None, failure))
 
     function = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_call)
     function.remote(task.call).future().add_done_callback(ended)
 
 
 def _call(call: Callable[[], Any]) -> Any:
+    """In a process of a task: do the call, with a thread for its one CPU."""
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    pa.set_cpu_count(1)
     return call()
 
 
@@ -114,14 +123,19 @@ def _read(requests: IO[bytes], supervisor: Supervisor, tell: Callable[[object], 
 
     As bytes, not as references: the copy of an object that a lost node had may delay another worker for ten seconds.
     """
-    with contextlib.suppress(EOFError):
+    reason = EmbeddingError("the run has ended")
+    try:
         while True:
             message = pickle.loads(receive(requests))
             if isinstance(message, TaskCall):
                 _run_task(message, tell)
             else:
                 supervisor.submit(*message)
-    supervisor.fail(EmbeddingError("the run has ended"))
+    except EOFError:
+        pass
+    except Exception as error:
+        reason = EmbeddingError(f"Ray failed: {hide_secrets(reason_of(error))[:300]}; run again", is_retryable=True)
+    supervisor.fail(reason)
 
 
 def _drive(order: Order, requests: IO[bytes], tell: Callable[[object], None]) -> None:

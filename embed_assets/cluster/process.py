@@ -53,10 +53,12 @@ class TaskCall:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """The result of a `TaskCall`."""
+    """What became of a `TaskCall`."""
 
     number: int
     result: Any
+    error: UserError | None = None
+    """Why it has no result."""
 
 
 class NeedsToken:
@@ -176,8 +178,9 @@ class ClusterProcess:
 
     def _send(self, message: object) -> None:
         assert self._process is not None and self._process.stdin is not None
+        data = pickle.dumps(message)
         with self._sending, contextlib.suppress(OSError, ValueError):  # whoever listens hears of the end
-            send(self._process.stdin, pickle.dumps(message))
+            send(self._process.stdin, data)
 
     def _listen(self) -> None:
         """In a thread: take what the driver says, until its end."""
@@ -197,21 +200,20 @@ class ClusterProcess:
                 process.stdout.close()
                 return
             if isinstance(message, NeedsToken):
-                self._start_driver(TOKEN_MODE)
+                process.wait()
+                with self._lock:
+                    if self._error is None:
+                        self._start_driver(TOKEN_MODE)
             else:
                 self._take(message)
 
     def _take(self, message: object) -> None:
-        if isinstance(message, Finished | TaskDone):
-            self._report = message.report if isinstance(message, Finished) else self._report
-            with self._lock:
-                future = self._futures.pop(message.number, None)
-            if future is None:
-                return  # everything was ended meanwhile
-            if isinstance(message.result, Exception):
-                future.set_exception(message.result)
-            else:
-                future.set_result(message.result)
+        if isinstance(message, Finished):
+            self._report = message.report
+            error = None if isinstance(message.result, Done) else message.result
+            self._settle(message.number, message.result, error)
+        elif isinstance(message, TaskDone):
+            self._settle(message.number, message.result, message.error)
         elif isinstance(message, Status):
             self._report = message.report
             self._is_connected.set()
@@ -221,6 +223,16 @@ class ClusterProcess:
             self._news.append(message)
         elif isinstance(message, UserError):
             self._end(message)
+
+    def _settle(self, number: int, result: Any, error: UserError | None) -> None:
+        with self._lock:
+            future = self._futures.pop(number, None)
+        if future is None:
+            return  # everything was ended meanwhile
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     def _end(self, error: UserError) -> None:
         """End everything that is under way with an error; the first one counts."""

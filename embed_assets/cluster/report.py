@@ -66,8 +66,8 @@ class PoolReport:
 
     @property
     def spare_cpus(self) -> int:
-        """CPUs that are left when all workers have theirs."""
-        return max(0, int(sum(node.cpus for node in self.nodes)) - self.replicas.most * self.replicas.cpus)
+        """Of the CPUs that are free now, those that are left when all workers have theirs."""
+        return max(0, int(sum(node.free_cpus for node in self.nodes)) - self.replicas.most * self.replicas.cpus)
 
     @property
     def utilization_percent(self) -> float:

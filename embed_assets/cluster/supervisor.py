@@ -108,6 +108,8 @@ class _Window:
 class _Worker:
     number: int
     actor: Actor
+    starts_in_vain: int
+    """Workers that had died one after the other while they loaded the model, when this one was started."""
     place: Place | None = None
     info: EngineInfo | None = None
     """None until the model is loaded."""
@@ -190,13 +192,16 @@ class Supervisor:
 
     def _start_workers(self) -> None:
         """As many as the windows are worth, within the range. Those on a node that is about to go don't count."""
-        wanted = -(-len(self._windows) // WINDOWS_PER_WORKER)
-        wanted = max(self._replicas.least, min(self._replicas.most, wanted))
         staying = sum(self._stays(worker) for worker in self._workers.values())
-        for _ in range(wanted - staying):
-            worker = _Worker(next(self._numbers), self._start())
+        for _ in range(self._wanted - staying):
+            worker = _Worker(next(self._numbers), self._start(), self._starts_in_vain)
             self._workers[worker.number] = worker
             worker.actor.call("place", self._then(self._placed, worker))
+
+    @property
+    def _wanted(self) -> int:
+        """How many workers the windows are worth, within the range."""
+        return max(self._replicas.least, min(self._replicas.most, -(-len(self._windows) // WINDOWS_PER_WORKER)))
 
     def _stays(self, worker: _Worker) -> bool:
         return worker.place is None or worker.place.node_id not in self._leaving
@@ -226,6 +231,8 @@ class Supervisor:
             return
         self._info = worker.info = result
         self._starts_in_vain = 0
+        for other in self._workers.values():
+            other.starts_in_vain = 0
         worker.since = worker.ready_since = self._clock()
         self._tell(Status(self._report(), is_ready=True))
 
@@ -233,8 +240,9 @@ class Supervisor:
         """Replace a worker; others get its windows, of which the one under way may have been its end."""
         self._count_time()
         self._remove(worker)
-        self._starts_in_vain += worker.info is None
-        if self._starts_in_vain > _MOST_DEATHS:
+        if worker.info is None:  # of several that were started at a time, one counts
+            self._starts_in_vain = max(self._starts_in_vain, worker.starts_in_vain + 1)
+        if self._starts_in_vain > _MOST_DEATHS and not any(other.info for other in self._workers.values()):
             times = f"was started {self._starts_in_vain} times and died each time while it loaded the model ({reason})"
             self._end(EmbeddingError(f"a worker of {self._cluster} {times}; {_ADVICE}, or take a smaller model"))
             return
@@ -323,8 +331,10 @@ class Supervisor:
                 self._lose(worker, "its node is gone")
             elif worker.windows:
                 self._judge(worker, now)
-            elif worker.info and now - worker.since > self._patience.idle and len(self._workers) > self._least:
-                self._remove(worker)
+        if self._replicas.scales_down:
+            self._scale_down(now)
+        if self._is_over:
+            return
         if any(worker.place is not None for worker in self._workers.values()):
             self._room_since = now
         elif now - self._room_since > self._patience.room and self._info is None:
@@ -336,9 +346,14 @@ class Supervisor:
             self._hand_out()
             self._tell(Status(self._report(), is_ready=self._info is not None))
 
-    @property
-    def _least(self) -> int:
-        return self._replicas.least if self._replicas.scales_down else self._replicas.most
+    def _scale_down(self, now: float) -> None:
+        """Remove workers that nothing is left for: first those that found no room yet."""
+        surplus = len(self._workers) - self._wanted
+        for worker in sorted(self._workers.values(), key=lambda worker: worker.place is not None):
+            is_idle = worker.info is not None and not worker.windows and now - worker.since > self._patience.idle
+            if surplus > 0 and (worker.place is None or is_idle):
+                self._remove(worker)
+                surplus -= 1
 
     def _judge(self, worker: _Worker, now: float) -> None:
         """Replace a worker that hangs; have another one try what takes long, too, and what waits behind it."""

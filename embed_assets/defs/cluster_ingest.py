@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import pickle
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import pyarrow as pa
-
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.due import Due
 from embed_assets.defs.ingest import Ingest, Task, describe
 from embed_assets.defs.staleness import ContentReader, History
-from embed_assets.errors import EmbeddingError, LakeError, ModelError, UserError
+from embed_assets.errors import EmbeddingError, SourceError, UserError
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
@@ -93,7 +90,6 @@ class IngestCall:
 
     def __call__(self) -> Ingested:
         """Ingest the partition; errors are in the result."""
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of the one CPU
         outcome = self.history.outcome(self.files.key, self.files.version)
         try:
             return self._ingest(_pipeline(pickle.dumps(self.worker)), outcome)
@@ -139,7 +135,6 @@ def _chunks(task: Task) -> list[tuple[int, bytes]] | None:
 @lru_cache(1)
 def _pipeline(worker: bytes) -> Pipeline:
     """The pipeline of a pickled recipe, kept for the process's next partition."""
-    pa.set_cpu_count(1)
     recipe: WorkerRecipe = pickle.loads(worker)
     return recipe.pipeline()
 
@@ -166,23 +161,6 @@ class CheckCall:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeCall:
-    """Tells whether a machine of the cluster can ingest partitions."""
-
-    worker: WorkerRecipe
-    files: SourcePartition
-
-    def __call__(self) -> Exception | None:
-        """Why it can't; None if it can: it has the same code, model and lake, and can open a file of the source."""
-        try:
-            source = _pipeline(pickle.dumps(self.worker)).corpus.source
-            source.open(self.files.files[0]).close()
-        except Exception as error:
-            return _portable(error)
-        return None
-
-
-@dataclass(frozen=True, slots=True)
 class ClusterIngest:
     """Ingests the partitions of a run on a cluster."""
 
@@ -203,30 +181,22 @@ class ClusterIngest:
         checks: Mapping[str, Collection[str]],
         partitions: Sequence[SourcePartition],
     ) -> ClusterIngest | None:
-        """For the `partitions` that are due; None if they are few, or no machine has CPUs to spare or the source.
+        """For the `partitions` that are due; None if they are few, nothing is to be embedded, or no CPUs are to spare.
 
-        Raises ``ModelError`` or ``LakeError`` if the machines have another code, model or lake.
+        Raises ``UserError`` if there is no cluster.
         """
         is_worth_it = len(partitions) > 1 and sum(files.byte_size for files in partitions) >= _LEAST_BYTES
-        if not is_worth_it or not compute.spare_cpus():
+        if "embeddings" not in due.selected or not is_worth_it or not compute.spare_cpus():
             return None
-        worker = worker_recipe(due.pipeline)
-        largest = max(partitions, key=lambda files: files.byte_size)
-        problem = compute.run_task(ProbeCall(worker, largest)).result()
-        if isinstance(problem, ModelError | LakeError):
-            raise problem
-        if problem is not None:
-            _log.warning("the cluster's machines can't read the source, so that this one does: %s", describe(problem))
-            return None
-        return cls(compute, due, before, checks, worker)
+        return cls(compute, due, before, checks, worker_recipe(due.pipeline))
 
     @property
     def depth(self) -> int:
         """Partitions under way at a time."""
         return min(_MOST_PARTITIONS, max(1, self.compute.spare_cpus()))
 
-    def begin(self, files: SourcePartition) -> Future[Ingested]:
-        """Begin to ingest a partition. Not from several threads at once."""
+    def begin(self, files: SourcePartition) -> Callable[[], Ingested]:
+        """Begin to ingest a partition; returns how to wait for it. Not from several threads at once."""
         key = files.key
         call = IngestCall(
             self.worker,
@@ -237,12 +207,27 @@ class ClusterIngest:
             self.before.partition(key).state(RAW),
             self.checks,
         )
-        return self.compute.run_task(call)
+        return partial(self._wait, call, self.compute.run_task(call))
+
+    def _wait(self, call: IngestCall, future: Future[Ingested]) -> Ingested:
+        """The partition as another machine ingested it or, if it could not be read there, this one."""
+        try:
+            found = future.result()
+            if not isinstance(found.error, SourceError):
+                return found
+            reason: Exception = found.error
+        except EmbeddingError as error:
+            self.compute.require_alive()
+            reason = error
+        _log.warning("partition %r is read on this machine: %s", call.files.key, describe(reason))
+        return call()
 
     def check(self, asset: str, key: str) -> dict[str, Outcome] | None:
         """Evaluate an asset's checks of a partition; None if the machine that did so was lost."""
+        if not self.checks[asset]:
+            return {}
         try:
             return self.compute.run_task(CheckCall(self.worker, key, asset, self.checks[asset])).result()
-        except EmbeddingError as error:
+        except UserError as error:
             _log.warning("partition %r: its checks are evaluated here: %s", key, error)
             return None

@@ -29,7 +29,7 @@ from embed_assets.scratch import ScratchFolder
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
-from embed_assets.stages.executors import embedding_executor
+from embed_assets.stages.executors import InlineExecutor, embedding_executor
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.preparing import Preparation, open_preparation
@@ -94,12 +94,16 @@ class CorpusRun:
         ):
             upcoming: deque[Future[Task]] = deque(map(begin, self.keys[:depth]))
             under_way: dict[Future[Task], str] = {}
+            lost: UserError | None = None
             for place, key in enumerate(self.keys):
-                current, rest = upcoming.popleft(), range(place + 1, len(self.keys))
+                if lost is not None and not upcoming:
+                    self._fail_all(self.keys[place:], lost)
+                    break
+                current = upcoming.popleft()
                 embedded = self._embed_ahead(key, preparation)
                 while not current.done():
                     self._end_finished(under_way, current)
-                lost = self._lost() if rest else None
+                lost = lost or self._lost()
                 if place + depth < len(self.keys) and lost is None:
                     upcoming.append(begin(self.keys[place + depth]))
                 with self._failing(key):
@@ -108,9 +112,6 @@ class CorpusRun:
                     under_way[self._begin(task, lanes)] = key
                 while len(under_way) >= self.compute.partitions_in_flight:
                     self._end_finished(under_way)
-                if lost is not None:
-                    self._fail_all((self.keys[other] for other in rest), lost)
-                    break
             while under_way:
                 self._end_finished(under_way)
         self.recorder.drain()
@@ -191,15 +192,15 @@ class CorpusRun:
         """How to begin ingesting a partition, how many at a time, and the documents that are read on this machine."""
         due = self._partitions_due()
         checks = {asset: self.checker.names_of(asset) for asset in ASSETS}
-        elsewhere = ClusterIngest.of(self.compute, self._due, self.before, checks, due["raw_documents"])
+        due_keys = {files.key for asset in due for files in due[asset]}
+        partitions = [self.partitions[key] for key in self.keys if key in due_keys]
+        elsewhere = ClusterIngest.of(self.compute, self._due, self.before, checks, partitions)
         self._elsewhere = elsewhere
         here = [] if elsewhere else due["raw_documents"]
         corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
         finder = ChangeFinder(self.before, corpus.source, partial(self._due.is_as_recorded, RAW))
         split_bytes = sum(files.byte_size for files in due["chunks"])
-        depth, keys_elsewhere = (
-            (elsewhere.depth, {files.key for files in due["raw_documents"]}) if elsewhere else (1, ())
-        )
+        depth = elsewhere.depth if elsewhere else 1
         if elsewhere:
             self.observer.news(f"partitions are read and split on the cluster, up to {depth} at a time")
         with (
@@ -212,10 +213,17 @@ class CorpusRun:
 
             def begin(key: str) -> Future[Task]:
                 files = self.partitions[key]
-                if elsewhere is None or key not in keys_elsewhere:
+                if elsewhere is None:
                     return threads.submit(self._prepare, key, preparation)
-                ingested = elsewhere.begin(files)
-                return threads.submit(lambda: ingested.result().task(files, self.before, folder))
+                if key not in due_keys:  # nothing to do, and by one thread: open tables are not for several
+                    return InlineExecutor().submit(self._prepare, key, preparation)
+                try:
+                    wait_for = elsewhere.begin(files)
+                except UserError as error:
+                    failed: Future[Task] = Future()
+                    failed.set_exception(error)
+                    return failed
+                return threads.submit(lambda: wait_for().task(files, self.before, folder))
 
             yield begin, depth, preparation
 

@@ -221,6 +221,7 @@ class RayCompute:
         self._pool, self._configured, self._clock = pool, configured, clock
         self._size = WindowSize(_WINDOW_SECONDS)
         self._room: threading.Semaphore | None = None
+        self._spare_cpus: int | None = None
         self._is_introduced = False
         self._next_news = -math.inf
         self._lock = threading.Lock()
@@ -233,7 +234,6 @@ class RayCompute:
     def news(self) -> list[str]:
         """Where the workers are, once, then every few seconds how fast they are, and what they warned of."""
         lines, now = self._pool.take_news(), self._clock()
-        # Asked for only when it is due: the answer comes from the cluster.
         report = self._pool.report if now >= self._next_news else None
         if report is None:
             return lines
@@ -257,10 +257,12 @@ class RayCompute:
         return self._pool.report
 
     def spare_cpus(self) -> int:
-        """CPUs of the cluster that are left when all workers have theirs."""
-        self._pool.connect()
-        report = self._pool.report
-        return 0 if report is None else report.spare_cpus
+        """CPUs of the cluster that were free at the start, and are left when all workers have theirs."""
+        if self._spare_cpus is None:
+            self._pool.connect()
+            report = self._pool.report
+            self._spare_cpus = 0 if report is None else report.spare_cpus
+        return self._spare_cpus
 
     def run_task(self, call: Callable[[], T]) -> Future[T]:
         """Have a call done on any machine of the cluster with a free CPU."""
@@ -282,7 +284,7 @@ class RayCompute:
         self._pool.start()
         with self._lock:
             if self._room is None:
-                # What waits in this process, in the feed and with the workers is bounded, whatever the corpus.
+                # What waits in this process, in the driver and with the workers is bounded, whatever the corpus.
                 self._room = threading.Semaphore((WINDOWS_PER_WORKER + 1) * self._pool.most_replicas + 1)
         return _RayEmbedder(self._pool, self._room, key, self.info.dimension, expected)
 

@@ -317,6 +317,30 @@ def test_a_worker_that_dies_five_times_while_it_loads_ends_it_all() -> None:
     assert "was started 5 times and died each time while it loaded the model (it died)" in str(scene.over)
 
 
+def test_workers_that_are_lost_with_a_node_while_they_load_count_once_and_end_nothing_while_another_works() -> None:
+    scene = Scene(least=8, most=8)
+    scene.load("a", "a")
+    for worker in scene.workers[2:]:
+        worker.then.pop("place")(Place("b", "host b"))
+    scene.settle()
+    for _ in range(6):
+        scene.look([scene.nodes[0]])
+        for worker in [worker for worker in scene.workers if "place" in worker.then]:
+            worker.then.pop("place")(Place("b", "host b"))
+        scene.settle()
+    assert scene.over is None
+
+
+def test_workers_that_found_no_room_are_withdrawn_before_those_that_work() -> None:
+    scene = Scene(least=1, most=4, scales_down=True)
+    scene.load("a")
+    scene.submit(8)
+    assert len(scene.workers) == 4
+    reply_all(scene)
+    scene.look(after=40)
+    assert [worker.is_killed for worker in scene.workers] == [False, True, True, True]
+
+
 def test_a_model_that_can_not_be_loaded_ends_it_all_and_may_be_loaded_later_where_another_worker_could() -> None:
     for is_loaded in (False, True):
         scene = Scene()

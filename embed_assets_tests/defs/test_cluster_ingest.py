@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from embed_assets.defs.cluster_ingest import CheckCall, ClusterIngest, ProbeCall
+from embed_assets.defs.cluster_ingest import CheckCall, ClusterIngest, IngestCall
 from embed_assets.defs.due import Due
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS
@@ -20,7 +20,6 @@ from embed_assets.errors import EmbeddingError, ModelError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.stages.pipeline import Pipeline
-from embed_assets.stages.remote import worker_recipe
 from embed_assets_tests.conftest import Project
 
 CHECKS = {"raw_documents": ["rejected_share"], "chunks": ["coverage", "duplicate_share"], "embeddings": ["vectors"]}
@@ -52,10 +51,12 @@ def pipeline(project: Project) -> Pipeline:
     return project.pipeline()
 
 
-def ingest_of(pipeline: Pipeline, compute: Elsewhere) -> tuple[ClusterIngest | None, dict[str, Any]]:
+def ingest_of(
+    pipeline: Pipeline, compute: Elsewhere, selected: Sequence[str] = ASSETS
+) -> tuple[ClusterIngest | None, dict[str, Any]]:
     partitions = pipeline.corpus.source.partitions()
     with open_instance() as instance:
-        due = Due(pipeline, load_history(instance, pipeline), ASSETS, "run")
+        due = Due(pipeline, load_history(instance, pipeline), selected, "run")
     before = Snapshot(pipeline.lake)
     before.version(RAW)
     found = ClusterIngest.of(compute, due, before, CHECKS, list(partitions.values()))  # type: ignore[arg-type]
@@ -74,7 +75,7 @@ def test_what_is_committed_and_sent_back_is_as_if_this_process_had_done_it(
     compute = Elsewhere()
     ingest, partitions = ingest_of(pipeline, compute)
     assert ingest is not None and ingest.depth == 3
-    task = ingest.begin(partitions["c"]).result().task(partitions["c"], ingest.before, tmp_path)
+    task = ingest.begin(partitions["c"])().task(partitions["c"], ingest.before, tmp_path)
     assert task.error is None
     assert (task.outcome.documents, task.outcome.rejected) == (5, 1)
     assert task.outcome.reasons.keys() == task.outcome.replaced.keys() == {"raw_documents", "chunks"}
@@ -97,7 +98,7 @@ def test_only_what_changed_is_read_and_sent_back(project: Project, pipeline: Pip
     pipeline = project.pipeline()
     ingest, partitions = ingest_of(pipeline, Elsewhere())
     assert ingest is not None
-    task = ingest.begin(partitions["a"]).result().task(partitions["a"], ingest.before, tmp_path)
+    task = ingest.begin(partitions["a"])().task(partitions["a"], ingest.before, tmp_path)
     assert task.error is None and task.prepared is not None and task.prepared.changed is not None
     assert [batch.num_rows for file in task.prepared.chunks for batch in file] == [1]
     assert task.outcome.documents == 5
@@ -109,7 +110,7 @@ def test_an_error_of_a_partition_comes_back_with_what_was_done_before_it(
     ingest, partitions = ingest_of(pipeline, Elsewhere())
     assert ingest is not None
     project.landing.joinpath("a/2.md").unlink()
-    task = ingest.begin(partitions["a"]).result().task(partitions["a"], ingest.before, tmp_path)
+    task = ingest.begin(partitions["a"])().task(partitions["a"], ingest.before, tmp_path)
     assert task.error is not None and "a/2.md" in str(task.error)
     assert task.outcome.replaced == {} and task.prepared is None
 
@@ -123,26 +124,48 @@ def test_a_few_documents_or_machines_without_cpus_are_not_worth_it(project: Proj
     assert compute.calls == []
 
 
-class SourceIsElsewhere(Elsewhere):
+class WithoutSource(Elsewhere):
     """Machines that don't have the folder of the source."""
 
     def run_task(self, call: Callable[[], Any]) -> Future[Any]:
+        assert isinstance(call, IngestCall)
         files = replace(call.files, files=tuple(replace(file, path="gone.md") for file in call.files.files))
-        return super().run_task(replace(call, files=files) if isinstance(call, ProbeCall) else call)
+        return super().run_task(replace(call, files=files))
 
 
-def test_a_source_that_other_machines_do_not_have_is_read_here(
-    pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+class Broken(Elsewhere):
+    """Machines on which no task can be done."""
+
+    def run_task(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(EmbeddingError("a task on the cluster failed: no module named dagster", is_retryable=True))
+        return future
+
+    def require_alive(self) -> None: ...
+
+
+@pytest.mark.parametrize(("compute", "words"), [(WithoutSource(), "gone.md"), (Broken(), "no module named dagster")])
+def test_what_other_machines_can_not_read_is_read_here(
+    pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture, compute: Elsewhere, words: str
 ) -> None:
-    assert ingest_of(pipeline, SourceIsElsewhere())[0] is None
-    assert "the cluster's machines can't read the source, so that this one does" in caplog.text
-    assert "gone.md" in caplog.text
+    ingest, partitions = ingest_of(pipeline, compute)
+    assert ingest is not None
+    task = ingest.begin(partitions["a"])().task(partitions["a"], ingest.before, tmp_path)
+    assert task.error is None and task.outcome.documents == 5
+    assert "partition 'a' is read on this machine" in caplog.text and words in caplog.text
 
 
 def test_machines_with_another_model_end_the_run(pipeline: Pipeline) -> None:
-    other = replace(worker_recipe(pipeline), fingerprint="0" * 32)
-    problem = ProbeCall(other, pipeline.corpus.source.partitions()["a"])()
-    assert isinstance(problem, ModelError) and "have the model of the process that started them" in str(problem)
+    ingest, partitions = ingest_of(pipeline, Elsewhere())
+    assert ingest is not None
+    other = replace(ingest, worker=replace(ingest.worker, fingerprint="0" * 32))
+    error = other.begin(partitions["a"])().error
+    assert isinstance(error, ModelError) and "have the model of the process that started them" in str(error)
+
+
+def test_where_nothing_is_embedded_no_cluster_is_needed(pipeline: Pipeline) -> None:
+    compute = Elsewhere()
+    assert ingest_of(pipeline, compute, selected=("raw_documents", "chunks"))[0] is None
 
 
 class Losing(Elsewhere):
