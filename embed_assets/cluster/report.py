@@ -70,6 +70,11 @@ class PoolReport:
         return max(0, int(sum(node.free_cpus for node in self.nodes)) - self.replicas.most * self.replicas.cpus)
 
     @property
+    def has_room_for_tasks(self) -> bool:
+        """Whether the nodes have more CPUs than all workers take."""
+        return sum(node.cpus for node in self.nodes) >= self.replicas.most * self.replicas.cpus + 1
+
+    @property
     def utilization_percent(self) -> float:
         """How busy the workers were on average."""
         return round(sum(w.busy_percent for w in self.workers) / len(self.workers), 1) if self.workers else 0.0

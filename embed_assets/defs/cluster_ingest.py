@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.due import Due
@@ -34,10 +35,14 @@ from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.preparing import Piece, Prepared, open_preparation
 from embed_assets.stages.remote import WorkerRecipe, worker_recipe
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 _LEAST_BYTES = 1 << 20
 """Of all partitions that are due: reading a megabyte here takes as long as asking another machine for it."""
+_LOOK_SECONDS = 5.0
+"""How soon whoever waits for a task notices that no CPU is left for it."""
 _MOST_PARTITIONS = 64
 """Under way at a time, each with its chunks on this machine's disk when it is done."""
 _MOST_BYTES = 64 << 20
@@ -207,12 +212,12 @@ class ClusterIngest:
             self.before.partition(key).state(RAW),
             self.checks,
         )
-        return partial(self._wait, call, self.compute.run_task(call))
+        return partial(self._wait, call, self._begin(call))
 
     def _wait(self, call: IngestCall, future: Future[Ingested]) -> Ingested:
         """The partition as another machine ingested it or, if it could not be read there, this one."""
         try:
-            found = future.result()
+            found = self._result(future)
             if not isinstance(found.error, SourceError):
                 return found
             reason: Exception = found.error
@@ -222,12 +227,32 @@ class ClusterIngest:
         _log.warning("partition %r is read on this machine: %s", call.files.key, describe(reason))
         return call()
 
+    def _begin(self, call: Callable[[], T]) -> Future[T]:
+        """Begin a task, if there is room for one."""
+        return self.compute.run_task(call) if self.compute.has_room_for_tasks else _without_room()
+
+    def _result(self, future: Future[T]) -> T:
+        """Wait for a task. Raises ``EmbeddingError`` if it failed, or if nodes were lost and no CPU is left for it."""
+        while True:
+            try:
+                return future.result(_LOOK_SECONDS)
+            except TimeoutError:
+                if not self.compute.has_room_for_tasks:
+                    return _without_room().result()
+
     def check(self, asset: str, key: str) -> dict[str, Outcome] | None:
         """Evaluate an asset's checks of a partition; None if the machine that did so was lost."""
         if not self.checks[asset]:
             return {}
         try:
-            return self.compute.run_task(CheckCall(self.worker, key, asset, self.checks[asset])).result()
+            return self._result(self._begin(CheckCall(self.worker, key, asset, self.checks[asset])))
         except UserError as error:
             _log.warning("partition %r: its checks are evaluated here: %s", key, error)
             return None
+
+
+def _without_room() -> Future[Any]:
+    """The result of a task that there is no room for."""
+    future: Future[Any] = Future()
+    future.set_exception(EmbeddingError("the cluster has no CPU left for it", is_retryable=True))
+    return future

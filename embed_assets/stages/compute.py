@@ -88,6 +88,11 @@ class Compute(Protocol):
         """Have a call done on one of the `spare_cpus`."""
         ...
 
+    @property
+    def has_room_for_tasks(self) -> bool:
+        """Whether there are still CPUs to spare: machines may have been lost."""
+        ...
+
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """Whether this many texts and tokens make a full window, with about `expected` texts in the partition."""
         ...
@@ -136,6 +141,8 @@ class LocalCompute:
     def run_task(self, call: Callable[[], T]) -> Future[T]:
         """Not to be called, as there are no `spare_cpus`."""
         raise NotImplementedError
+
+    has_room_for_tasks = False
 
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """Whether the texts take about the target duration of a window."""

@@ -268,6 +268,12 @@ class RayCompute:
         """Have a call done on any machine of the cluster with a free CPU."""
         return self._pool.run_task(call)
 
+    @property
+    def has_room_for_tasks(self) -> bool:
+        """Whether the cluster still has more CPUs than the workers take."""
+        report = self._pool.report
+        return report is not None and report.has_room_for_tasks
+
     def is_full(self, texts: int, tokens: int, expected: int) -> bool:
         """They take about the window's time, or are this partition's share of a worker and pay for the way there."""
         share = max(_LEAST_TEXTS, expected // (WINDOWS_PER_WORKER * self._pool.most_replicas))

@@ -34,6 +34,10 @@ class Elsewhere:
     def spare_cpus(self) -> int:
         return self.cpus
 
+    has_room_for_tasks = True
+
+    def require_alive(self) -> None: ...
+
     def run_task(self, call: Callable[[], Any]) -> Future[Any]:
         self.calls.append(call)
         future: Future[Any] = Future()
@@ -141,10 +145,25 @@ class Broken(Elsewhere):
         future.set_exception(EmbeddingError("a task on the cluster failed: no module named dagster", is_retryable=True))
         return future
 
-    def require_alive(self) -> None: ...
+
+class Full(Elsewhere):
+    """Machines that have lost the CPUs for tasks."""
+
+    @property
+    def has_room_for_tasks(self) -> bool:  # type: ignore[override]
+        self.looks += 1
+        return self.looks == 1
+
+    looks = 0
+
+    def run_task(self, call: Callable[[], Any]) -> Future[Any]:
+        return Future()
 
 
-@pytest.mark.parametrize(("compute", "words"), [(WithoutSource(), "gone.md"), (Broken(), "no module named dagster")])
+@pytest.mark.parametrize(
+    ("compute", "words"),
+    [(WithoutSource(), "gone.md"), (Broken(), "no module named dagster"), (Full(), "no CPU left")],
+)
 def test_what_other_machines_can_not_read_is_read_here(
     pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture, compute: Elsewhere, words: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -113,7 +114,10 @@ def test_errors_of_loading_are_raised_where_the_model_is_needed() -> None:
     process.close()
 
 
-def test_the_childs_log_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_childs_log_is_passed_on(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no tuning is remembered
     process = ModelProcess(resolve_space(SAMPLE_MODEL), EngineOptions(max_batch_tokens=64))
     with caplog.at_level(logging.INFO, "embed_assets"):
         process.load(["a text"], 3000)
