@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 _LEAST_BYTES = 1 << 20
 """Of all partitions that are due: reading a megabyte here takes as long as asking another machine for it."""
+_NO_ROOM = "the cluster has no CPU left for it"
 _LOOK_SECONDS = 5.0
 """How soon whoever waits for a task notices that no CPU is left for it."""
 _MOST_PARTITIONS = 64
@@ -238,7 +239,7 @@ class ClusterIngest:
                 return future.result(_LOOK_SECONDS)
             except TimeoutError:
                 if not self.compute.has_room_for_tasks:
-                    return _without_room().result()
+                    raise EmbeddingError(_NO_ROOM, is_retryable=True) from None
 
     def check(self, asset: str, key: str) -> dict[str, Outcome] | None:
         """Evaluate an asset's checks of a partition; None if the machine that did so was lost."""
@@ -254,5 +255,5 @@ class ClusterIngest:
 def _without_room() -> Future[Any]:
     """The result of a task that there is no room for."""
     future: Future[Any] = Future()
-    future.set_exception(EmbeddingError("the cluster has no CPU left for it", is_retryable=True))
+    future.set_exception(EmbeddingError(_NO_ROOM, is_retryable=True))
     return future
