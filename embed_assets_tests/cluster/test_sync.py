@@ -100,9 +100,11 @@ def test_without_the_extra_everything_works_and_asking_for_ray_says_what_to_inst
 
 
 @contextlib.contextmanager
-def sync_in_the_middle(project: Project, cluster: Any, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def sync_in_the_middle(
+    project: Project, cluster: Any, model: str = "fake:16~250", **settings: str
+) -> Iterator[subprocess.Popen[str]]:
     """A slow sync into a lake of its own, with three windows staged and more to come."""
-    project.set(MODEL="fake:16~250", LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, **settings)
+    project.set(MODEL=model, LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, **settings)
     project.monkeypatch.setenv("DAGSTER_HOME", str(project.root / "home"))
     (project.root / "home").mkdir()
     process = project.start_sync()
@@ -176,7 +178,8 @@ def embedded_texts(project: Project) -> set[str]:
 def test_a_lost_head_is_one_line_and_the_next_run_goes_on_from_what_is_staged(project: Project, cluster: Any) -> None:
     write_documents(project, partitions=4, documents=12)
     project.set(CHUNK_TOKENS="64")
-    with sync_in_the_middle(project, cluster, RAY_REPLICAS="2") as process:
+    # So slow that it takes minutes: workers go on until the loss is noticed.
+    with sync_in_the_middle(project, cluster, "fake:16~20", RAY_REPLICAS="1") as process:
         before = embedded_texts(project)
         kill(cluster.head_node)
         stdout, stderr = process.communicate(timeout=300)
