@@ -76,19 +76,23 @@ def _starter(order: Order, replicas: Replicas) -> Callable[[], RayActor]:
     return lambda: RayActor(actor.remote(order.recipe, replicas.cpus, replicas.gpus))
 
 
-def _run_task(task: TaskCall, tell: Callable[[object], None]) -> None:
-    """Start a task; `tell` hears its result. Ray starts it again, elsewhere, if its node is lost."""
+def _task_starter(tell: Callable[[object], None]) -> Callable[[TaskCall], None]:
+    """Starts tasks; `tell` hears their results. Ray starts one again, elsewhere, if its node is lost."""
     import ray
 
-    def ended(future: Future[Any]) -> None:
-        try:
-            tell(TaskDone(task.number, future.result()))
-        except Exception as error:
-            failure = EmbeddingError(f"a task on the cluster failed: {reason_of_loss(error)}; run again", True)
-            tell(TaskDone(task.number, None, failure))
-
     function = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_call)
-    function.remote(task.call).future().add_done_callback(ended)
+
+    def start(task: TaskCall) -> None:
+        def ended(future: Future[Any]) -> None:
+            try:
+                tell(TaskDone(task.number, future.result()))
+            except Exception as error:
+                failure = EmbeddingError(f"a task on the cluster failed: {reason_of_loss(error)}; run again", True)
+                tell(TaskDone(task.number, None, failure))
+
+        function.remote(task.call).future().add_done_callback(ended)
+
+    return start
 
 
 def _call(call: Callable[[], Any]) -> Any:
@@ -118,7 +122,7 @@ def _watch(cluster: Cluster, supervisor: Supervisor, tell: Callable[[object], No
                 os._exit(1)  # Ray's calls would wait for it
 
 
-def _read(requests: IO[bytes], supervisor: Supervisor, tell: Callable[[object], None]) -> None:
+def _read(requests: IO[bytes], supervisor: Supervisor, start_task: Callable[[TaskCall], None]) -> None:
     """In a thread: pass on the parent's windows and tasks, until it closes the pipe or is gone.
 
     As bytes, not as references: the copy of an object that a lost node had may delay another worker for ten seconds.
@@ -128,7 +132,7 @@ def _read(requests: IO[bytes], supervisor: Supervisor, tell: Callable[[object], 
         while True:
             message = pickle.loads(receive(requests))
             if isinstance(message, TaskCall):
-                _run_task(message, tell)
+                start_task(message)
             else:
                 supervisor.submit(*message)
     except EOFError:
@@ -145,7 +149,9 @@ def _drive(order: Order, requests: IO[bytes], tell: Callable[[object], None]) ->
     check_room(cluster, nodes, replicas)
     supervisor = Supervisor(cluster, nodes, replicas, _starter(order, replicas), tell, order.patience)
     threading.Thread(target=_watch, args=(cluster, supervisor, tell), name="watch", daemon=True).start()
-    threading.Thread(target=_read, args=(requests, supervisor, tell), name="requests", daemon=True).start()
+    threading.Thread(
+        target=_read, args=(requests, supervisor, _task_starter(tell)), name="requests", daemon=True
+    ).start()
     supervisor.run()
     disconnect()
 

@@ -16,20 +16,21 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.due import Due
 from embed_assets.defs.ingest import Ingest, Task, describe
-from embed_assets.defs.staleness import ContentReader, History
+from embed_assets.defs.staleness import ContentReader, History, tables_of
 from embed_assets.errors import EmbeddingError, SourceError, UserError
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
+from embed_assets.lake.tables import RAW
 from embed_assets.scratch import ArrowFile
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.checks import Outcome, Subject, evaluate
 from embed_assets.stages.compute import Compute
+from embed_assets.stages.executors import failed
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.preparing import Piece, Prepared, open_preparation
@@ -41,7 +42,6 @@ _log = logging.getLogger(__name__)
 
 _LEAST_BYTES = 1 << 20
 """Of all partitions that are due: reading a megabyte here takes as long as asking another machine for it."""
-_NO_ROOM = "the cluster has no CPU left for it"
 _LOOK_SECONDS = 5.0
 """How soon whoever waits for a task notices that no CPU is left for it."""
 _MOST_PARTITIONS = 64
@@ -104,8 +104,7 @@ class IngestCall:
 
     def _ingest(self, pipeline: Pipeline, outcome: PartitionOutcome) -> Ingested:
         before = Snapshot(pipeline.lake)
-        specs = {spec.kind: spec for spec in (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)}
-        history = replace(self.history, contents=ContentReader(before, specs, {}))
+        history = replace(self.history, contents=ContentReader(before, tables_of(pipeline), {}))
         due = Due(pipeline, history, tuple(self.selected), self.run_id)
         is_read = "raw_documents" in self.selected and due.status("raw_documents", outcome).state != "fresh"
         finder = ChangeFinder(before, pipeline.corpus.source, partial(due.is_as_recorded, RAW))
@@ -126,7 +125,7 @@ class IngestCall:
 
 
 def _subject(pipeline: Pipeline, partition: PartitionSnapshot) -> Subject:
-    return Subject(partition, pipeline.embeddings_table, pipeline.target.prompt, pipeline.settings)
+    return Subject(partition, pipeline.embeddings_table, pipeline.model.space.prompt, pipeline.settings)
 
 
 def _chunks(task: Task) -> list[tuple[int, bytes]] | None:
@@ -230,7 +229,7 @@ class ClusterIngest:
 
     def _begin(self, call: Callable[[], T]) -> Future[T]:
         """Begin a task, if there is room for one."""
-        return self.compute.run_task(call) if self.compute.has_room_for_tasks else _without_room()
+        return self.compute.run_task(call) if self.compute.has_room_for_tasks else failed(_no_room())
 
     def _result(self, future: Future[T]) -> T:
         """Wait for a task. Raises ``EmbeddingError`` if it failed, or if nodes were lost and no CPU is left for it."""
@@ -239,7 +238,7 @@ class ClusterIngest:
                 return future.result(_LOOK_SECONDS)
             except TimeoutError:
                 if not self.compute.has_room_for_tasks:
-                    raise EmbeddingError(_NO_ROOM, is_retryable=True) from None
+                    raise _no_room() from None
 
     def check(self, asset: str, key: str) -> dict[str, Outcome] | None:
         """Evaluate an asset's checks of a partition; None if the machine that did so was lost."""
@@ -252,8 +251,5 @@ class ClusterIngest:
             return None
 
 
-def _without_room() -> Future[Any]:
-    """The result of a task that there is no room for."""
-    future: Future[Any] = Future()
-    future.set_exception(EmbeddingError(_NO_ROOM, is_retryable=True))
-    return future
+def _no_room() -> EmbeddingError:
+    return EmbeddingError("the cluster has no CPU left for it", is_retryable=True)

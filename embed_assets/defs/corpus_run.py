@@ -29,7 +29,7 @@ from embed_assets.scratch import ScratchFolder
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
-from embed_assets.stages.executors import InlineExecutor, embedding_executor
+from embed_assets.stages.executors import InlineExecutor, embedding_executor, failed
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.preparing import Preparation, open_preparation
@@ -220,9 +220,7 @@ class CorpusRun:
                 try:
                     wait_for = elsewhere.begin(files)
                 except UserError as error:
-                    failed: Future[Task] = Future()
-                    failed.set_exception(error)
-                    return failed
+                    return failed(error)
                 return threads.submit(lambda: wait_for().task(files, self.before, folder))
 
             yield begin, depth, preparation

@@ -257,6 +257,11 @@ _CODE_MEANS = {
 }
 
 
+def tables_of(pipeline: Pipeline) -> dict[str, TableSpec]:
+    """The lake's tables by kind: of each asset, and "rejected_documents"."""
+    return {spec.kind: spec for spec in (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)}
+
+
 def load_history(
     instance: DagsterInstance,
     pipeline: Pipeline,
@@ -272,7 +277,7 @@ def load_history(
     names = Names.of(pipeline)
     known = earlier.records if earlier else {}
     records = {a: load_records(instance, names, a, keys, known.get(a, {})) for a in (SOURCE, *ASSETS)}
-    specs = {spec.kind: spec for spec in (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)}
+    specs = tables_of(pipeline)
     tables = tables or Snapshot(pipeline.lake)
     states = {kind: tables.state(spec) for kind, spec in specs.items()}
     contents = ContentReader(tables, specs, earlier.contents.known if earlier and earlier.contents else {})

@@ -23,6 +23,13 @@ class InlineExecutor(Executor):
         return future
 
 
+def failed(error: Exception) -> Future[Any]:
+    """A future that ended with an error."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
 @contextlib.contextmanager
 def embedding_executor(compute: Compute) -> Iterator[Executor]:
     """An executor with a thread per concurrent partition, joined on exit.

@@ -166,19 +166,19 @@ class LakeWorker:
         with pa.ipc.open_stream(content) as stream:
             header = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
             sent = stream.read_next_batch()
-        window = _window(sent)
         staging = Staging(self._lake, self._table, header["key"])
-        if is_retry and _is_staged(staging, header["name"], len(window.texts)):
-            return Done(_answer(len(window.texts), {}), EngineStats())
-        parts = [sent.slice(start, _PART_TEXTS) for start in range(0, sent.num_rows, _PART_TEXTS)]
-        embedded = self._embed(window, [_window(part) for part in parts], int(header["expected"]), on_tick)
+        if is_retry and _is_staged(staging, header["name"], sent.num_rows):
+            return Done(_answer(sent.num_rows, {}), EngineStats())
+        parts = [_window(sent.slice(start, _PART_TEXTS)) for start in range(0, sent.num_rows, _PART_TEXTS)]
+        embedded = self._embed(parts, int(header["expected"]), on_tick)
         batch = window_rows(embedded)
         if batch.num_rows:
             staging.write(batch, header["name"])
         return Done(_answer(batch.num_rows, embedded.rejected), embedded.stats)
 
-    def _embed(self, window: Window, parts: Sequence[Window], expected: int, on_tick: OnTick) -> EmbeddedWindow:
-        """Embed a window, given also in parts, of which one is tokenized while the previous one is on the device."""
+    def _embed(self, parts: Sequence[Window], expected: int, on_tick: OnTick) -> EmbeddedWindow:
+        """Embed a window in parts, of which one is prepared while the previous one is on the device."""
+        window = Window([t for part in parts for t in part.texts], [h for part in parts for h in part.hashes])
         embedder = self._engine.embedder_for(window.texts, expected)
         done = list(embedder.embed_windows(iter(parts), on_tick))
         stats = EngineStats()
