@@ -15,7 +15,7 @@ import dagster as dg
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.checks import Checker
-from embed_assets.defs.cluster_ingest import ClusterIngest
+from embed_assets.defs.cluster_work import ClusterWork
 from embed_assets.defs.due import Due, input_versions
 from embed_assets.defs.ingest import Ingest, Task, describe
 from embed_assets.defs.metadata import MetadataWriter
@@ -24,11 +24,12 @@ from embed_assets.defs.recording import Recorder
 from embed_assets.defs.staleness import History
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import RAW
+from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.lake.writer import Provenance
 from embed_assets.scratch import ScratchFolder
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.compute import Compute
-from embed_assets.stages.embeddings import embed_ahead, materialize_embeddings
+from embed_assets.stages.embeddings import materialize_embeddings, stage_embeddings
 from embed_assets.stages.executors import InlineExecutor, embedding_executor, failed
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
@@ -64,7 +65,7 @@ class CorpusRun:
     """Names of the assets to materialize."""
     failures: dict[str, Exception] = field(default_factory=dict)
     """Errors of the partitions that failed, by key."""
-    _elsewhere: ClusterIngest | None = None
+    _elsewhere: ClusterWork | None = None
     """Where partitions are ingested and checked, if not here."""
 
     @property
@@ -194,7 +195,7 @@ class CorpusRun:
         checks = {asset: self.checker.names_of(asset) for asset in ASSETS}
         due_keys = {files.key for asset in due for files in due[asset]}
         partitions = [self.partitions[key] for key in self.keys if key in due_keys]
-        elsewhere = ClusterIngest.of(self.compute, self._due, self.before, checks, partitions)
+        elsewhere = ClusterWork.of(self.compute, self._due, self.before, checks, partitions)
         self._elsewhere = elsewhere
         here = [] if elsewhere else due["raw_documents"]
         corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
@@ -255,7 +256,7 @@ class CorpusRun:
             chunks, target = preparation.arriving(files), self.pipeline.target
             report = partial(self.observer.progress, key)
             try:
-                embed_ahead(partition, chunks, target, self.compute, ahead, report)
+                stage_embeddings(partition, chunks, target, self.compute, ahead, report)
             except (ModelError, SettingsError):
                 raise
             except Exception as error:  # either preparing failed, or embedding meets it again and reports it
@@ -283,24 +284,45 @@ class CorpusRun:
 
     def _embed(self, task: Task) -> Task:
         """Embed a partition's chunks; runs in a thread of `lanes`."""
-        outcome = task.outcome
         try:
-            made = materialize_embeddings(
-                task.partition,
-                self._ingest.chunk_rows(task),
-                self.pipeline.target,
-                self.compute,
-                self._due.provenance("embeddings", outcome),
-                outcome,
-                partial(self.observer.progress, outcome.key),
-            )
+            if not self._embed_elsewhere(task):
+                self._embed_here(task)
         except BaseException:
             task.close()
             raise
-        task.note("embeddings", made)
-        if self._elsewhere is not None and (found := self._elsewhere.check("embeddings", outcome.key)) is not None:
-            task.checks = {**task.checks, "embeddings": found}
         return task
+
+    def _embed_elsewhere(self, task: Task) -> bool:
+        """Have a partition's chunks embedded, and its embeddings committed, by other machines.
+
+        Returns False if this process is to commit them: alone it knows the vectors of the whole table.
+        """
+        target, partition, outcome = self.pipeline.target, task.partition, task.outcome
+        if self._elsewhere is None or target.elsewhere is not None:
+            return False
+        chunks = self._ingest.chunk_rows(task)
+        report, rewrites = partial(self.observer.progress, outcome.key), self._provenance(outcome).rewrite
+        with partition.watched(RAW, CHUNK_TABLE):
+            rejected = stage_embeddings(
+                partition, chunks, target, self.compute, outcome, report, chunks.changed, rewrites
+            )
+        return self._elsewhere.commit(task, rejected, chunks.changed)
+
+    def _embed_here(self, task: Task) -> None:
+        outcome = task.outcome
+        made = materialize_embeddings(
+            task.partition,
+            self._ingest.chunk_rows(task),
+            self.pipeline.target,
+            self.compute,
+            self._provenance(outcome),
+            outcome,
+            partial(self.observer.progress, outcome.key),
+        )
+        task.note("embeddings", made)
+
+    def _provenance(self, outcome: PartitionOutcome) -> Provenance:
+        return self._due.provenance("embeddings", outcome)
 
     def _end(self, task: Task) -> None:
         """Record and check a partition's embeddings, and report it as finished."""

@@ -14,7 +14,7 @@ from embed_assets.engine.engine import EngineInfo
 from embed_assets.engine.metrics import EngineStats, advise
 from embed_assets.pictures import draw_map, draw_token_lengths
 from embed_assets.stages.compute import Compute
-from embed_assets.stages.outcome import PartitionOutcome, Sample
+from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import Pipeline
 
 MetadataValue: TypeAlias = int | float | str | dg.MetadataValue
@@ -72,9 +72,20 @@ class MetadataWriter:
                 "rejected_chunks": work.rejected_chunks,
                 "space": self._pipeline.model.space.name,
             }
-            if self._is_worth_a_picture(outcome):
-                metadata |= self._pictures(outcome.sampled())
+            pictures = self.pictures(outcome) if outcome.pictures is None else outcome.pictures
+            metadata |= {name: dg.MetadataValue.md(picture) for name, picture in pictures.items()}
         return metadata
+
+    def pictures(self, outcome: PartitionOutcome) -> dict[str, str]:
+        """Markdown images of the chunks' token lengths and of a sample of the vectors; none that would look the same
+        as those of the previous materialization."""
+        if not self._is_worth_a_picture(outcome):
+            return {}
+        sample = outcome.sampled()
+        return {
+            "token_lengths": draw_token_lengths(sample.token_counts, self._pipeline.corpus.chunking.max_tokens),
+            "map": draw_map(sample.vectors, sample.documents),
+        }
 
     def _is_worth_a_picture(self, outcome: PartitionOutcome) -> bool:
         """Whether the pictures would differ visibly from those of the previous materialization."""
@@ -90,14 +101,6 @@ class MetadataWriter:
         before, rows = self._history.record(asset, outcome.key), outcome.replaced[asset].rows
         self._rows[asset] += rows - (before.rows if before else 0)
         return max(self._rows[asset], rows)
-
-    def _pictures(self, sample: Sample) -> Metadata:
-        """Draw the chunks' token lengths and a sample of the vectors on a plane."""
-        histogram = draw_token_lengths(sample.token_counts, self._pipeline.corpus.chunking.max_tokens)
-        return {
-            "token_lengths": dg.MetadataValue.md(histogram),
-            "map": dg.MetadataValue.md(draw_map(sample.vectors, sample.documents)),
-        }
 
 
 def engine_metadata(outcome: PartitionOutcome, info: EngineInfo, report: PoolReport | None) -> Metadata:

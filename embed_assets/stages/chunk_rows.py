@@ -81,20 +81,20 @@ class StoredChunks:
     partition: PartitionSnapshot
     prompt: str
     """Exact string before every chunk."""
-
-    @property
-    def changed(self) -> frozenset[str] | None:
-        """None: these are all of the partition's chunks."""
-        return None
+    changed: frozenset[str] | None = None
 
     @property
     def count(self) -> int:
         """Number of chunks."""
-        return self.partition.count(CHUNK_TABLE)
+        return self._documents.count(CHUNK_TABLE)
+
+    @property
+    def _documents(self) -> PartitionSnapshot:
+        return self.partition.only(self.changed)
 
     def inputs(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `INPUTS`; the token ids are not stored, so they are null."""
-        for batch in self.partition.rows(CHUNK_TABLE, ["text", "token_count", "text_hash"]):
+        for batch in self._documents.rows(CHUNK_TABLE, ["text", "token_count", "text_hash"]):
             text, token_count = batch.column("text"), batch.column("token_count")
             no_ids = pa.nulls(batch.num_rows, pa.list_(pa.int32()))
             yield pa.RecordBatch.from_arrays([text, token_count, self._input_hashes(batch), no_ids], names=INPUTS)
@@ -102,9 +102,9 @@ class StoredChunks:
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `ROWS`, joined with the documents. Raises ``LakeError`` if one is missing."""
         with DiskMap("uri", "title") as documents:
-            for batch in self.partition.rows(RAW, ["document_id", "uri", "title"]):
+            for batch in self._documents.rows(RAW, ["document_id", "uri", "title"]):
                 documents.add(zip(*(column.to_pylist() for column in batch.columns), strict=True))
-            for batch in self.partition.rows(CHUNK_TABLE, [*_STORED, "text_hash"]):
+            for batch in self._documents.rows(CHUNK_TABLE, [*_STORED, "text_hash"]):
                 uris, titles = self._origins(batch.column("document_id"), documents)
                 joined = {name: batch.column(name) for name in _STORED}
                 joined |= {"uri": uris, "title": titles, "input_hash": self._input_hashes(batch)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +88,8 @@ class PartitionOutcome:
     """Some of the embeddings, if all of them were materialized."""
     stored: Callable[[], Iterator[pa.RecordBatch]] | None = None
     """Reads the columns that a sample needs of the partition's embeddings, if only some were materialized."""
+    pictures: Mapping[str, str] | None = None
+    """Markdown images by name, if they were drawn where the embeddings were committed."""
     error: str | None = None
     """Why processing failed, in one line; None if it did not."""
 

@@ -21,8 +21,9 @@ from embed_assets.settings import Settings
 from embed_assets.stages.changes import Changes, is_known
 from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
 from embed_assets.stages.elsewhere import Elsewhere
-from embed_assets.stages.embeddings import Target, known_inputs
+from embed_assets.stages.embeddings import known_inputs
 from embed_assets.stages.model import Model
+from embed_assets.stages.partition_vectors import Target
 
 _CHUNK_COLUMNS = ("chunk_id", "text", "token_count")
 

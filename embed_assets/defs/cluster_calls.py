@@ -1,51 +1,36 @@
-"""Ingests partitions on the machines of a cluster, each as a task that needs one CPU.
-
-    run's process: plan ─▶ task on any node: read, chunk, commit, check ─▶ run's process: record, embed what is new
-
-A task commits to the lake by itself, and sends back what is to be recorded, and the chunks.
-"""
+"""What is done on the machines of a cluster, each call as a task with one CPU: it commits to the lake by itself, and
+sends back what is to be recorded. Calls can be pickled."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import pickle
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.defs.due import Due
 from embed_assets.defs.ingest import Ingest, Task, describe
+from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.staleness import ContentReader, History, tables_of
-from embed_assets.errors import EmbeddingError, SourceError, UserError
+from embed_assets.errors import UserError
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import RAW
+from embed_assets.lake.writer import Provenance, Replaced
 from embed_assets.scratch import ArrowFile
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.checks import Outcome, Subject, evaluate
-from embed_assets.stages.compute import Compute
-from embed_assets.stages.executors import failed
-from embed_assets.stages.outcome import PartitionOutcome
+from embed_assets.stages.chunk_rows import StoredChunks
+from embed_assets.stages.embeddings import commit_embeddings
+from embed_assets.stages.outcome import PartitionOutcome, Sample
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.preparing import Piece, Prepared, open_preparation
-from embed_assets.stages.remote import WorkerRecipe, worker_recipe
+from embed_assets.stages.remote import WorkerRecipe
 
-T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
-
-_LEAST_BYTES = 1 << 20
-"""Of all partitions that are due: reading a megabyte here takes as long as asking another machine for it."""
-_LOOK_SECONDS = 5.0
-"""How soon whoever waits for a task notices that no CPU is left for it."""
-_MOST_PARTITIONS = 64
-"""Under way at a time, each with its chunks on this machine's disk when it is done."""
 _MOST_BYTES = 64 << 20
 """Chunks of a partition that are sent back; larger ones are read from the lake."""
 
@@ -150,106 +135,53 @@ def _portable(error: Exception) -> Exception:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckCall:
-    """Evaluates checks of a partition."""
+class Committed:
+    """What became of a partition's embeddings."""
 
-    worker: WorkerRecipe
-    key: str
-    asset: str
-    names: Collection[str]
-
-    def __call__(self) -> dict[str, Outcome]:
-        """Outcomes by name."""
-        pipeline = _pipeline(pickle.dumps(self.worker))
-        with Snapshot(pipeline.lake) as tables:
-            return evaluate(self.asset, self.names, _subject(pipeline, tables.partition(self.key)))
+    outcome: PartitionOutcome
+    made: Replaced | None
+    """None if they were not committed."""
+    error: Exception | None
+    checks: dict[str, Outcome] = field(default_factory=dict)
+    """Outcomes of checks, by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterIngest:
-    """Ingests the partitions of a run on a cluster."""
+class CommitCall:
+    """Commits a partition's embeddings, whose vectors are staged, and draws its pictures."""
 
-    compute: Compute
-    due: Due
-    before: Snapshot
-    """The lake as it was when the source was listed."""
-    checks: Mapping[str, Collection[str]]
-    """Names of the checks to evaluate, by asset."""
     worker: WorkerRecipe
+    history: History
+    """What was recorded of the partition before this run."""
+    outcome: PartitionOutcome
+    """What became of it so far."""
+    baselines: Sequence[PartitionState]
+    """The files that hold its documents, its chunks and, if only some are replaced, its embeddings."""
+    changed: frozenset[str] | None
+    """Documents whose embeddings are replaced; None: all."""
+    rejected: Mapping[str, str]
+    """Why the model has no vector of an input, by input hash."""
+    provenance: Provenance
+    checks: Collection[str]
+    """Names of the checks to evaluate."""
 
-    @classmethod
-    def of(
-        cls,
-        compute: Compute,
-        due: Due,
-        before: Snapshot,
-        checks: Mapping[str, Collection[str]],
-        partitions: Sequence[SourcePartition],
-    ) -> ClusterIngest | None:
-        """For the `partitions` that are due; None if they are few, nothing is to be embedded, or no CPUs are to spare.
-
-        Raises ``UserError`` if there is no cluster.
-        """
-        is_worth_it = len(partitions) > 1 and sum(files.byte_size for files in partitions) >= _LEAST_BYTES
-        if "embeddings" not in due.selected or not is_worth_it or not compute.spare_cpus():
-            return None
-        return cls(compute, due, before, checks, worker_recipe(due.pipeline))
-
-    @property
-    def depth(self) -> int:
-        """Partitions under way at a time."""
-        return min(_MOST_PARTITIONS, max(1, self.compute.spare_cpus()))
-
-    def begin(self, files: SourcePartition) -> Callable[[], Ingested]:
-        """Begin to ingest a partition; returns how to wait for it. Not from several threads at once."""
-        key = files.key
-        call = IngestCall(
-            self.worker,
-            files,
-            self.due.history.only(key),
-            self.due.selected,
-            self.due.run_id,
-            self.before.partition(key).state(RAW),
-            self.checks,
-        )
-        return partial(self._wait, call, self._begin(call))
-
-    def _wait(self, call: IngestCall, future: Future[Ingested]) -> Ingested:
-        """The partition as another machine ingested it or, if it could not be read there, this one."""
+    def __call__(self) -> Committed:
+        """Commit the embeddings; an error is in the result."""
         try:
-            found = self._result(future)
-            if not isinstance(found.error, SourceError):
-                return found
-            reason: Exception = found.error
-        except EmbeddingError as error:
-            self.compute.require_alive()
-            reason = error
-        _log.warning("partition %r is read on this machine: %s", call.files.key, describe(reason))
-        return call()
+            return self._commit(_pipeline(pickle.dumps(self.worker)))
+        except Exception as error:
+            return Committed(self.outcome, None, _portable(error))
 
-    def _begin(self, call: Callable[[], T]) -> Future[T]:
-        """Begin a task, if there is room for one."""
-        return self.compute.run_task(call) if self.compute.has_room_for_tasks else failed(_no_room())
-
-    def _result(self, future: Future[T]) -> T:
-        """Wait for a task. Raises ``EmbeddingError`` if it failed, or if nodes were lost and no CPU is left for it."""
-        while True:
-            try:
-                return future.result(_LOOK_SECONDS)
-            except TimeoutError:
-                if not self.compute.has_room_for_tasks:
-                    raise _no_room() from None
-
-    def check(self, asset: str, key: str) -> dict[str, Outcome] | None:
-        """Evaluate an asset's checks of a partition; None if the machine that did so was lost."""
-        if not self.checks[asset]:
-            return {}
-        try:
-            return self._result(self._begin(CheckCall(self.worker, key, asset, self.checks[asset])))
-        except UserError as error:
-            _log.warning("partition %r: its checks are evaluated here: %s", key, error)
-            return None
-
-
-def _no_room() -> EmbeddingError:
-    return EmbeddingError("the cluster has no CPU left for it", is_retryable=True)
+    def _commit(self, pipeline: Pipeline) -> Committed:
+        outcome, target = self.outcome, pipeline.target
+        with Snapshot(pipeline.lake) as tables:
+            partition = tables.partition(outcome.key)
+            for state in self.baselines:
+                partition.set_baseline(state)
+            chunks = StoredChunks(partition, target.prompt, self.changed)
+            made = commit_embeddings(partition, chunks, target, self.rejected, self.provenance, outcome)
+            outcome.replaced["embeddings"] = made
+            outcome.pictures = MetadataWriter(pipeline, self.history).pictures(outcome)
+            checks = evaluate("embeddings", self.checks, _subject(pipeline, partition))
+            outcome.sample, outcome.stored = Sample(), None  # large, and drawn
+            return Committed(outcome, made, None, checks)

@@ -9,17 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
-from embed_assets.defs.cluster_ingest import CheckCall, ClusterIngest, IngestCall
+from embed_assets.defs.cluster_calls import CommitCall, IngestCall
+from embed_assets.defs.cluster_work import ClusterWork
 from embed_assets.defs.due import Due
+from embed_assets.defs.ingest import Task
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS
 from embed_assets.defs.staleness import load_history
-from embed_assets.errors import EmbeddingError, ModelError
+from embed_assets.errors import EmbeddingError, LakeError, ModelError, SupersededError
 from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.stages.chunk_rows import PreparedChunks, StoredChunks
+from embed_assets.stages.embeddings import materialize_embeddings, stage_embeddings
+from embed_assets.stages.executors import failed
 from embed_assets.stages.pipeline import Pipeline
+from embed_assets.stages.remote import open_compute
 from embed_assets_tests.conftest import Project
 
 CHECKS = {"raw_documents": ["rejected_share"], "chunks": ["coverage", "duplicate_share"], "embeddings": ["vectors"]}
@@ -57,13 +65,13 @@ def pipeline(project: Project) -> Pipeline:
 
 def ingest_of(
     pipeline: Pipeline, compute: Elsewhere, selected: Sequence[str] = ASSETS
-) -> tuple[ClusterIngest | None, dict[str, Any]]:
+) -> tuple[ClusterWork | None, dict[str, Any]]:
     partitions = pipeline.corpus.source.partitions()
     with open_instance() as instance:
         due = Due(pipeline, load_history(instance, pipeline), selected, "run")
     before = Snapshot(pipeline.lake)
     before.version(RAW)
-    found = ClusterIngest.of(compute, due, before, CHECKS, list(partitions.values()))  # type: ignore[arg-type]
+    found = ClusterWork.of(compute, due, before, CHECKS, list(partitions.values()))  # type: ignore[arg-type]
     return found, partitions
 
 
@@ -188,20 +196,134 @@ def test_where_nothing_is_embedded_no_cluster_is_needed(pipeline: Pipeline) -> N
 
 
 class Losing(Elsewhere):
+    """Machines that are lost while they commit embeddings: before it, or after it."""
+
+    def __init__(self, is_committed: bool) -> None:
+        super().__init__()
+        self.is_committed = is_committed
+
     def run_task(self, call: Callable[[], Any]) -> Future[Any]:
-        if not isinstance(call, CheckCall):
+        if not isinstance(call, CommitCall):
             return super().run_task(call)
-        future: Future[Any] = Future()
-        future.set_exception(EmbeddingError("a task on the cluster was lost", is_retryable=True))
-        return future
+        if self.is_committed:
+            super().run_task(call)
+        return failed(EmbeddingError("a task on the cluster was lost", is_retryable=True))
 
 
-def test_checks_are_evaluated_elsewhere_unless_the_machine_is_lost(
-    project: Project, pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+class LocalModel(Elsewhere):
+    """The model of this process, beside machines for tasks."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        super().__init__()
+        self._local = open_compute(pipeline)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._local, name)
+
+
+def staged_task(pipeline: Pipeline, compute: Elsewhere, folder: Path) -> tuple[ClusterWork, Task, dict[str, str]]:
+    """The work, a partition that was ingested and whose vectors are staged, and its rejected inputs."""
+    work, partitions = ingest_of(pipeline, compute)
+    assert work is not None
+    task = work.begin(partitions["a"])().task(partitions["a"], work.before, folder)
+    assert task.prepared is not None and work.due.is_due("embeddings", task.outcome)
+    chunks = PreparedChunks(task.prepared.chunks, task.prepared.changed)
+    rejected = stage_embeddings(
+        task.partition, chunks, pipeline.target, LocalModel(pipeline), task.outcome, changed=chunks.changed
+    )
+    return work, task, rejected
+
+
+def stored(pipeline: Pipeline, key: str = "a") -> list[dict[str, Any]]:
+    with Snapshot(pipeline.lake) as tables:
+        batches = tables.partition(key).rows(pipeline.target.table, ["chunk_id", "input_hash", "uri", "title"])
+        return sorted((row for batch in batches for row in batch.to_pylist()), key=lambda row: row["chunk_id"])
+
+
+def windows(pipeline: Pipeline) -> list[str]:
+    staging = Path(pipeline.lake.uri(pipeline.target.table)) / "_staging"
+    return [file.name for file in staging.iterdir()] if staging.exists() else []
+
+
+def test_staged_vectors_are_joined_committed_checked_and_drawn_elsewhere(
+    project: Project, pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    for compute, is_found in ((Elsewhere(), True), (Losing(), False)):
-        ingest, _ = ingest_of(project.pipeline(), compute)
-        assert ingest is not None
-        found = ingest.check("embeddings", "a")
-        assert (found is not None) == is_found
-    assert "its checks are evaluated here: a task on the cluster was lost" in caplog.text
+    work, task, rejected = staged_task(pipeline, Elsewhere(), tmp_path)
+    assert windows(pipeline) and not stored(pipeline)
+    assert work.commit(task, rejected, None)
+    assert len(stored(pipeline)) == task.outcome.chunks == task.outcome.embedded > 100
+    assert task.outcome.replaced["embeddings"].is_committed and not windows(pipeline)
+    assert task.checks["embeddings"]["vectors"].passed
+    assert task.outcome.pictures is not None and task.outcome.pictures.keys() == {"map", "token_lengths"}
+    assert not len(task.outcome.sample.token_counts)
+    found = stored(pipeline)
+    project.set(LAKE="other")
+    project.sync()
+    assert stored(project.pipeline()) == found
+
+
+def test_only_the_embeddings_of_changed_documents_are_replaced(
+    project: Project, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    project.sync()
+    before = stored(pipeline)
+    for key in "abc":
+        project.write(f"{key}/3.md", "Another text.")
+    project.landing.joinpath("a/4.md").unlink()
+    pipeline = project.pipeline()
+    work, task, rejected = staged_task(pipeline, Elsewhere(), tmp_path)
+    assert task.prepared is not None and task.prepared.changed is not None and task.outcome.embedded == 1
+    assert work.commit(task, rejected, task.prepared.changed)
+    found = stored(pipeline)
+    assert len(found) == task.outcome.chunks == task.outcome.replaced["embeddings"].rows < len(before)
+    assert [row for row in found if "3.md" not in row["uri"]] == [
+        row for row in before if not row["uri"].endswith(("3.md", "4.md"))
+    ]
+    assert task.outcome.dropped == sum(row["uri"].endswith(("3.md", "4.md")) for row in before)
+    assert task.checks["embeddings"]["vectors"].passed
+    project.set(LAKE="other")
+    project.sync()
+    assert stored(project.pipeline()) == found
+
+
+def test_rejected_texts_are_handed_over(project: Project, pipeline: Pipeline, tmp_path: Path) -> None:
+    work, task, _ = staged_task(pipeline, Elsewhere(), tmp_path)
+    assert task.prepared is not None
+    lost = next(iter(task.prepared.chunks[0])).column("input_hash")[0].as_py()
+    staging = Staging(pipeline.lake, pipeline.target.table, "a")
+    for i, batch in enumerate(list(staging.read())):
+        staging.write(batch.filter(pc.not_equal(batch.column("input_hash"), lost)), f"kept{i}")
+    for name in windows(pipeline):
+        if "kept" not in name:
+            (Path(pipeline.lake.uri(pipeline.target.table)) / "_staging" / name).unlink()
+    with pytest.raises(LakeError, match="is no longer staged") as raised:
+        work.commit(task, {}, None)
+    assert raised.value.is_retryable
+    assert work.commit(task, {lost: "the model gives no finite vector"}, None)
+    assert task.outcome.rejected_chunks == 1
+    assert lost not in [row["input_hash"] for row in stored(pipeline)]
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_what_a_lost_machine_was_to_commit_is_committed_here(
+    pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_committed: bool
+) -> None:
+    work, task, rejected = staged_task(pipeline, Losing(is_committed), tmp_path)
+    assert not work.commit(task, rejected, None)
+    assert "embeddings are committed by this machine: a task on the cluster was lost" in caplog.text
+    embedded, stages = task.outcome.embedded, StoredChunks(task.partition, "")
+    provenance = work.due.provenance("embeddings", task.outcome)
+    materialize_embeddings(task.partition, stages, pipeline.target, LocalModel(pipeline), provenance, task.outcome)
+    assert task.outcome.embedded == embedded == len(stored(pipeline))
+
+
+def test_documents_that_another_run_replaced_are_not_committed_over(
+    project: Project, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    work, task, rejected = staged_task(pipeline, Elsewhere(), tmp_path)
+    project.write("a/0.md", "Newer.")
+    project.sync()
+    newer = stored(project.pipeline())
+    with pytest.raises(SupersededError, match="another run replaced"):
+        work.commit(task, rejected, None)
+    assert stored(project.pipeline()) == newer
