@@ -1,4 +1,4 @@
-"""Builds the Dagster definitions: assets, checks, sensors, jobs and executor."""
+"""Builds the Dagster definitions: assets, checks, sensors, jobs and resources."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from embed_assets.defs.maintenance_job import build_maintenance_job
 from embed_assets.defs.names import Names
 from embed_assets.defs.plan_job import build_plan_job
 from embed_assets.defs.processes import one_process_executor
+from embed_assets.defs.resources import ENGINE, engine_key, engine_resource
 from embed_assets.defs.specs import source_spec
 from embed_assets.settings import Settings, load_settings
 from embed_assets.stages.pipeline import DatedListing, Pipeline
@@ -21,17 +22,24 @@ from embed_assets.stages.progress import RunObserver
 
 
 def build_definitions(
-    settings: Settings, observer: RunObserver | None = None, resources: Mapping[str, object] | None = None
+    settings: Settings,
+    observer: RunObserver | None = None,
+    resources: Mapping[str, object] | None = None,
+    executor: dg.ExecutorDefinition | None = None,
 ) -> dg.Definitions:
     """Build the definitions for `settings`; progress goes to `observer`, or by default to the runs' logs.
 
-    Dagster initializes `resources`, such as a connection to a Ray cluster, before the step starts. To put several
-    corpora into one code location, give each its own ``name_prefix`` and ``lake`` and use ``Definitions.merge``.
+    Dagster initializes `resources`, such as a connection to a Ray cluster, before the step starts; an
+    `EmbeddingEngine` among them, under `embedding_engine`, takes the place of the settings' values that it is given.
+    To put several corpora into one code location, give each its own ``name_prefix`` and ``lake`` and use
+    ``Definitions.merge``. `executor` is the code location's, if it has none: `one_process_executor` loads the model
+    once for all steps of a run.
 
     Resolves the model's files without loading the model, and reads neither source nor lake, except for an int8 model,
     which is stored in the lake. Raises ``SettingsError`` or ``ModelError``.
     """
-    return definitions_over(Pipeline.from_settings(settings), observer, resources=resources)
+    made = definitions_over(Pipeline.from_settings(settings), observer, resources=resources)
+    return made if executor is None else dg.Definitions.merge(made, dg.Definitions(executor=executor))
 
 
 def definitions_over(
@@ -46,19 +54,21 @@ def definitions_over(
     `observer` and `resources` are those of `build_definitions`. `listed` is the source, if it was listed just now: runs
     list it otherwise.
     """
+    given = dict(resources or {})
+    engine = engine_resource(pipeline.settings, given.pop(ENGINE, None))
+    pipeline = engine.applied_to(pipeline)
     with warnings.catch_warnings():
         # The tests cover the beta and preview features that are used here: importing this module should not warn.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        corpus = build_corpus_assets(pipeline, observer, retries, set(resources or ()), listed)
+        corpus = build_corpus_assets(pipeline, observer, retries, set(given), listed)
         assets = dg.with_source_code_references([source_spec(pipeline), corpus])
         sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
     return dg.Definitions(
         assets=assets,
         sensors=sensors,
         jobs=[build_plan_job(pipeline), build_maintenance_job(pipeline)],
-        resources=resources,
-        executor=one_process_executor,
+        resources={engine_key(Names.of(pipeline)): engine, **given},
     )
 
 
@@ -66,7 +76,7 @@ def __getattr__(name: str) -> dg.Definitions:
     """Build `defs` from the environment on first access, so that importing `build_definitions` needs no settings."""
     if name != "defs":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()["defs"] = definitions = build_definitions(load_settings())
+    globals()["defs"] = definitions = build_definitions(load_settings(), executor=one_process_executor)
     return definitions
 
 

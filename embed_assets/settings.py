@@ -245,3 +245,17 @@ def _describe(problem: object) -> str:
     # Options may hold credentials, and so may a URL with a login.
     shown = "" if field.endswith("_options") or problem["type"] == "login" else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}; correct or unset {variable}"
+
+
+def variable_of(name: str, value: object) -> str:
+    """The environment variable that gives a setting this value; '' if none does."""
+    field = Settings.model_fields[name]
+    alias = field.validation_alias
+    variables = alias.choices if isinstance(alias, AliasChoices) else [PREFIX + name]
+    present = {variable.upper() for variable in os.environ}
+    found = [str(variable).upper() for variable in variables if str(variable).upper() in present]
+    try:
+        is_same = bool(found) and getattr(load_settings(), name) == value
+    except SettingsError:  # of another variable, which the deployment does not use
+        return ""
+    return found[0] if is_same else ""

@@ -27,6 +27,7 @@ from embed_assets.defs.names import (
     code_tag,
 )
 from embed_assets.defs.recording import Recorder
+from embed_assets.defs.resources import engine_key
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
 from embed_assets.defs.storage import kept_open
@@ -66,7 +67,7 @@ def build_corpus_assets(
         check_specs=check_specs(names),
         can_subset=True,
         pool=POOL,
-        required_resource_keys=set(resource_keys),
+        required_resource_keys={engine_key(names), *resource_keys},
         backfill_policy=dg.BackfillPolicy.single_run(),
     )
     def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
@@ -74,7 +75,9 @@ def build_corpus_assets(
         try:
             with _dropping_planned_evaluations(context):
                 given = None if context.retry_number else listed
-                run = _begin(context, pipeline, observer or RunObserver(LogSink(context.log)), given)
+                engine = getattr(context.resources, engine_key(names))
+                own = engine.applied_to(pipeline)
+                run = _begin(context, own, observer or RunObserver(LogSink(context.log)), given)
                 with kept_open(context.instance), contextlib.closing(run.recorder):
                     if not run.selected:
                         _only_check(run)

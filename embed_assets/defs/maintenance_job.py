@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from embed_assets.defs.names import Names
+from embed_assets.defs.processes import one_process_executor
 from embed_assets.errors import UserError
 from embed_assets.lake.maintenance import Maintenance, maintain
 from embed_assets.stages.pipeline import Pipeline
@@ -60,6 +61,7 @@ def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
 
     @dg.job(
         name=names.prefixed("maintain"),
+        executor_def=one_process_executor,
         description="Compacts, vacuums and checkpoints the tables; safe while jobs run. `dry_run` only reports.",
     )
     def maintain_job() -> None:

@@ -5,6 +5,7 @@
 import dagster as dg
 
 from embed_assets.defs.names import ASSETS, Names
+from embed_assets.defs.processes import one_process_executor
 from embed_assets.defs.sync import PartitionPlan, make_plan
 from embed_assets.stages.pipeline import Pipeline
 
@@ -36,6 +37,7 @@ def build_plan_job(pipeline: Pipeline) -> dg.JobDefinition:
 
     @dg.job(
         name=names.prefixed("plan"),
+        executor_def=one_process_executor,
         description="Shows what is missing or stale, why, and what it will cost. Changes nothing.",
     )
     def plan() -> None:

@@ -63,6 +63,17 @@ class Pipeline:
         model = Model.from_settings(settings, lake)
         return cls(settings, lake, model, Corpus.from_settings(settings, model.float_space))
 
+    def with_settings(self, settings: Settings) -> Pipeline:
+        """This pipeline with settings that differ in how and where the model runs, and in nothing that is stored.
+
+        Raises ``SettingsError`` or ``ModelError``.
+        """
+        if settings == self.settings:
+            return self
+        if settings.compute == "ray":
+            require_ray()
+        return replace(self, settings=settings, model=Model.from_settings(settings, self.lake))
+
     def refreshed(self) -> Pipeline:
         """This pipeline, with the int8 model if another process has stored it meanwhile. Raises ``LakeError``."""
         model = self.model.refreshed(self.lake)

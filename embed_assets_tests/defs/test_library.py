@@ -61,6 +61,48 @@ def test_two_corpora_with_two_models_in_one_code_location(project: Project) -> N
     assert list(project.root.glob("lake-recipes/embeddings/fake-12-other-*"))
 
 
+def test_a_code_location_keeps_its_own_executor_and_jobs(project: Project) -> None:
+    @dg.op
+    def nothing() -> None: ...
+
+    @dg.job
+    def unrelated() -> None:
+        nothing()
+
+    @dg.asset
+    def foreign() -> None: ...
+
+    others = dg.Definitions(assets=[foreign], jobs=[unrelated])
+    corpora = [corpus(project, "laws", "fake:8"), corpus(project, "recipes", "fake:8")]
+    without = dg.Definitions.merge(*corpora, others)
+    assert without.resolve_job_def("unrelated").executor_def.name == "multi_or_in_process_executor"
+    own = dg.Definitions.merge(*corpora, others, dg.Definitions(executor=dg.in_process_executor))
+    dg.Definitions.validate_loadable(own)
+    assert own.resolve_job_def("unrelated").executor_def is dg.in_process_executor
+    assert own.resolve_implicit_global_asset_job_def().executor_def is dg.in_process_executor
+    assert own.resolve_job_def("laws_plan").executor_def.name == "one_process"
+
+
+def test_the_step_runs_under_dagsters_default_executor(project: Project) -> None:
+    project.write("a/one.md", "One.")
+    project.json("discover")
+    project.monkeypatch.setenv("DAGSTER_HOME", str(project.root))
+    module = project.root / "elsewhere.py"
+    module.write_text(
+        "from embed_assets.definitions import build_definitions\n"
+        "from embed_assets.settings import load_settings\n"
+        "defs = build_definitions(load_settings())\n"
+    )
+    command = ["-m", "dagster", "job", "execute", "-f", str(module), "-j", "__ASSET_JOB"]
+    tags = '{"dagster/partition": "a"}'
+    done = subprocess.run([sys.executable, *command, "--tags", tags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with open_instance() as instance:
+        [run] = instance.get_runs()
+        assert instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_WORKER_STARTED)
+    assert project.sync()["embedded"] == 0
+
+
 def test_the_command_line_works_with_a_prefix_too(project: Project) -> None:
     project.set(NAME_PREFIX="laws")
     project.write("a/one.md", "One.")
