@@ -10,6 +10,7 @@ import dagster as dg
 from embed_assets.defs.arrivals import build_arrivals_sensor
 from embed_assets.defs.assets import RETRIES, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
+from embed_assets.defs.lake_resource import lake_resources
 from embed_assets.defs.maintenance_job import build_maintenance_job
 from embed_assets.defs.names import Names
 from embed_assets.defs.plan_job import build_plan_job
@@ -68,7 +69,7 @@ def definitions_over(
         assets=assets,
         sensors=sensors,
         jobs=[build_plan_job(pipeline), build_maintenance_job(pipeline)],
-        resources={engine_key(Names.of(pipeline)): engine, **given},
+        resources={engine_key(Names.of(pipeline)): engine, **lake_resources(pipeline), **given},
     )
 
 

@@ -60,17 +60,18 @@ def build_corpus_assets(
     if it was listed just now: a run's first attempt may use that, later ones list the source anew.
     """
     names = Names.of(pipeline)
+    specs = check_specs(names)
 
     @dg.multi_asset(
         name=names.prefixed("embed_corpus"),
         specs=asset_specs(pipeline),
-        check_specs=check_specs(names),
+        check_specs=specs,
         can_subset=True,
         pool=POOL,
         required_resource_keys={engine_key(names), *resource_keys},
         backfill_policy=dg.BackfillPolicy.single_run(),
     )
-    def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+    def embed_corpus(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None] | dg.Output[None]]:
         """Read, chunk and embed whatever is missing or stale in the run's partitions, partition by partition."""
         try:
             with _dropping_planned_evaluations(context):
@@ -79,10 +80,10 @@ def build_corpus_assets(
                 own = engine.applied_to(pipeline)
                 run = _begin(context, own, observer or RunObserver(LogSink(context.log)), given)
                 with kept_open(context.instance), contextlib.closing(run.recorder):
-                    if not run.selected:
+                    if run.selected:
+                        run.materialize()
+                    else:
                         _only_check(run)
-                        return
-                    run.materialize()
         except UserError as error:
             _request_retry(context, retries, [error])
             raise dg.Failure(description=str(error)) from None  # the message already names its cause
@@ -94,8 +95,20 @@ def build_corpus_assets(
                 + "; ".join(f"{key!r}: {describe(error)}" for key, error in failures.items())
             )
         yield from run.outputs_for_downstream(context.job_def.asset_layer.selected_asset_keys)
+        yield from _outputs_of_checks(context, specs)
 
     return embed_corpus
+
+
+def _outputs_of_checks(
+    context: dg.AssetExecutionContext, specs: Sequence[dg.AssetCheckSpec]
+) -> Iterator[dg.Output[None]]:
+    """Yield an output for each selected check: Dagster runs what is below the assets when it has them.
+
+    The evaluations themselves are recorded by partition. A blocking check that failed has failed the step by now.
+    """
+    selected = context.selected_asset_check_keys
+    return (dg.Output(None, spec.get_python_identifier()) for spec in specs if spec.key in selected)
 
 
 def _request_retry(context: dg.AssetExecutionContext, retries: dg.RetryPolicy, errors: Sequence[Exception]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import dagster as dg
 
 from embed_assets.defs.automation import build_condition
+from embed_assets.defs.lake_resource import IO_MANAGER
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
 from embed_assets.records import COLUMN_DESCRIPTIONS
@@ -70,6 +71,7 @@ def asset_specs(pipeline: Pipeline) -> list[dg.AssetSpec]:
                 "dagster/column_lineage": _column_lineage(names, asset),
                 "dagster/table_name": tables[asset].path,
                 "dagster/uri": pipeline.lake.uri(tables[asset]),
+                "dagster/io_manager_key": names.prefixed(IO_MANAGER),
             },
         )
         for asset in ASSETS
