@@ -44,7 +44,7 @@ check-lowest:
 
 ui: install
 	@$(BIN)/embed-assets init
-	$(BIN)/dagster dev --host 127.0.0.1
+	DAGSTER_HOME="$(CURDIR)" $(BIN)/dg dev --host 127.0.0.1
 
 bench: install
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
