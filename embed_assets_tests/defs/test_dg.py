@@ -152,7 +152,11 @@ def test_this_repository_is_a_project_of_dg(project: Project) -> None:
         "chunks",
         "embeddings",
     }
-    assert [resource["name"] for resource in found["resources"]] == ["embedding_engine"]
+    assert sorted(resource["name"] for resource in found["resources"]) == [
+        "embedding_engine",
+        "lake",
+        "lake_io_manager",
+    ]
     checked = dg(ROOT, "check", "defs")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "does not match" not in checked.stdout + checked.stderr
