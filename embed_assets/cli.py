@@ -304,6 +304,8 @@ def verify(as_json: bool, repair: bool) -> CommandResult:
     from embed_assets.lake.verify import verify as verify_table
 
     pipeline = _pipeline()
+    if repair:
+        pipeline.lake.require_writable()
     pipeline.lake.check_owner()
     pipeline.lake.check_tables(pipeline.embeddings_table)
     with stderr.status("verifying"):

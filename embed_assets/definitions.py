@@ -64,7 +64,8 @@ def definitions_over(
         warnings.simplefilter("ignore", dg.PreviewWarning)
         corpus = build_corpus_assets(pipeline, observer, retries, set(given), listed)
         assets = dg.with_source_code_references([source_spec(pipeline), corpus])
-        sensors = [build_arrivals_sensor(pipeline), build_automation_sensor(Names.of(pipeline))]
+        automation = [] if pipeline.settings.read_only else [build_automation_sensor(Names.of(pipeline))]
+        sensors = [build_arrivals_sensor(pipeline), *automation]
     return dg.Definitions(
         assets=assets,
         sensors=sensors,

@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     name_prefix: str = Field(
         "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Prefix of the assets' names; tells several corpora apart."
     )
+    read_only: bool = Field(
+        False, description="Plan, search and check, but write nothing to LAKE: for a second deployment on it."
+    )
     compute: Literal["local", "ray"] = Field("local", description="Where the model runs: in this process, or on Ray.")
     ray_address: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
         None,

@@ -134,7 +134,11 @@ def _begin(
     """
     names = Names.of(pipeline)
     selected = [asset for asset in ASSETS if names.key(asset) in context.selected_asset_keys]
-    pipeline.lake.check_usable(pipeline.embeddings_table)
+    if selected:
+        pipeline.lake.check_usable(pipeline.embeddings_table)
+    else:  # a run of checks alone
+        pipeline.lake.check_owner()
+        pipeline.lake.check_tables(pipeline.embeddings_table)
     pipeline = pipeline.calibrated() if selected else pipeline.refreshed()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_tag(pipeline)})
     # Pin the vectors to reuse now: with REUSE=table, a text may leave one partition before another one takes it in.

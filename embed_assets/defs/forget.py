@@ -19,6 +19,7 @@ def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
     or if the source has files for it: the next run would bring it back.
     """
     names = Names.of(pipeline)
+    pipeline.lake.require_writable()
     pipeline.lake.check_owner()
     files = pipeline.corpus.source.partitions().get(key)
     if files is not None:

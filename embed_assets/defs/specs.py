@@ -52,7 +52,9 @@ _COPIED: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 def asset_specs(pipeline: Pipeline) -> list[dg.AssetSpec]:
     """Specs of the three assets that the step materializes."""
-    names, condition = Names.of(pipeline), build_condition(pipeline)
+    names = Names.of(pipeline)
+    # A deployment that only reads must not request runs, which would be refused.
+    condition = None if pipeline.settings.read_only else build_condition(pipeline)
     tables = {"raw_documents": RAW, "chunks": CHUNK_TABLE, "embeddings": pipeline.embeddings_table}
     return [
         dg.AssetSpec(

@@ -109,6 +109,8 @@ def maintain(
     can't be removed. `retention` is raised to `RETENTION` if it is less, and must be longer than the longest run.
     `on_table` is called with each table's path. Raises ``LakeError`` if a space to remove does not exist or is in use.
     """
+    if not dry_run:
+        lake.require_writable()
     retention = max(retention, RETENTION)
     spaces = lake.spaces()
     _check_removable(lake, spaces, current, remove)

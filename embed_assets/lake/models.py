@@ -39,6 +39,7 @@ def keep_model(lake: Lake, name: str, files: Mapping[str, bytes]) -> dict[str, b
 
     Raises ``LakeError`` if they can't be written.
     """
+    lake.require_writable()
     uri = f"{lake.root}/{_path(name)}"
     try:
         with lake_errors(f"the model {_path(name)!r} can't be written", lake.root):

@@ -323,6 +323,7 @@ class PartitionSnapshot:
 
         Afterwards the open table is at the commit's version.
         """
+        self.lake.require_writable()
         table, row_bytes = rows.table, max(1, rows.byte_size // max(1, rows.count))
         for attempt in range(_COMMIT_ATTEMPTS):
             check()

@@ -39,6 +39,7 @@ class Staging:
 
     def write(self, batch: pa.RecordBatch, name: str | None = None) -> None:
         """Stage a window atomically, under a new name or, overwriting, under `name`. Raises ``LakeError``."""
+        self._lake.require_writable()
         path = self._path(name or uuid.uuid4().hex)
         with lake_errors(f"the window {path!r} can't be staged", self._lake.root):
             self._lake.storage.write(path, bytes_of(batch))

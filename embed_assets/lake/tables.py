@@ -124,8 +124,18 @@ class Lake:
     """Delta storage options."""
     owner: Owner = field(default_factory=Owner)
     """The corpus that the lake is expected to belong to."""
+    is_read_only: bool = False
+    """Whether everything that would change the lake is refused."""
     _idle: list[Handle] | None = field(default=None, compare=False, repr=False)
     """Open tables that are not in use, for reuse; None outside a session."""
+
+    def require_writable(self) -> None:
+        """Raise ``SettingsError`` if this deployment must not change the lake."""
+        if self.is_read_only:
+            raise SettingsError(
+                f"this deployment must not change the lake {self.root!r}, as EMBED_READ_ONLY=true says; materialize in "
+                "the deployment that owns it, or unset EMBED_READ_ONLY and name another EMBED_LAKE"
+            )
 
     def session(self) -> Lake:
         """A copy of this lake that keeps tables open between snapshots, for the duration of a run."""
@@ -179,7 +189,7 @@ class Lake:
                 f"Delta's library can't keep tables in a place with {found[0]!r} in its name, got EMBED_LAKE={root!r}; "
                 "set EMBED_LAKE to another location"
             )
-        return cls(root, settings.lake_options, Owner.from_settings(settings))
+        return cls(root, settings.lake_options, Owner.from_settings(settings), settings.read_only)
 
     def uri(self, table: TableSpec) -> str:
         """Path or URL of the table."""
@@ -209,6 +219,7 @@ class Lake:
         `dimension`, for embeddings, becomes a table constraint: vectors of another length can't be committed. Raises
         ``LakeError`` if the table can't be created or belongs to another corpus.
         """
+        self.require_writable()
         configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties, **self.owner.properties}
         if dimension is not None:
             # Constraints need writer version 3. Setting them at creation avoids a race with other writers.
@@ -257,6 +268,7 @@ class Lake:
         Also records the owner and adds new columns to tables created by older versions. Raises ``LakeError`` if a local
         lake is not writable, the lake belongs to another corpus, or a table is damaged or not the expected one.
         """
+        self.require_writable()
         self._check_writable()
         self.check_owner()
         self.check_tables(embeddings)
@@ -331,6 +343,7 @@ class Lake:
 
         Returns False if it already was, or if there are no tables yet. Raises ``LakeError``.
         """
+        self.require_writable()
         tables = [delta for table in _OWNER_TABLES if (delta := self.open(table)) is not None]
         foreign = [delta for delta in tables if Owner.of(delta) != self.owner]
         for delta in foreign:
@@ -359,6 +372,7 @@ class Lake:
 
     def _alter(self, delta: DeltaTable, problem: str, change: Callable[[], None]) -> None:
         """Change a table's metadata, retrying when another process committed to it at the same time."""
+        self.require_writable()
         for attempt in range(_ALTER_ATTEMPTS):
             with lake_errors(problem, self.root):
                 try:
