@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from embed_assets.definitions import build_definitions
+from embed_assets.defs.names import SOURCE
 from embed_assets.settings import Settings, load_settings
 from embed_assets.spelling import did_you_mean
 
@@ -91,7 +92,8 @@ class CorpusScaffolder(dg.Scaffolder[Any]):
 
     def scaffold(self, request: dg.ScaffoldRequest[Any]) -> None:
         """Write the file."""
-        prefix = "".join(c if c.isalnum() else "_" for c in request.target_path.name).strip("_0123456789")
+        word = "".join(c if c.isascii() and c.isalnum() else "_" for c in request.target_path.name)
+        prefix = word.lstrip("_0123456789")[:60]
         places = {"source": "FOLDER_OR_URL_OF_THE_DOCUMENTS", "lake": "FOLDER_OR_URL_OF_THE_TABLES"}
         scaffold_component(request, {"name_prefix": prefix, **places})
 
@@ -151,7 +153,7 @@ class EmbeddedCorpus(dg.Component, dg.Model, dg.Resolvable):
         changes: dict[str, Any] = {} if self.group_name is None else {"group_name": self.group_name}
         if self.owners:
             changes["owners"] = self.owners
-        if self.freshness is not None and spec.automation_condition is not None:  # not of the source's files
+        if self.freshness is not None and spec.key.path[-1] != SOURCE:
             changes["freshness_policy"] = self.freshness.policy()
         return merged.replace_attributes(**changes)
 

@@ -56,7 +56,7 @@ ALLOWED = {
         "errors",
     },
     "definitions": {"defs", "stages", "settings"},
-    "component": {"definitions", "settings", "spelling"},
+    "component": {"definitions", "defs", "settings", "spelling"},
     "console": {"engine", "lake"},
     "plots": {"engine", "errors"},
     "progress": {"stages"},

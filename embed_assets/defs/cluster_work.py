@@ -134,7 +134,7 @@ class ClusterWork:
         except EmbeddingError as error:
             self.compute.require_alive()
             _log.warning("partition %r: its embeddings are committed by this machine: %s", outcome.key, error)
-            task.partition.tables.refreshed(table)  # the machine may have committed them before it was lost
+            task.partition.reset_baseline(table)  # the machine may have committed them before it was lost
             return False
         task.outcome = found.outcome
         if found.made is None:

@@ -8,7 +8,7 @@ import dagster as dg
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from embed_assets.defs.names import ASSETS, Names
+from embed_assets.defs.names import Names
 from embed_assets.errors import LakeError, SettingsError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LAKE = "lake"
 IO_MANAGER = "lake_io_manager"
-TABLES = (*ASSETS, "rejected_documents")
 
 
 class EmbeddingLake(dg.ConfigurableResource[None]):
@@ -89,7 +88,10 @@ class LakeIOManager(dg.ConfigurableIOManager):
     def load_input(self, context: dg.InputContext) -> Any:
         """The rows of the upstream asset: of the run's partitions or, for an asset without partitions, all."""
         table = context.asset_key.path[-1]
-        keys = list(context.asset_partition_keys) if context.has_asset_partitions else None
+        step = context.step_context
+        is_of_partitions = step.has_partition_key or step.has_partition_key_range
+        # Without partitions all rows, also of keys that this Dagster instance does not know.
+        keys = list(context.asset_partition_keys) if is_of_partitions and context.has_asset_partitions else None
         lake: EmbeddingLake = _bound(EmbeddingLake, self.pipeline)
         wanted = context.dagster_type.typing_type
         name = f"{getattr(wanted, '__module__', '')}.{getattr(wanted, '__qualname__', wanted)}"

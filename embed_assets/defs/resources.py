@@ -65,7 +65,9 @@ def engine_resource(settings: Settings, given: object = None) -> EmbeddingEngine
         raise SettingsError(f"the resource {ENGINE!r} must be an EmbeddingEngine, got {type(given).__name__}")
     chosen = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
     values = {name: getattr(settings, name) for name in _NAMES} | chosen
-    lines = [f"| `{name}` | {_shown(value)} | {_origin(name, settings, chosen)} |" for name, value in values.items()]
+    lines = [
+        f"| `{name}` | {_shown(name, value)} | {_origin(name, settings, chosen)} |" for name, value in values.items()
+    ]
     table = "\n".join(["| setting | in force | from |", "|---|---|---|", *lines])
     # Dagster takes a resource's description from its class.
     described = type(EmbeddingEngine.__name__, (EmbeddingEngine,), {"__doc__": f"{EmbeddingEngine.__doc__}\n\n{table}"})
@@ -74,8 +76,9 @@ def engine_resource(settings: Settings, given: object = None) -> EmbeddingEngine
     return engine
 
 
-def _shown(value: object) -> str:
-    return "auto" if value is None else f"`{value}`"
+def _shown(name: str, value: object) -> str:
+    unset = "none" if name == "ray_address" else "auto"
+    return unset if value is None else f"`{value}`"
 
 
 def _origin(name: str, settings: Settings, chosen: Mapping[str, object]) -> str:
