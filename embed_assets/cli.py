@@ -306,8 +306,7 @@ def verify(as_json: bool, repair: bool) -> CommandResult:
     pipeline = _pipeline()
     if repair:
         pipeline.lake.require_writable()
-    pipeline.lake.check_owner()
-    pipeline.lake.check_tables(pipeline.embeddings_table)
+    pipeline.lake.check_readable(pipeline.embeddings_table)
     with stderr.status("verifying"):
         found = dict(verify_table(Snapshot(pipeline.lake), pipeline.embeddings_table, pipeline.model.space.prompt))
     damaged = {key: gaps for key, gaps in found.items() if gaps.total}

@@ -20,7 +20,7 @@ from embed_assets.errors import UserError
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import RAW
-from embed_assets.lake.writer import Provenance, Replaced
+from embed_assets.lake.writer import Provenance
 from embed_assets.scratch import ArrowFile
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.checks import Outcome, Subject, evaluate
@@ -139,8 +139,6 @@ class Committed:
     """What became of a partition's embeddings."""
 
     outcome: PartitionOutcome
-    made: Replaced | None
-    """None if they were not committed."""
     error: Exception | None
     checks: dict[str, Outcome] = field(default_factory=dict)
     """Outcomes of checks, by name."""
@@ -170,7 +168,7 @@ class CommitCall:
         try:
             return self._commit(_pipeline(pickle.dumps(self.worker)))
         except Exception as error:
-            return Committed(self.outcome, None, _portable(error))
+            return Committed(self.outcome, _portable(error))
 
     def _commit(self, pipeline: Pipeline) -> Committed:
         outcome, target = self.outcome, pipeline.target
@@ -179,9 +177,10 @@ class CommitCall:
             for state in self.baselines:
                 partition.set_baseline(state)
             chunks = StoredChunks(partition, target.prompt, self.changed)
-            made = commit_embeddings(partition, chunks, target, self.rejected, self.provenance, outcome)
-            outcome.replaced["embeddings"] = made
+            outcome.replaced["embeddings"] = commit_embeddings(
+                partition, chunks, target, self.rejected, self.provenance, outcome
+            )
             outcome.pictures = MetadataWriter(pipeline, self.history).pictures(outcome)
             checks = evaluate("embeddings", self.checks, _subject(pipeline, partition))
             outcome.sample, outcome.stored = Sample(), None  # large, and drawn
-            return Committed(outcome, made, None, checks)
+            return Committed(outcome, None, checks)

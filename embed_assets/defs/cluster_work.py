@@ -137,9 +137,9 @@ class ClusterWork:
             task.partition.reset_baseline(table)  # the machine may have committed them before it was lost
             return False
         task.outcome = found.outcome
-        if found.made is None:
-            raise found.error or AssertionError("no commit without an error")
-        task.note("embeddings", found.made)
+        if found.error is not None:
+            raise found.error
+        task.note("embeddings", found.outcome.replaced["embeddings"])
         task.checks = {**task.checks, "embeddings": found.checks}
         return True
 

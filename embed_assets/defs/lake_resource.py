@@ -9,9 +9,10 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from embed_assets.defs.names import Names
+from embed_assets.defs.staleness import tables_of
 from embed_assets.errors import LakeError, SettingsError
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
+from embed_assets.lake.tables import TableSpec
 from embed_assets.stages.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class EmbeddingLake(dg.ConfigurableResource[None]):
         import polars as pl
 
         spec = self._spec(table)
-        delta = self._open(spec)
+        delta = self.pipeline.lake.open(spec)
         if delta is None:
             return pl.LazyFrame(pl.from_arrow(spec.schema.empty_table()))
         rows = pl.scan_delta(delta)
@@ -55,20 +56,16 @@ class EmbeddingLake(dg.ConfigurableResource[None]):
 
     def delta(self, table: str = "embeddings") -> DeltaTable:
         """The Delta table. Raises ``LakeError`` if it does not exist yet."""
-        found = self._open(self._spec(table))
+        found = self.pipeline.lake.open(self._spec(table))
         if found is None:
             raise LakeError(f"the table {table!r} does not exist yet; materialize {table} first")
         return found
 
     def _spec(self, table: str) -> TableSpec:
-        tables = (RAW, CHUNK_TABLE, self.pipeline.refreshed().embeddings_table, REJECTED)
-        by_name = dict(zip(("raw_documents", "chunks", "embeddings", "rejected_documents"), tables, strict=True))
-        if table not in by_name:
-            raise LakeError(f"the lake has no table {table!r}; it has {', '.join(by_name)}")
-        return by_name[table]
-
-    def _open(self, spec: TableSpec) -> DeltaTable | None:
-        return self.pipeline.lake.open(spec)
+        tables = tables_of(self.pipeline.refreshed())
+        if table not in tables:
+            raise LakeError(f"the lake has no table {table!r}; it has {', '.join(tables)}")
+        return tables[table]
 
     def _batches(
         self, spec: TableSpec, columns: Sequence[str], partitions: Sequence[str] | None

@@ -9,7 +9,8 @@ import dagster as dg
 from embed_assets.defs.automation import build_condition
 from embed_assets.defs.lake_resource import IO_MANAGER
 from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec
+from embed_assets.defs.staleness import tables_of
+from embed_assets.lake.tables import TableSpec
 from embed_assets.records import COLUMN_DESCRIPTIONS
 from embed_assets.stages.pipeline import Pipeline
 
@@ -55,7 +56,7 @@ def asset_specs(pipeline: Pipeline) -> list[dg.AssetSpec]:
     names = Names.of(pipeline)
     # A deployment that only reads must not request runs, which would be refused.
     condition = None if pipeline.settings.read_only else build_condition(pipeline)
-    tables = {"raw_documents": RAW, "chunks": CHUNK_TABLE, "embeddings": pipeline.embeddings_table}
+    tables = tables_of(pipeline)
     return [
         dg.AssetSpec(
             key=names.key(asset),

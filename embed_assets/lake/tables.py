@@ -262,6 +262,11 @@ class Lake:
     def _damaged(self, path: str, problem: str) -> LakeError:
         return LakeError(f"the table {path!r} in the lake {self.root!r} is damaged: {problem}")
 
+    def check_readable(self, embeddings: TableSpec) -> None:
+        """Raise ``LakeError`` if the lake belongs to another corpus, or a table is damaged or not the expected one."""
+        self.check_owner()
+        self.check_tables(embeddings)
+
     def check_usable(self, embeddings: TableSpec) -> None:
         """Check the lake before a run, so that problems are reported once instead of once per partition.
 
@@ -270,8 +275,7 @@ class Lake:
         """
         self.require_writable()
         self._check_writable()
-        self.check_owner()
-        self.check_tables(embeddings)
+        self.check_readable(embeddings)
         if self.owner.source:
             self._claim()
         for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
