@@ -19,9 +19,15 @@ WORKFLOW = yaml.safe_load((REPOSITORY / "deploy/github-actions.yaml").read_text(
 STEPS: dict[str, dict[str, Any]] = {step["name"]: step for step in WORKFLOW["jobs"]["embed"]["steps"] if "name" in step}
 
 
-def step(name: str, project: Project) -> subprocess.CompletedProcess[str]:
-    """Run a step of the workflow with its environment, by `bash -e` in the checked-out folder."""
-    environment = os.environ | WORKFLOW["env"] | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+PULL_REQUEST = "${{ github.event_name == 'pull_request' }}"
+
+
+def step(name: str, project: Project, event: str = "push") -> subprocess.CompletedProcess[str]:
+    """Run a step of the workflow with its environment, as on `event`, by `bash -e` in the checked-out folder."""
+    evaluated = {PULL_REQUEST: "true" if event == "pull_request" else "false"}
+    variables = {variable: evaluated.get(value, value) for variable, value in WORKFLOW["env"].items()}
+    assert not any("${{" in value for value in variables.values()), "an expression that this test does not evaluate"
+    environment = os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", "-e", "-c", STEPS[name]["run"]]
     return subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True, check=False)
 
@@ -51,6 +57,18 @@ def test_the_steps_in_order_then_again_from_the_cache(repository: Project) -> No
         shutil.move(repository.root / f"cached-{kept}", repository.root / kept)
     assert step("sync", repository).returncode == 0
     assert json.loads((repository.root / "sync.json").read_text())["embedded"] == 0
+
+
+@pytest.mark.long
+def test_a_pull_request_plans_and_its_environment_cannot_write(repository: Project) -> None:
+    planned = step("plan", repository, event="pull_request")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.startswith("3 chunks to embed, ")
+    refused = step("sync", repository, event="pull_request")
+    assert refused.returncode != 0
+    assert "EMBED_READ_ONLY" in refused.stderr
+    assert not (repository.root / "lake").exists()
+    assert all("!= 'pull_request'" in STEPS[name]["if"] for name in ("sync", "verify", "save the lake"))
 
 
 @pytest.mark.long
