@@ -4,6 +4,7 @@ sends back what is to be recorded. Calls can be pickled."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from embed_assets.defs.staleness import ContentReader, History, tables_of
 from embed_assets.errors import UserError
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
-from embed_assets.lake.tables import RAW
+from embed_assets.lake.tables import RAW, TableSpec
 from embed_assets.lake.writer import Provenance
 from embed_assets.scratch import ArrowFile
 from embed_assets.stages.changes import ChangeFinder
@@ -30,6 +31,8 @@ from embed_assets.stages.outcome import PartitionOutcome, Sample
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.preparing import Piece, Prepared, open_preparation
 from embed_assets.stages.remote import WorkerRecipe
+
+_log = logging.getLogger(__name__)
 
 _MOST_BYTES = 64 << 20
 """Chunks of a partition that are sent back; larger ones are read from the lake."""
@@ -140,8 +143,8 @@ class Committed:
 
     outcome: PartitionOutcome
     error: Exception | None
-    checks: dict[str, Outcome] = field(default_factory=dict)
-    """Outcomes of checks, by name."""
+    checks: dict[str, Outcome] | None = None
+    """Outcomes of checks, by name; None if they could not be evaluated there, or the pictures not be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +179,33 @@ class CommitCall:
             partition = tables.partition(outcome.key)
             for state in self.baselines:
                 partition.set_baseline(state)
-            chunks = StoredChunks(partition, target.prompt, self.changed)
+            chunks = StoredChunks(partition, target.prompt, self._changed(partition, target.table))
             outcome.replaced["embeddings"] = commit_embeddings(
                 partition, chunks, target, self.rejected, self.provenance, outcome
             )
-            outcome.pictures = MetadataWriter(pipeline, self.history).pictures(outcome)
-            checks = evaluate("embeddings", self.checks, _subject(pipeline, partition))
-            outcome.sample, outcome.stored = Sample(), None  # large, and drawn
+            checks = self._look(pipeline, partition)
+            outcome.sample, outcome.stored = Sample(), None  # large; drawn, or to be read where they will be
             return Committed(outcome, None, checks)
+
+    def _changed(self, partition: PartitionSnapshot, table: TableSpec) -> frozenset[str] | None:
+        """The documents whose embeddings are to be replaced; None, all, if others than the expected ones are there.
+
+        Ray repeats a task whose machine was lost, which may have committed them before.
+        """
+        expected = [state for state in self.baselines if state.table == table]
+        partition.reset_baseline(table)
+        is_as_expected = all(partition.state(table).files == state.files for state in expected)
+        return self.changed if is_as_expected else None
+
+    def _look(self, pipeline: Pipeline, partition: PartitionSnapshot) -> dict[str, Outcome] | None:
+        """Draw the pictures of what was committed, and evaluate its checks.
+
+        An error is no error of the partition, whose rows are in: the run's process will meet it, or not.
+        """
+        try:
+            self.outcome.pictures = MetadataWriter(pipeline, self.history).pictures(self.outcome)
+            return evaluate("embeddings", self.checks, _subject(pipeline, partition))
+        except Exception as error:
+            _log.warning("partition %r: its embeddings are checked by the run: %s", partition.key, describe(error))
+            self.outcome.pictures = None
+            return None

@@ -22,6 +22,7 @@ from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.executors import failed
+from embed_assets.stages.outcome import SAMPLED
 from embed_assets.stages.remote import WorkerRecipe, worker_recipe
 
 T = TypeVar("T")
@@ -57,7 +58,8 @@ class ClusterWork:
         checks: Mapping[str, Collection[str]],
         partitions: Sequence[SourcePartition],
     ) -> ClusterWork | None:
-        """For the `partitions` that are due; None if they are few, nothing is to be embedded, or no CPUs are to spare.
+        """For the `partitions` of which anything is due; None if they are few, nothing is to be embedded, or no CPUs
+        are to spare.
 
         Raises ``UserError`` if there is no cluster.
         """
@@ -140,7 +142,11 @@ class ClusterWork:
         if found.error is not None:
             raise found.error
         task.note("embeddings", found.outcome.replaced["embeddings"])
-        task.checks = {**task.checks, "embeddings": found.checks}
+        if found.checks is None:
+            task.partition.reset_baseline(table)
+            task.outcome.stored = partial(task.partition.rows, table, SAMPLED)
+        else:
+            task.checks = {**task.checks, "embeddings": found.checks}
         return True
 
 

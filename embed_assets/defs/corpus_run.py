@@ -191,11 +191,10 @@ class CorpusRun:
     @contextlib.contextmanager
     def _open_ingest(self) -> Iterator[tuple[Callable[[str], Future[Task]], int, Preparation]]:
         """How to begin ingesting a partition, how many at a time, and the documents that are read on this machine."""
-        due = self._partitions_due()
+        due = self._due.partitions(self.partitions[key] for key in self.keys)
         checks = {asset: self.checker.names_of(asset) for asset in ASSETS}
-        due_keys = {files.key for asset in due for files in due[asset]}
-        partitions = [self.partitions[key] for key in self.keys if key in due_keys]
-        elsewhere = ClusterWork.of(self.compute, self._due, self.before, checks, partitions)
+        due_keys = {files.key for asset in ("raw_documents", "chunks") for files in due[asset]}
+        elsewhere = ClusterWork.of(self.compute, self._due, self.before, checks, _distinct(due))
         self._elsewhere = elsewhere
         here = [] if elsewhere else due["raw_documents"]
         corpus, configured = self.pipeline.corpus, self.pipeline.settings.prepare_processes
@@ -203,7 +202,8 @@ class CorpusRun:
         split_bytes = sum(files.byte_size for files in due["chunks"])
         depth = elsewhere.depth if elsewhere else 1
         if elsewhere:
-            self.observer.news(f"partitions are read and split on the cluster, up to {depth} at a time")
+            what = "read and split" if due_keys else "committed"
+            self.observer.news(f"partitions are {what} on the cluster, up to {depth} at a time")
         with (
             ScratchFolder() as folder,
             _threads(depth, waits=elsewhere is None) as threads,
@@ -225,17 +225,6 @@ class CorpusRun:
                 return threads.submit(lambda: wait_for().task(files, self.before, folder))
 
             yield begin, depth, preparation
-
-    def _partitions_due(self) -> dict[str, list[SourcePartition]]:
-        """The partitions whose documents are to be read, and those whose documents are to be split."""
-        due: dict[str, list[SourcePartition]] = {"raw_documents": [], "chunks": []}
-        for key in self.keys:
-            files = self.partitions[key]
-            outcome = self.history.outcome(key, files.version)
-            for asset in due.keys() & set(self.selected):
-                if self._due.status(asset, outcome).state != "fresh":
-                    due[asset].append(files)
-        return due
 
     def _prepare(self, key: str, preparation: Preparation) -> Task:
         """Read and chunk a partition where that is selected and due; an error is kept in the task."""
@@ -352,6 +341,10 @@ class CorpusRun:
         except PartitionError:
             self.recorder.damaged(asset, outcome.key)
             raise
+
+
+def _distinct(due: Mapping[str, Sequence[SourcePartition]]) -> list[SourcePartition]:
+    return list({files.key: files for partitions in due.values() for files in partitions}.values())
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from embed_assets.defs.names import DEPENDENCIES
+from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.names import ASSETS, DEPENDENCIES
 from embed_assets.defs.staleness import History, Status
 from embed_assets.errors import PartitionError
 from embed_assets.lake.snapshot import PartitionSnapshot
@@ -44,6 +45,16 @@ class Due:
                     "select it as well"
                 )
         return True
+
+    def partitions(self, partitions: Iterable[SourcePartition]) -> dict[str, list[SourcePartition]]:
+        """The partitions of which a selected asset is missing or stale, by asset."""
+        due: dict[str, list[SourcePartition]] = {asset: [] for asset in ASSETS}
+        for files in partitions:
+            outcome = self.history.outcome(files.key, files.version)
+            for asset in self.selected:
+                if self.status(asset, outcome).state != "fresh":
+                    due[asset].append(files)
+        return due
 
     def status(self, asset: str, outcome: PartitionOutcome) -> Status:
         """The status of an asset's partition whose inputs have the versions in `outcome`."""

@@ -15,7 +15,7 @@ import pytest
 from embed_assets.defs.cluster_calls import CommitCall, IngestCall
 from embed_assets.defs.cluster_work import ClusterWork
 from embed_assets.defs.due import Due
-from embed_assets.defs.ingest import Task
+from embed_assets.defs.ingest import Ingest, Task
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS
 from embed_assets.defs.staleness import load_history
@@ -23,7 +23,7 @@ from embed_assets.errors import EmbeddingError, LakeError, ModelError, Supersede
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
-from embed_assets.stages.chunk_rows import PreparedChunks, StoredChunks
+from embed_assets.stages.chunk_rows import ChunkRows
 from embed_assets.stages.embeddings import materialize_embeddings, stage_embeddings
 from embed_assets.stages.executors import failed
 from embed_assets.stages.pipeline import Pipeline
@@ -221,13 +221,17 @@ class LocalModel(Elsewhere):
         return getattr(self._local, name)
 
 
+def chunk_rows(work: ClusterWork, task: Task) -> ChunkRows:
+    return Ingest(work.due, lambda key: task.partition.state(RAW)).chunk_rows(task)
+
+
 def staged_task(pipeline: Pipeline, compute: Elsewhere, folder: Path) -> tuple[ClusterWork, Task, dict[str, str]]:
     """The work, a partition that was ingested and whose vectors are staged, and its rejected inputs."""
     work, partitions = ingest_of(pipeline, compute)
     assert work is not None
     task = work.begin(partitions["a"])().task(partitions["a"], work.before, folder)
     assert task.prepared is not None and work.due.is_due("embeddings", task.outcome)
-    chunks = PreparedChunks(task.prepared.chunks, task.prepared.changed)
+    chunks = chunk_rows(work, task)
     rejected = stage_embeddings(
         task.partition, chunks, pipeline.target, LocalModel(pipeline), task.outcome, changed=chunks.changed
     )
@@ -304,17 +308,89 @@ def test_rejected_texts_are_handed_over(project: Project, pipeline: Pipeline, tm
     assert lost not in [row["input_hash"] for row in stored(pipeline)]
 
 
+def changed_pipeline(project: Project) -> Pipeline:
+    """The pipeline after a sync and the change of a document of each partition."""
+    project.sync()
+    for key in "abc":
+        project.write(f"{key}/3.md", "Another text.")
+    return project.pipeline()
+
+
+@pytest.mark.parametrize("only_changed", [False, True])
 @pytest.mark.parametrize("is_committed", [False, True])
 def test_what_a_lost_machine_was_to_commit_is_committed_here(
-    pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_committed: bool
+    project: Project,
+    pipeline: Pipeline,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_committed: bool,
+    only_changed: bool,
 ) -> None:
+    pipeline = changed_pipeline(project) if only_changed else pipeline
     work, task, rejected = staged_task(pipeline, Losing(is_committed), tmp_path)
-    assert not work.commit(task, rejected, None)
+    chunks = chunk_rows(work, task)
+    assert (chunks.changed is not None) is only_changed
+    assert not work.commit(task, rejected, chunks.changed)
     assert "embeddings are committed by this machine: a task on the cluster was lost" in caplog.text
-    embedded, stages = task.outcome.embedded, StoredChunks(task.partition, "")
-    provenance = work.due.provenance("embeddings", task.outcome)
-    materialize_embeddings(task.partition, stages, pipeline.target, LocalModel(pipeline), provenance, task.outcome)
-    assert task.outcome.embedded == embedded == len(stored(pipeline))
+    embedded, provenance = task.outcome.embedded, work.due.provenance("embeddings", task.outcome)
+    chunks, target = chunk_rows(work, task), pipeline.target
+    materialize_embeddings(task.partition, chunks, target, LocalModel(pipeline), provenance, task.outcome)
+    assert task.outcome.embedded == embedded
+    assert_as_in_one_process(project, stored(pipeline))
+
+
+def assert_as_in_one_process(project: Project, found: list[dict[str, Any]]) -> None:
+    project.set(LAKE="other")
+    project.sync()
+    assert found == stored(project.pipeline())
+
+
+class Repeating(Elsewhere):
+    """Machines of which each task is lost when it is done, and repeated, as Ray does."""
+
+    def run_task(self, call: Callable[[], Any]) -> Future[Any]:
+        super().run_task(call)
+        return super().run_task(call)
+
+
+@pytest.mark.parametrize("only_changed", [False, True])
+def test_a_task_that_ray_repeats_finds_its_own_rows(
+    project: Project, pipeline: Pipeline, tmp_path: Path, only_changed: bool
+) -> None:
+    pipeline = changed_pipeline(project) if only_changed else pipeline
+    work, task, rejected = staged_task(pipeline, Elsewhere(), tmp_path)
+    repeating = replace(work, compute=Repeating())  # type: ignore[arg-type]
+    assert repeating.commit(task, rejected, chunk_rows(work, task).changed)
+    assert task.outcome.replaced["embeddings"].rows == task.outcome.chunks
+    assert_as_in_one_process(project, stored(pipeline))
+
+
+class Undrawable(Elsewhere):
+    """Machines on which nothing can be drawn or checked."""
+
+    def run_task(self, call: Callable[[], Any]) -> Future[Any]:
+        return super().run_task(replace(call, history=None) if isinstance(call, CommitCall) else call)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("only_changed", [False, True])
+def test_what_follows_a_commit_elsewhere_can_not_undo_it(
+    project: Project, pipeline: Pipeline, tmp_path: Path, only_changed: bool
+) -> None:
+    pipeline = changed_pipeline(project) if only_changed else pipeline
+    work, task, rejected = staged_task(pipeline, Undrawable(), tmp_path)
+    assert work.commit(task, rejected, chunk_rows(work, task).changed)
+    assert "embeddings" not in task.checks and task.outcome.pictures is None
+    assert task.outcome.sampled().token_counts.sum() == len(stored(pipeline)) == task.outcome.chunks
+    assert_as_in_one_process(project, stored(pipeline))
+
+
+def test_a_new_model_over_known_documents_commits_on_the_cluster_too(project: Project, pipeline: Pipeline) -> None:
+    project.sync()
+    project.set(MODEL="fake:24")
+    work, partitions = ingest_of(project.pipeline(), Elsewhere())
+    assert work is not None
+    due = work.due.partitions(partitions.values())
+    assert due == {"raw_documents": [], "chunks": [], "embeddings": list(partitions.values())}
 
 
 def test_documents_that_another_run_replaced_are_not_committed_over(
