@@ -30,7 +30,9 @@ class ConsoleSink:
         )
         self._is_terminal = console.is_terminal
         self._last_line = time.monotonic()
-        self._texts = self._partitions = 0
+        self._texts = 0
+        self._partitions: set[str] = set()
+        """Those that finished; a retry of the step finishes some of them again."""
         self._task = self._bar.add_task("reading", total=1.0)
 
     def __enter__(self) -> ConsoleSink:
@@ -54,12 +56,14 @@ class ConsoleSink:
 
     def finished(self, outcome: PartitionOutcome, share: float) -> None:
         """Count a partition that finished; a failure is shown immediately."""
-        self._partitions += 1
         self._texts += outcome.embedded
         if outcome.error is not None:
             self._show(f"{outcome.key}: failed", share, always=True)
         else:
-            self._show(f"{self._partitions:,} partitions done, {self._texts:,} texts embedded", share, always=False)
+            self._partitions.add(outcome.key)
+            self._show(
+                f"{len(self._partitions):,} partitions done, {self._texts:,} texts embedded", share, always=False
+            )
 
     def _show(self, text: str, share: float, always: bool) -> None:
         if self._is_terminal:

@@ -292,9 +292,7 @@ class CorpusRun:
         chunks = self._ingest.chunk_rows(task)
         report, rewrites = partial(self.observer.progress, outcome.key), self._provenance(outcome).rewrite
         with partition.watched(RAW, CHUNK_TABLE):
-            rejected = stage_embeddings(
-                partition, chunks, target, self.compute, outcome, report, chunks.changed, rewrites
-            )
+            rejected = stage_embeddings(partition, chunks, target, self.compute, outcome, report, rewrites)
         return self._elsewhere.commit(task, rejected, chunks.changed)
 
     def _embed_here(self, task: Task) -> None:

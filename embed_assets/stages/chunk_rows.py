@@ -28,6 +28,11 @@ class ChunkInputs(Protocol):
     """What there is to embed of a partition."""
 
     @property
+    def changed(self) -> frozenset[str] | None:
+        """Ids of the documents whose chunks these are; None: all of the partition's."""
+        ...
+
+    @property
     def count(self) -> int:
         """Number of chunks."""
         ...
@@ -42,11 +47,6 @@ class ChunkRows(ChunkInputs, Protocol):
 
     Every method can be called any number of times and gives the same order.
     """
-
-    @property
-    def changed(self) -> frozenset[str] | None:
-        """Ids of the documents whose chunks these are; None: all of the partition's."""
-        ...
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `ROWS`."""

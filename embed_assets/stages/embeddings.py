@@ -63,7 +63,6 @@ def stage_embeddings(
     compute: Compute,
     outcome: PartitionOutcome,
     on_progress: OnProgress = lambda progress: None,
-    changed: frozenset[str] | None = None,
     may_be_damaged: bool = True,
 ) -> dict[str, str]:
     """Embed chunks, of which some may not be committed yet, and stage their vectors; count them in `outcome`.
@@ -73,7 +72,7 @@ def stage_embeddings(
     """
     staging = Staging(partition.lake, target.table, partition.key)
     with PartitionVectors(partition, chunks, target) as vectors:
-        vectors.look_up(staging, changed, may_be_damaged)
+        vectors.look_up(staging, chunks.changed, may_be_damaged)
         for finished in _embed_missing(vectors, compute, outcome, on_progress):
             if finished.staged_as is None:
                 staged(staging, finished)

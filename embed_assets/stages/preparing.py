@@ -206,6 +206,9 @@ class Prepared:
 class Arriving:
     """The chunks of a partition while it is being prepared in another thread."""
 
+    changed: frozenset[str] | None = None
+    """All documents' chunks will arrive."""
+
     def __init__(self, byte_size: int) -> None:
         self._byte_size = byte_size
         self._files: list[ArrowFile] = []

@@ -135,21 +135,6 @@ def test_the_process_that_drives_ray_is_killed(cluster: Any) -> None:
         workers.close()
 
 
-def test_the_head_is_lost() -> None:
-    with ray_cluster(nodes=1) as cluster:
-        workers = pool(cluster, EchoRecipe())
-        try:
-            workers.start()
-            future = workers.submit(b"slow 300")
-            time.sleep(1)
-            kill(cluster.head_node)
-            with pytest.raises(EmbeddingError, match=r"was lost|gave up|ended with status") as error:
-                future.result(50)
-            assert error.value.is_retryable
-        finally:
-            workers.close()
-
-
 def test_a_node_that_drains_gets_no_new_windows(cluster: Any) -> None:
     workers = pool(cluster, EchoRecipe(), replicas=(3, 3))
     try:

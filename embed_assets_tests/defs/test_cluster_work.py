@@ -232,9 +232,7 @@ def staged_task(pipeline: Pipeline, compute: Elsewhere, folder: Path) -> tuple[C
     task = work.begin(partitions["a"])().task(partitions["a"], work.before, folder)
     assert task.prepared is not None and work.due.is_due("embeddings", task.outcome)
     chunks = chunk_rows(work, task)
-    rejected = stage_embeddings(
-        task.partition, chunks, pipeline.target, LocalModel(pipeline), task.outcome, changed=chunks.changed
-    )
+    rejected = stage_embeddings(task.partition, chunks, pipeline.target, LocalModel(pipeline), task.outcome)
     return work, task, rejected
 
 
