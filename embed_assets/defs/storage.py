@@ -135,18 +135,18 @@ def prepare_for(ref: InstanceRef) -> None:
 def prepare(base_dir: str) -> None:
     """Create missing databases in `base_dir` and repair existing ones; safe in any number of processes at once.
 
-    New databases are created in a folder beside it and moved into place, so a process that dies leaves no partial one.
+    New databases are created in a folder inside it and moved into place, so a process that dies leaves no partial one.
     Raises ``OSError`` (``filelock.Timeout`` is one) or ``sqlite3.Error``.
     """
     root = Path(base_dir).absolute()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock"), timeout=_LOCK_SECONDS):
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock", timeout=_LOCK_SECONDS):
         missing = [name for name in _DATABASES if not (root / name).exists()]
         for name in set(_DATABASES).difference(missing):
             _repair_revision(root / name)
         if not missing:
             return
-        draft = root.with_name(f".{root.name}.new")
+        draft = root / ".new"
         if draft.exists():
             shutil.rmtree(draft)
         DagsterSqliteStorage.from_local(str(draft)).dispose()

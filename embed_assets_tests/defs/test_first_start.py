@@ -102,12 +102,22 @@ def test_a_half_stamped_instance_is_repaired(project: Project, prepare: Callable
 
 
 def test_a_process_that_died_while_creating_the_databases_leaves_nothing_half_done(project: Project) -> None:
-    draft = project.root / ".dagster/.storage.new/history"
+    draft = project.root / ".dagster/storage/.new/history"
     draft.mkdir(parents=True)
     (draft / "runs.db").write_bytes(b"half a database")
     assert project.json("init")["instance"]
     assert not draft.exists()
     assert stamps(project.root) == dict.fromkeys(DATABASES, 1)
+
+
+def test_nothing_is_written_beside_dagster_home(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container only that folder may belong to the user, and it may have no dagster.yaml."""
+    home = project.root / "opt/dagster"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    assert project.json("init")["instance"]
+    assert [path.name for path in home.parent.iterdir()] == ["dagster"]
+    assert all((home / name).exists() for name in DATABASES)
 
 
 @pytest.mark.parametrize("left", DATABASES)
