@@ -54,7 +54,7 @@ def _setting(name: str) -> tuple[Any, Any]:
     kinds: list[Any] = [dict[str, JsonValue]] if name.endswith("_options") else [_with_rules(field)]
     if any(isinstance(rule, BeforeValidator) for rule in field.metadata):
         kinds.append(Literal["auto"])
-    return Union[(*kinds, _Template, None)], Field(None, description=field.description)
+    return Union[(*kinds, _Template)], Field(None, description=field.description)
 
 
 def _with_rules(field: FieldInfo) -> Any:
@@ -138,10 +138,13 @@ class EmbeddedCorpus(dg.Component, dg.Model, dg.Resolvable):
             return values
 
         validators: dict[str, Any] = {"check": model_validator(mode="before")(check)}
-        described = known.model_fields["settings"].description
-        # Not also a string, as Dagster has it: an error in the settings would be shown as one of all of them.
-        settings: Any = CorpusSettings, Field(default_factory=CorpusSettings, description=described)
-        return create_model(known.__name__, __base__=known, __validators__=validators, settings=settings)
+        # Not also strings, as Dagster has them: an error inside would be shown as one of the whole attribute.
+        described = {name: known.model_fields[name].description for name in ("settings", "freshness")}
+        settings: Any = CorpusSettings, Field(default_factory=CorpusSettings, description=described["settings"])
+        freshness: Any = Freshness.model(), Field(None, description=described["freshness"])
+        return create_model(
+            known.__name__, __base__=known, __validators__=validators, settings=settings, freshness=freshness
+        )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Build the definitions of the corpus. Raises ``SettingsError`` or ``ModelError``."""

@@ -7,7 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
@@ -33,7 +42,28 @@ def _to_delta_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) else value
 
 
+def _without_login(place: str) -> str:
+    if _LOGIN.search(place):
+        # Do not include the value: the message ends up in logs and in the UI.
+        raise PydanticCustomError("login", "a URL must not hold a login; put it in the environment")
+    return place
+
+
+def _in_order(replicas: str) -> str:
+    least, _, most = replicas.partition("-")
+    if most and int(least) > int(most):
+        raise ValueError("the minimum must not exceed the maximum")
+    return replicas
+
+
+def _share_or_whole(gpus: float | None) -> float | None:
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise ValueError("must be a share of one GPU, or a whole number of GPUs")
+    return gpus
+
+
 _LOGIN = re.compile(r"://[^/@]*:[^/@]*@")
+Place = Annotated[str, AfterValidator(_without_login)]
 AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
 
 
@@ -42,9 +72,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    source: str = Field("landing", min_length=1, description="Folder or fsspec URL of the documents.")
+    source: Place = Field("landing", min_length=1, description="Folder or fsspec URL of the documents.")
     source_options: dict[str, JsonValue] = Field({}, description="JSON object of fsspec options for SOURCE.")
-    lake: str = Field("lake", min_length=1, description="Folder or s3://, gs://, abfs:// root of the Delta tables.")
+    lake: Place = Field("lake", min_length=1, description="Folder or s3://, gs://, abfs:// root of the Delta tables.")
     lake_options: dict[str, Annotated[str, BeforeValidator(_to_delta_text)]] = Field(
         {}, description="JSON object of Delta storage options for LAKE."
     )
@@ -64,7 +94,7 @@ class Settings(BaseSettings):
         "fake:<dim>[@name][~texts_per_second][+MODEL].",
     )
     revision: str | None = Field(None, description="Revision of a Hub model: a commit hash, tag or branch.")
-    endpoint: str = Field("", description="With MODEL=openai:<name>: base URL, such as http://host:8080/v1.")
+    endpoint: Place = Field("", description="With MODEL=openai:<name>: base URL, such as http://host:8080/v1.")
     endpoint_concurrency: int = Field(4, ge=1, le=256, description="Concurrent requests to ENDPOINT.")
     endpoint_batch_texts: AutoInt = Field(
         None, ge=1, description="Most texts per request to ENDPOINT; auto is the limit it reports, else 32."
@@ -118,13 +148,13 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("embed_ray_address", "ray_address"),
         description="host:port of the head, or auto; default RAY_ADDRESS, else a local Ray for the run.",
     )
-    ray_replicas: str = Field(
+    ray_replicas: Annotated[str, AfterValidator(_in_order)] = Field(
         "auto",
         pattern=r"^(auto|[1-9]\d{0,4}(-[1-9]\d{0,4})?)$",
         description="Copies of the model: N, MIN-MAX (Ray adds and removes), or auto: up to what fits the cluster.",
     )
-    ray_gpus_per_replica: Annotated[float | None, BeforeValidator(_none_if_auto)] = Field(
-        None, ge=0, description="GPUs per replica; 0.25 puts four on each; auto is 1 where there are GPUs."
+    ray_gpus_per_replica: Annotated[float | None, BeforeValidator(_none_if_auto), AfterValidator(_share_or_whole)] = (
+        Field(None, ge=0, description="GPUs per replica; 0.25 puts four on each; auto is 1 where there are GPUs.")
     )
     ray_cpus_per_replica: AutoInt = Field(
         None, ge=1, description="CPUs per replica; auto is 1 with a GPU, else up to 4."
@@ -148,29 +178,6 @@ class Settings(BaseSettings):
         path = place.removeprefix(scheme)
         # expanduser leaves the path of an unknown user unchanged; Path.expanduser raises.
         return scheme + os.path.expanduser(path) if path.startswith("~") else place  # noqa: PTH111
-
-    @field_validator("source", "lake", "endpoint")
-    @classmethod
-    def _reject_login(cls, place: str) -> str:
-        if _LOGIN.search(place):
-            # Do not include the value: the message ends up in logs and in the UI.
-            raise PydanticCustomError("login", "a URL must not hold a login; put it in the environment")
-        return place
-
-    @field_validator("ray_gpus_per_replica")
-    @classmethod
-    def _check_gpu_share(cls, gpus: float | None) -> float | None:
-        if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError("must be a share of one GPU, or a whole number of GPUs")
-        return gpus
-
-    @field_validator("ray_replicas")
-    @classmethod
-    def _check_replica_range(cls, replicas: str) -> str:
-        least, _, most = replicas.partition("-")
-        if most and int(least) > int(most):
-            raise ValueError("the minimum must not exceed the maximum")
-        return replicas
 
     @property
     def replica_range(self) -> tuple[int, int] | None:

@@ -31,7 +31,7 @@ from embed_assets.defs.resources import engine_key
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history, partition_statuses
 from embed_assets.defs.storage import kept_open
-from embed_assets.errors import UserError, is_retryable
+from embed_assets.errors import PartitionError, UserError, is_retryable
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import DatedListing, Pipeline
@@ -83,7 +83,7 @@ def build_corpus_assets(
                     if run.selected:
                         run.materialize()
                     else:
-                        _only_check(run)
+                        _only_check(run, gates=_has_assets_below(context, names))
         except UserError as error:
             _request_retry(context, retries, [error])
             raise dg.Failure(description=str(error)) from None  # the message already names its cause
@@ -106,7 +106,7 @@ def _outputs_of_checks(
     """Yield an output for each selected check: Dagster runs what is below the assets when it has them.
 
     The evaluations themselves are recorded by partition. A blocking check that failed has failed the step by now, but
-    not in a run of checks alone.
+    not in a run of checks alone with nothing below it.
     """
     selected = context.selected_asset_check_keys
     return (dg.Output(None, spec.get_python_identifier()) for spec in specs if spec.key in selected)
@@ -193,15 +193,29 @@ def _dropping_planned_evaluations(context: dg.AssetExecutionContext) -> Iterator
         drop_planned_evaluations(context.instance, context.run.run_id, context.selected_asset_check_keys)
 
 
-def _only_check(run: CorpusRun) -> None:
-    """Evaluate the selected checks on the tables as they are, without materializing anything."""
+def _has_assets_below(context: dg.AssetExecutionContext, names: Names) -> bool:
+    """Whether the run also materializes assets of others."""
+    return not set(context.job_def.asset_layer.selected_asset_keys) <= {names.key(asset) for asset in (SOURCE, *ASSETS)}
+
+
+def _only_check(run: CorpusRun, gates: bool) -> None:
+    """Evaluate the selected checks on the tables as they are, without materializing anything.
+
+    Raises ``PartitionError`` if a blocking check fails and `gates`: what is below it must not run.
+    """
+    failed: list[str] = []
     tables = Snapshot(run.pipeline.lake)
     for key in run.keys:
         statuses = partition_statuses(run.history, key, run.partitions[key].version, run.pipeline.code_versions)
         stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
         for asset in ASSETS:
-            run.checker.outcomes(asset, tables.partition(key), stale)
+            try:
+                run.checker.check(asset, tables.partition(key), stale)
+            except PartitionError as error:
+                failed.append(f"{key!r}: {error}")
     run.recorder.drain()
+    if failed and gates:
+        raise PartitionError(f"what is below does not run: {'; '.join(failed)}")
 
 
 def _partition_keys(context: dg.AssetExecutionContext, names: Names) -> Sequence[str]:

@@ -71,6 +71,8 @@ class MetadataWriter:
                 "truncated": work.truncated,
                 "rejected_chunks": work.rejected_chunks,
                 "space": self._pipeline.model.space.name,
+                "compute": self._pipeline.settings.compute,
+                "compile": self._pipeline.settings.compile,
             }
             pictures = self.pictures(outcome) if outcome.pictures is None else outcome.pictures
             metadata |= {name: dg.MetadataValue.md(picture) for name, picture in pictures.items()}

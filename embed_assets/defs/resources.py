@@ -2,6 +2,7 @@
 for a single run."""
 # No `from __future__ import annotations`: Dagster builds the schema of the configuration from the annotations.
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class EmbeddingEngine(dg.ConfigurableResource[None]):
                 f"{settings.precision!r}, got {self.precision!r} in the resource {ENGINE!r}: int8 vectors are another "
                 f"space; set {PREFIX}PRECISION for the whole deployment"
             )
-        values = {name: getattr(self, name) for name in _NAMES}
+        values = {name: _value(getattr(self, name)) for name in _NAMES}
         try:
             return pipeline.with_settings(load_settings(**settings.model_dump() | values))
         except SettingsError as error:
@@ -66,7 +67,8 @@ def engine_resource(settings: Settings, given: object = None) -> EmbeddingEngine
     chosen = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
     values = {name: getattr(settings, name) for name in _NAMES} | chosen
     lines = [
-        f"| `{name}` | {_shown(name, value)} | {_origin(name, settings, chosen)} |" for name, value in values.items()
+        f"| `{name}` | {_shown(name, _value(value))} | {_origin(name, settings, chosen)} |"
+        for name, value in values.items()
     ]
     table = "\n".join(["| setting | in force | from |", "|---|---|---|", *lines])
     # Dagster takes a resource's description from its class.
@@ -76,6 +78,24 @@ def engine_resource(settings: Settings, given: object = None) -> EmbeddingEngine
     return engine
 
 
+def _value(given: object) -> object:
+    """A field's value; that of a `dg.EnvVar` from the environment. Raises ``SettingsError`` if the variable is missing
+    or no number."""
+    variable = getattr(given, "env_var_name", None)
+    if variable is None:
+        return given
+    try:
+        value = given.get_value()  # type: ignore[attr-defined]
+    except ValueError:
+        value = None
+    if value is None:
+        raise SettingsError(
+            f"the resource {ENGINE!r} reads the variable {variable}, which must be set"
+            f"{' to a whole number' if isinstance(given, int) else ''}, got {os.environ.get(variable)!r}; set it"
+        )
+    return value
+
+
 def _shown(name: str, value: object) -> str:
     unset = "none" if name == "ray_address" else "auto"
     return unset if value is None else f"`{value}`"
@@ -83,7 +103,7 @@ def _shown(name: str, value: object) -> str:
 
 def _origin(name: str, settings: Settings, chosen: Mapping[str, object]) -> str:
     if name in chosen:
-        return "the resource"
+        return getattr(chosen[name], "env_var_name", "the resource")
     if name not in settings.model_fields_set:
         return "default"
     return variable_of(name, getattr(settings, name)) or "the code location"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from embed_assets.defs.lake_resource import EmbeddingLake
 from embed_assets.defs.names import Names
 from embed_assets.errors import LakeError
 from embed_assets.settings import load_settings
+from embed_assets.stages import checks
 from embed_assets_tests.conftest import Project
 
 PAGE = Path(__file__).parents[2] / "docs/assets-below.md"
@@ -99,6 +101,32 @@ def test_a_blocking_check_that_fails_keeps_what_is_below_from_running(corpus: Pr
     made = materialize(file, "*", "--partition", "a")
     assert made.returncode == 0, made.stderr
     assert [folder.name for folder in (corpus.root / "index").iterdir()] == ["a"]
+
+
+def test_a_failing_check_that_runs_alone_gates_too(corpus: Project) -> None:
+    corpus.sync()
+    project_file = corpus.root / "below.py"
+    project_file.write_text(
+        example(corpus, "index.py").read_text()
+        + "\nfrom dataclasses import replace\nfrom embed_assets.stages import checks\n"
+        + "failing = lambda subject: checks.Outcome(subject.partition.key != 'b', 'broken for a test')\n"
+        + "checks.CHECKS = tuple(replace(c, ask=failing) if c.name == 'vectors' else c for c in checks.CHECKS)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "CHECKS", checks.CHECKS)
+        spec = importlib.util.spec_from_file_location("below", project_file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        vectors, index = dg.AssetCheckKey(dg.AssetKey("embeddings"), "vectors"), dg.AssetKey("my_index")
+        for wanted, key in (([index], "b"), ([index], "a"), ([], None)):  # without a key: all partitions
+            selection = dg.AssetSelection.checks(vectors) | dg.AssetSelection.assets(*wanted)
+            job = dg.define_asset_job("checked", selection)
+            found = dg.Definitions.merge(module.defs, dg.Definitions(jobs=[job])).resolve_job_def("checked")
+            with open_instance() as instance:
+                done = found.execute_in_process(instance=instance, partition_key=key, raise_on_error=False)
+            assert done.success is (not wanted or key == "a")
+            assert [e.asset_key for e in done.get_asset_materialization_events()] == (wanted if key == "a" else [])
 
 
 def below(project: Project, annotation: Any, take: Callable[[Any], Any], **arguments: Any) -> list[Any]:

@@ -109,7 +109,9 @@ def test_the_component_is_listed_and_its_scaffold_runs_when_two_lines_are_filled
         ({"onwers": ["team:search"]}, "onwers:"),
         ({"settings": {"chunk_tokens": 3}}, "chunk_tokens: 3"),
         ({"settings": {"precision": "bf16"}}, "precision: bf16"),
-        ({"freshness": {"fail_after_days": 1}}, "freshness:"),
+        ({"settings": {"device": None, "chunk_tokens": 64}}, "device: null"),
+        ({"freshness": {"fail_after_hours": 24, "warn_after_days": 1}}, "warn_after_days: 1"),
+        ({"freshness": {"fail_after_hours": 0}}, "fail_after_hours: 0"),
     ],
 )
 def test_check_yaml_refuses_what_is_wrong_with_its_line(shop: Path, given: dict[str, object], line: str) -> None:

@@ -77,6 +77,7 @@ def test_a_run_can_have_its_own_engine(project: Project) -> None:
     project.write("a/two.md", "Two.")
     result = run(project, {"max_batch_tokens": 512})
     assert result.success and used(result)["max_batch_tokens"] == 512
+    assert (used(result)["compute"], used(result)["compile"]) == ("local", False)
     assert used(result)["reused"] == 1  # it is the same embedding space
     project.write("a/three.md", "Three.")
     again = run(project, {})
@@ -118,6 +119,24 @@ def test_something_else_under_its_key_is_refused(project: Project) -> None:
         build_definitions(load_settings(), resources={"embedding_engine": "cuda"})
     with pytest.raises(SettingsError, match="int8 vectors are another space"):
         build_definitions(load_settings(), resources={"embedding_engine": EmbeddingEngine(precision="int8")})
+
+
+def test_a_field_can_come_from_a_variable(project: Project) -> None:
+    project.monkeypatch.setenv("DEVICE_HERE", "cpu")
+    project.monkeypatch.setenv("TOKENS_HERE", "256")
+    given = {
+        "embedding_engine": EmbeddingEngine(
+            device=dg.EnvVar("DEVICE_HERE"), max_batch_tokens=dg.EnvVar.int("TOKENS_HERE")
+        )
+    }
+    definitions = build_definitions(load_settings(), resources=given)
+    shown = definitions.get_repository_def().get_top_level_resources()["embedding_engine"].description or ""
+    assert "| `device` | `cpu` | DEVICE_HERE |" in shown and "| `max_batch_tokens` | `256` | TOKENS_HERE |" in shown
+    assert used(run(project, {}, given))["max_batch_tokens"] == 256
+    for wrong in ("many", ""):
+        project.monkeypatch.setenv("TOKENS_HERE", wrong)
+        with pytest.raises(SettingsError, match="TOKENS_HERE, which must be set to a whole number"):
+            build_definitions(load_settings(), resources=given)
 
 
 def test_each_corpus_has_its_own_engine(project: Project) -> None:
