@@ -77,13 +77,15 @@ def build_corpus_assets(
             with _dropping_planned_evaluations(context):
                 given = None if context.retry_number else listed
                 engine = getattr(context.resources, engine_key(names))
-                own = engine.applied_to(pipeline)
+                own, gates = engine.applied_to(pipeline), _has_assets_below(context, names)
                 run = _begin(context, own, observer or RunObserver(LogSink(context.log)), given)
                 with kept_open(context.instance), contextlib.closing(run.recorder):
                     if run.selected:
                         run.materialize()
+                        if gates:
+                            run.check_untouched()
                     else:
-                        _only_check(run, gates=_has_assets_below(context, names))
+                        _only_check(run, gates)
         except UserError as error:
             _request_retry(context, retries, [error])
             raise dg.Failure(description=str(error)) from None  # the message already names its cause
@@ -94,7 +96,8 @@ def build_corpus_assets(
                 description=f"{len(failures)} of {len(run.keys)} partitions failed, the others are materialized: "
                 + "; ".join(f"{key!r}: {describe(error)}" for key, error in failures.items())
             )
-        yield from run.outputs_for_downstream(context.job_def.asset_layer.selected_asset_keys)
+        if gates:
+            yield from run.outputs_for_downstream()
         yield from _outputs_of_checks(context, specs)
 
     return embed_corpus
@@ -213,7 +216,7 @@ def _only_check(run: CorpusRun, gates: bool) -> None:
                 run.checker.check(asset, tables.partition(key), stale)
             except PartitionError as error:
                 failed.append(f"{key!r}: {error}")
-    run.recorder.drain()
+    run.drain()
     if failed and gates:
         raise PartitionError(f"what is below does not run: {'; '.join(failed)}")
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,15 +19,16 @@ from embed_assets.defs.cluster_work import ClusterWork
 from embed_assets.defs.due import Due, input_versions
 from embed_assets.defs.ingest import Ingest, Task, describe
 from embed_assets.defs.metadata import MetadataWriter
-from embed_assets.defs.names import ASSETS, SOURCE
+from embed_assets.defs.names import ASSETS
 from embed_assets.defs.recording import Recorder
-from embed_assets.defs.staleness import History
+from embed_assets.defs.staleness import History, Status, partition_statuses
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
-from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.lake.writer import Provenance
 from embed_assets.scratch import ScratchFolder
 from embed_assets.stages.changes import ChangeFinder
+from embed_assets.stages.checks import Outcome
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.embeddings import materialize_embeddings, stage_embeddings
 from embed_assets.stages.executors import InlineExecutor, embedding_executor, failed
@@ -115,6 +116,10 @@ class CorpusRun:
                     self._end_finished(under_way)
             while under_way:
                 self._end_finished(under_way)
+        self.drain()
+
+    def drain(self) -> None:
+        """Wait until everything is recorded; a partition of which something could not be written has failed."""
         self.recorder.drain()
         for key, unwritten in self.recorder.errors.items():
             if key not in self.failures:
@@ -173,20 +178,36 @@ class CorpusRun:
                 if not is_recorded:
                     self.recorder.confirm(asset, key)
 
-    def outputs_for_downstream(self, in_run: Collection[dg.AssetKey]) -> Iterator[dg.MaterializeResult[None]]:
-        """Yield outputs if the run also materializes assets downstream of these: Dagster would skip those without them
+    def check_untouched(self) -> None:
+        """Evaluate the selected checks of what this run found fresh: assets of others are below it.
+
+        A partition whose blocking check fails is a failure of the run, and damaged.
+        """
+        tables = Snapshot(self.pipeline.lake)
+        for key in self.keys:
+            if key in self.failures:
+                continue
+            version, codes = self.partitions[key].version, self.pipeline.code_versions
+            statuses = partition_statuses(self.history, key, version, codes)
+            stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
+            with self._failing(key):
+                for asset in self.selected:
+                    if (asset, key) not in self.recorder.recorded:
+                        self._check(asset, tables.partition(key), stale)
+        self.drain()
+
+    def outputs_for_downstream(self) -> Iterator[dg.MaterializeResult[None]]:
+        """Yield outputs, for a run that also materializes assets below these: Dagster would skip those without them
         (https://github.com/dagster-io/dagster/issues/20520).
 
         Dagster records an event for each output, with one data version for all partitions, so the partitions' own
         events are recorded again after them.
         """
-        own_assets = {self.recorder.names.key(asset) for asset in (SOURCE, *ASSETS)}
-        if not set(in_run) <= own_assets:
+        for asset in self.selected:
+            yield dg.MaterializeResult(asset_key=self.recorder.names.key(asset))
+        for key in self.keys:
             for asset in self.selected:
-                yield dg.MaterializeResult(asset_key=self.recorder.names.key(asset))
-            for key in self.keys:
-                for asset in self.selected:
-                    self.recorder.confirm(asset, key)
+                self.recorder.confirm(asset, key)
 
     @contextlib.contextmanager
     def _open_ingest(self) -> Iterator[tuple[Callable[[str], Future[Task]], int, Preparation]]:
@@ -334,10 +355,20 @@ class CorpusRun:
         # Only the freshness check of embeddings needs this; what this run materialized is fresh.
         others = [a for a in ASSETS if a not in outcome.reasons] if asset == "embeddings" else []
         stale = {a: s for a in others if (s := self._due.status(a, outcome)).state != "fresh"}
+        self._check(asset, task.partition, stale, task.checks.get(asset))
+
+    def _check(
+        self,
+        asset: str,
+        partition: PartitionSnapshot,
+        stale: Mapping[str, Status],
+        found: Mapping[str, Outcome] | None = None,
+    ) -> None:
+        """As `Checker.check`; a partition whose blocking check fails is recorded as damaged."""
         try:
-            self.checker.check(asset, task.partition, stale, task.checks.get(asset))
+            self.checker.check(asset, partition, stale, found)
         except PartitionError:
-            self.recorder.damaged(asset, outcome.key)
+            self.recorder.damaged(asset, partition.key)
             raise
 
 

@@ -26,6 +26,12 @@ from embed_assets.stages import checks
 from embed_assets_tests.conftest import Project
 
 PAGE = Path(__file__).parents[2] / "docs/assets-below.md"
+FAILING = """
+from dataclasses import replace
+from embed_assets.stages import checks
+failing = lambda subject: checks.Outcome(subject.partition.key != 'b', 'broken for a test')
+checks.CHECKS = tuple(replace(c, ask=failing) if c.name == 'vectors' else c for c in checks.CHECKS)
+"""
 NOISE = ("emitted no result", "did not yield", "WARNING")
 
 
@@ -87,31 +93,35 @@ def test_the_example_of_a_report_over_all_partitions(corpus: Project) -> None:
 
 def test_a_blocking_check_that_fails_keeps_what_is_below_from_running(corpus: Project) -> None:
     file = example(corpus, "index.py")
-    file.write_text(
-        file.read_text()
-        + "\nfrom dataclasses import replace\nfrom embed_assets.stages import checks\n"
-        + "failing = lambda subject: checks.Outcome(subject.partition.key != 'b', 'broken for a test')\n"
-        + "checks.CHECKS = tuple(replace(c, ask=failing) if c.name == 'vectors' else c for c in checks.CHECKS)\n"
-    )
+    file.write_text(file.read_text() + FAILING)
     for arguments in (["--partition", "b"], ["--partition-range", "a...b"]):
         made = materialize(file, "*", *arguments)
         assert made.returncode != 0
         assert "the check 'vectors' of embeddings failed: broken for a test" in made.stderr + made.stdout
         assert not (corpus.root / "index").exists()
-    made = materialize(file, "*", "--partition", "a")
-    assert made.returncode == 0, made.stderr
-    assert [folder.name for folder in (corpus.root / "index").iterdir()] == ["a"]
+    for select in ("*", "embeddings+"):
+        made = materialize(file, select, "--partition", "a")
+        assert made.returncode == 0, made.stderr
+        assert [folder.name for folder in (corpus.root / "index").iterdir()] == ["a"]
+
+
+def test_a_check_that_fails_on_what_is_fresh_gates_too(corpus: Project) -> None:
+    corpus.sync()
+    file = example(corpus, "index.py")
+    file.write_text(file.read_text() + FAILING)
+    made = materialize(file, "embeddings+", "--partition-range", "a...b")
+    assert made.returncode != 0
+    assert "the check 'vectors' of embeddings failed: broken for a test" in made.stderr + made.stdout
+    assert not (corpus.root / "index").exists()
+    planned = {p["partition_key"]: p["assets"]["embeddings"] for p in corpus.json("plan")["partitions"]}
+    assert {key: found["state"] for key, found in planned.items()} == {"a": "fresh", "b": "stale", "c": "fresh"}
+    assert "damaged" in str(planned["b"]["reasons"])
 
 
 def test_a_failing_check_that_runs_alone_gates_too(corpus: Project) -> None:
     corpus.sync()
     project_file = corpus.root / "below.py"
-    project_file.write_text(
-        example(corpus, "index.py").read_text()
-        + "\nfrom dataclasses import replace\nfrom embed_assets.stages import checks\n"
-        + "failing = lambda subject: checks.Outcome(subject.partition.key != 'b', 'broken for a test')\n"
-        + "checks.CHECKS = tuple(replace(c, ask=failing) if c.name == 'vectors' else c for c in checks.CHECKS)\n"
-    )
+    project_file.write_text(example(corpus, "index.py").read_text() + FAILING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "CHECKS", checks.CHECKS)
         spec = importlib.util.spec_from_file_location("below", project_file)
