@@ -33,7 +33,8 @@ def cluster() -> Iterator[Any]:
 
 def pool(cluster: Any, recipe: EchoRecipe, **options: Any) -> ClusterProcess:
     made = replace(RayOptions(cluster.address), **options)
-    return ClusterProcess(lambda: recipe, made, Patience(slow=2.0, hung=6.0, room=made.wait_seconds))
+    # However busy this machine is: no window is late, and only one that never ends hangs. So deaths are exact.
+    return ClusterProcess(lambda: recipe, made, Patience(slow=600.0, hung=15.0, room=made.wait_seconds))
 
 
 def test_work_is_done_whatever_becomes_of_single_pieces(cluster: Any, tmp_path: Path) -> None:
