@@ -167,6 +167,7 @@ def _html(data: bytes) -> tuple[str, str]:
 FORMATS: dict[str, tuple[str, Callable[[bytes], tuple[str, str]]]] = {
     ".html": ("text/markdown", _html),
     ".htm": ("text/markdown", _html),
+    ".xhtml": ("text/markdown", _html),
     ".pdf": ("text/plain", pdf_to_text),
     ".docx": ("text/markdown", docx_to_markdown),
 }

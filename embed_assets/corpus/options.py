@@ -10,7 +10,7 @@ from embed_assets.records import hash_text
 if TYPE_CHECKING:
     from embed_assets.settings import Settings
 
-PARSER_VERSION = "1"
+PARSER_VERSION = "2"
 """Bump it when the same bytes would give different documents: every partition of raw_documents is then read again."""
 
 

@@ -47,10 +47,25 @@ _NOT_FOR_GOOD = frozenset({"too_costly", "missing_extra"})
 """Reasons that depend on more than the file, so that it is read again although it did not change."""
 _ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[Row | BadRow]]]] = {
     ".jsonl": ("application/jsonl", iter_jsonl),
+    ".ndjson": ("application/jsonl", iter_jsonl),
     ".csv": ("text/csv", iter_csv),
+    ".tsv": ("text/csv", iter_csv),
     ".parquet": ("application/vnd.apache.parquet", iter_parquet),
 }
-_TEXT_FORMATS = {".txt": "text/plain", ".md": "text/markdown", ".rst": "text/x-rst"}
+_TEXT_FORMATS = {
+    ".txt": "text/plain",
+    ".text": "text/plain",
+    ".log": "text/plain",
+    ".srt": "text/plain",
+    ".vtt": "text/plain",
+    ".md": "text/markdown",
+    ".markdown": "text/markdown",
+    ".mdx": "text/markdown",
+    ".qmd": "text/markdown",
+    ".rst": "text/x-rst",
+}
+_PLAIN_NAMES = frozenset({"readme", "license", "copying", "notice", "authors", "changelog", "changes", "news", "todo"})
+"""Of files that are plain text without an extension, in any case."""
 ROW_SUFFIXES = tuple(_ROW_FORMATS)
 """Of files whose rows are documents."""
 SUPPORTED_SUFFIXES = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *FORMATS]))
@@ -81,7 +96,8 @@ def _read_file(
         known = None if reason in _NOT_FOR_GOOD else version
         return Rejection(row_id, uri, reason, line[:_MAX_DETAIL_CHARACTERS], known)
 
-    suffix = PurePosixPath(file.path).suffix.lower()
+    name = PurePosixPath(file.path)
+    suffix = ".txt" if name.name.lower() in _PLAIN_NAMES else name.suffix.lower()
     has_rows = suffix in _ROW_FORMATS
     file_name = PurePosixPath(document_id).name
     if file.rejected:

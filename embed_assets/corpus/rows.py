@@ -7,13 +7,16 @@ import io
 import itertools
 import json
 import math
+import re
+from collections import deque
 from collections.abc import Iterator
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embed_assets.corpus.encoding import Undecodable, byte_order_mark, decode
+from embed_assets.corpus.encoding import DamagedUtf8, Undecodable, byte_order_mark, decode
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.records import hash_text
@@ -24,8 +27,13 @@ _MAX_INT_DIGITS = 1000
 """Longer integers stay text: Python refuses to parse more than 4,300 digits."""
 _SKIP_BYTES = 1 << 20
 """Read at a time of a line that is too long. More would take fewer reads and more memory."""
-_CSV_SAMPLE_BYTES = 1 << 18
-"""From the start of a CSV file, to determine its encoding. More would make it surer, at that much more memory."""
+_SAMPLE_BYTES = 1 << 18
+"""From the start of a file, to determine its encoding. More would make it surer, at that much more memory."""
+_DELIMITERS = (",", ";", "\t", "|")
+_MOST_LINES_OF_A_BROKEN_FIELD = 20
+"""More would find the ends of longer ones, and lose more good rows where a stray quotation mark opened none."""
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")
+"""What a byte that is not text in the file's encoding is read as."""
 _BATCH_ROWS = 256
 """Rows of a Parquet file in memory at a time. More would read faster, but they are all held until each is handed on."""
 _NESTED_BATCH_ROWS = 4
@@ -36,34 +44,82 @@ _MAX_EXPANSION = 200
 
 def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
     """Rows of a JSONL file, one JSON object per line. Blank lines are skipped; bad ones are keyed by 1-based number."""
-    for number, line in enumerate(_lines(stream, options.max_file_bytes), 1):
-        key = f"line{number}"
-        if line is None:
-            yield BadRow(key, "too_large", f"the line is over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
-            continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        if (brackets := line.count(b"[") + line.count(b"{")) > _MAX_BRACKETS:
-            yield BadRow(key, "too_large", f"line {number} has {brackets} brackets, over {_MAX_BRACKETS}")
-            continue
-        try:
-            value = json.loads(line.decode("utf-8"), parse_int=_parse_int)
-            row = _build_row(value, key, len(line), options) if isinstance(value, dict) else None
-        except UnicodeDecodeError as error:
-            yield BadRow(key, "undecodable", f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
-        except (ValueError, RecursionError) as error:
-            yield BadRow(key, "invalid_json", f"line {number} is not JSON: {error}")
-        else:
-            yield row or BadRow(key, "invalid_json", f"line {number} is a JSON {type(value).__name__}, not an object")
+    head = stream.read(_SAMPLE_BYTES)
+    try:
+        encoding = _encoding_of(head)
+    except Undecodable:
+        encoding = "utf-8"  # the lines say which of them are not
+    lines: _Lines = io.BufferedReader(_PrefixedStream(head, stream))
+    if encoding != "utf-8":
+        lines = _Recoded(_text_of(head, stream, encoding, newline="\n"))
+    number = 0
+    try:
+        for number, line in enumerate(_lines(lines, options.max_file_bytes), 1):
+            if line is None or line.strip():
+                yield _json_row(line, number, options)
+    except UnicodeDecodeError as error:
+        detail = f"line {number + 1} is not {encoding} ({error.reason}); the rest of the file was not read"
+        yield BadRow(f"line{number + 1}", "undecodable", detail)
+
+
+def _json_row(line: bytes | None, number: int, options: ParseOptions) -> Row | BadRow:
+    """The row of a line; None is one that is too long."""
+    key = f"line{number}"
+    if line is None:
+        return BadRow(key, "too_large", f"the line is over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
+    if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    if (brackets := line.count(b"[") + line.count(b"{")) > _MAX_BRACKETS:
+        return BadRow(key, "too_large", f"line {number} has {brackets} brackets, over {_MAX_BRACKETS}")
+    try:
+        value = json.loads(line.decode("utf-8"), parse_int=_parse_int)
+        if isinstance(value, dict):
+            return _build_row(value, key, len(line), options)
+    except UnicodeDecodeError as error:
+        return BadRow(key, "undecodable", f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        return BadRow(key, "invalid_json", f"line {number} is not JSON: {error}")
+    return BadRow(key, "invalid_json", f"line {number} is a JSON {type(value).__name__}, not an object")
+
+
+def _encoding_of(head: bytes) -> str:
+    """The encoding of a file of lines, from its start. Raises ``Undecodable`` if it can't be told."""
+    try:
+        # Without a byte order mark only whole lines are decoded: the sample may end inside a character.
+        return byte_order_mark(head) or decode(head[: head.rfind(b"\n") + 1] or head)[1]
+    except DamagedUtf8:
+        return "utf-8"
+
+
+def _text_of(head: bytes, rest: IO[bytes], encoding: str, newline: str) -> io.TextIOWrapper:
+    """The file as text. Where an encoding is one of single bytes, or UTF-8, stray bytes are read as `_STRAY_BYTE`."""
+    errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    data = io.BufferedReader(_PrefixedStream(head, rest))
+    return io.TextIOWrapper(data, encoding=encoding, newline=newline, errors=errors)
+
+
+class _Lines(Protocol):
+    """A file of lines."""
+
+    def readline(self, size: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Recoded:
+    """The lines of a text as UTF-8."""
+
+    text: io.TextIOWrapper
+
+    def readline(self, size: int, /) -> bytes:
+        """The next line, or so many characters of it."""
+        return self.text.readline(size).encode("utf-8", "surrogateescape")
 
 
 def _parse_int(digits: str) -> int | str:
     return int(digits) if len(digits) < _MAX_INT_DIGITS else digits
 
 
-def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | None]:
+def _lines(stream: _Lines, max_bytes: int) -> Iterator[bytes | None]:
     """Lines of at most `max_bytes`, with their line ends; None for a longer one, which is skipped in bounded memory."""
     while line := stream.readline(max_bytes + 1):
         if len(line) <= max_bytes or line.endswith(b"\n"):
@@ -75,35 +131,61 @@ def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[bytes | None]:
 
 
 def iter_csv(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
-    """Rows of a comma-separated file with a header line. The encoding is determined from the file's start."""
-    head = stream.read(_CSV_SAMPLE_BYTES)
+    """Rows of a file with a header line, whose values are separated by commas, semicolons, tabs or bars.
+
+    The encoding is determined from the file's start, the separator from the header line or a line ``sep=`` before it.
+    """
+    head = stream.read(_SAMPLE_BYTES)
     try:
-        # Without a byte order mark only whole lines are decoded: the sample may end inside a character.
-        encoding = byte_order_mark(head) or decode(head[: head.rfind(b"\n") + 1] or head)[1]
+        encoding = _encoding_of(head)
     except Undecodable as error:
         yield BadRow("", "undecodable", str(error))
         return
-    text = io.TextIOWrapper(
-        io.BufferedReader(_PrefixedStream(head, stream)), encoding=encoding, newline="", errors="strict"
-    )
+    text = _text_of(head, stream, encoding, newline="")
     csv.field_size_limit(options.max_file_bytes)
-    reader = csv.DictReader(text, strict=True)
     try:
-        names = list(reader.fieldnames or ())
+        header = text.readline(_SAMPLE_BYTES)
+        delimiter = header.strip()[4:] if re.fullmatch("sep=[,;\t|]", header.strip()) else ""
+        if delimiter:
+            header = text.readline(_SAMPLE_BYTES)
+        delimiter = delimiter or _delimiter_of(header, options.text_column)
+        lines = _CsvLines(itertools.chain([header], text))
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        names = next(reader, [])
     except (csv.Error, UnicodeDecodeError) as error:
         yield BadRow("", "broken_file", f"the header line could not be read: {error}")
         return
+    twice = next((name for name in names if names.count(name) > 1 and name), None)
     if options.text_column not in names:
         yield BadRow("", "missing_text", _missing_column(options.text_column, names))
-        return
-    yield from _csv_rows(reader, len(names), options)
+    elif twice is not None:
+        yield BadRow("", "broken_file", f"two of its columns are named {twice!r}; rename one")
+    else:
+        yield from _csv_rows(reader, lines, names, encoding, options)
 
 
-def _csv_rows(reader: csv.DictReader[str], columns: int, options: ParseOptions) -> Iterator[Row | BadRow]:
+def _delimiter_of(header: str, text_column: str) -> str:
+    """The separator whose columns have the text among them; if none does, the one that makes the most columns."""
+
+    def columns(delimiter: str) -> list[str]:
+        try:
+            return next(csv.reader([header], delimiter=delimiter), [])
+        except csv.Error:
+            return []
+
+    return max(_DELIMITERS, key=lambda each: (text_column in (found := columns(each)), len(found)))
+
+
+def _csv_rows(
+    reader: Iterator[list[str]], lines: _CsvLines, names: list[str], encoding: str, options: ParseOptions
+) -> Iterator[Row | BadRow]:
     for number in itertools.count(2):
         key = f"row{number}"
+        lines.taken.clear()
         try:
-            fields = next(reader)
+            values = next(reader)
+            while not values:  # a blank line
+                values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
@@ -114,19 +196,55 @@ def _csv_rows(reader: csv.DictReader[str], columns: int, options: ParseOptions) 
                     f"a field is over EMBED_MAX_FILE_BYTES={options.max_file_bytes}; the rest of the file was not read",
                 )
                 return
-            yield BadRow(key, "invalid_row", f"row {number}: {error}")
+            skipped = lines.skip_open_field()
+            after = f"; it seems to go on for {skipped} lines" if skipped else ""
+            yield BadRow(key, "invalid_row", f"row {number}: {error}{after}")
             continue
         except UnicodeDecodeError as error:
             detail = f"not {error.encoding} near row {number} ({error.reason}); the rest of the file was not read"
             yield BadRow(key, "undecodable", detail)
             return
-        size = sum(len(str(value).encode("utf-8", "replace")) for value in fields.values())
-        if None in fields or None in fields.values():
-            yield BadRow(key, "invalid_row", f"row {number} does not have the header's {columns} columns")
+        size = sum(len(value.encode("utf-8", "replace")) for value in values)
+        if len(values) != len(names):
+            detail = f"row {number} has {len(values)} columns, the header {len(names)}"
+            yield BadRow(key, "invalid_row", detail)
+        elif any(_STRAY_BYTE.search(value) for value in values):
+            yield BadRow(key, "undecodable", f"row {number} has bytes that are not {encoding}")
         elif size > options.max_file_bytes:
             yield BadRow(key, "too_large", f"{size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
         else:
-            yield _build_row(dict(fields), key, size, options)
+            yield _build_row(dict(zip(names, values, strict=True)), key, size, options)
+
+
+@dataclass(slots=True)
+class _CsvLines:
+    """The lines of a file, as a reader of rows takes them."""
+
+    source: Iterator[str]
+    taken: list[str] = field(default_factory=list)
+    """Those of the current row."""
+    _waiting: deque[str] = field(default_factory=deque)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else next(self.source)
+        self.taken.append(line)
+        return line
+
+    def skip_open_field(self) -> int:
+        """Skip the lines of a quoted field that an error left open: its row's quotation marks are odd in number, and
+        so are those of the line that ends it. Returns how many; 0 if none of the next lines does."""
+        if sum(line.count('"') for line in self.taken) % 2 == 0:
+            return 0
+        ahead: list[str] = []
+        for line in itertools.islice(self, _MOST_LINES_OF_A_BROKEN_FIELD):
+            ahead.append(line)
+            if line.count('"') % 2:
+                return len(ahead)
+        self._waiting.extendleft(reversed(ahead))
+        return 0
 
 
 class _PrefixedStream(io.RawIOBase):

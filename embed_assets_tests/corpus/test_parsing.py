@@ -77,6 +77,28 @@ def test_unicode_with_and_without_mark(tmp_path: Path, encoding: str) -> None:
             "Zażółć gęślą jaźń. Pójdź, kińże tę chmurność w głąb flaszy! Litwo, ojczyzno moja, jesteś jak zdrowie. ",
         ),
         ("shift_jis", "日本語の文章をここに書きます。東京は日本の首都であり、人口が最も多い都市です。" * 8),
+        (
+            "cp1250",
+            "Včera večer jsme šli do divadla, abychom viděli novou hru. Byla velmi zajímavá, děti tleskaly. " * 3,
+        ),
+        ("iso8859-2", "Tegnap este megnéztük az új színdarabot, és nagyon élveztük. Az előadás után sétáltunk. " * 3),
+        ("cp852", "Wczoraj wieczorem poszliśmy do teatru, żeby zobaczyć nową sztukę. Było bardzo ciekawie. " * 3),
+        ("cp1254", "Dün akşam arkadaşlarımla güzel bir yemeğe gittik. Şehrin ışıkları çok parlaktı. " * 3),
+        ("cp1257", "Vakar vakarā mēs gājām uz teātri, lai noskatītos jauno izrādi. Tā bija ļoti interesanta. " * 3),
+        ("cp1253", "Χθες το βράδυ πήγαμε στο θέατρο για να δούμε τη νέα παράσταση. Ήταν πολύ ωραία. " * 3),
+        ("cp1255", "אתמול בערב הלכנו לתיאטרון לראות את ההצגה החדשה. היה מעניין מאוד ויפה. " * 3),
+        ("cp1256", "ذهبنا مساء أمس إلى المسرح لمشاهدة المسرحية الجديدة، وكانت جميلة جدا وممتعة. " * 3),
+        ("cp874", "เมื่อวานนี้เราไปดูละครเรื่องใหม่ที่โรงละคร สนุกมากและน่าสนใจ " * 3),
+        ("cp949", "어제 저녁에 우리는 새로운 연극을 보러 극장에 갔습니다. 정말 재미있었습니다. " * 3),
+        ("euc_jp", "昨日の夜、私たちは新しい芝居を見に劇場へ行きました。とても面白かったです。" * 3),
+        ("big5", "昨天晚上我們去劇院看了一齣新戲，非常有趣，大家都很喜歡。" * 3),
+        ("gb18030", "昨天晚上我们去剧院看了一出新戏，非常有趣，大家都很喜欢。" * 3),
+        ("cp866", "Вчера вечером мы ходили в театр смотреть новую пьесу. Было очень интересно. " * 3),
+        (
+            "mac_roman",
+            "Gestern Abend gingen wir ins Theater, um das neue Stück zu sehen. Es war sehr schön für alle. " * 3,
+        ),
+        ("cp1252", "Größe und Maße prüfen: der Fuß ist nicht größer als die Länge der Tür."),
     ],
 )
 def test_other_encodings_are_detected_and_named(tmp_path: Path, encoding: str, sample: str) -> None:
@@ -235,6 +257,89 @@ def test_csv_rows_are_documents(tmp_path: Path) -> None:
 def test_bad_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None:
     items = read_file(tmp_path, "a.csv", data)
     assert [i.reason for i in items.values() if isinstance(i, Rejection)] == expected
+
+
+def documents(items: dict[str, Document | Rejection]) -> dict[str, str]:
+    return {key: item.text for key, item in items.items() if isinstance(item, Document)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id;text;title\n1;Bitte öffnen, danke;A\n2;Schließen;B\n",
+        "id\ttext\ttitle\n1\tBitte öffnen, danke\tA\n2\tSchließen\tB\n",
+        "id|text|title\n1|Bitte öffnen, danke|A\n2|Schließen|B\n",
+        "sep=;\nid;text;title\n1;Bitte öffnen, danke;A\n2;Schließen;B\n",
+        'id,text,title\n1,"Bitte öffnen, danke",A\n2,Schließen,B\n',
+        '"a, b";"id";"text";"title"\n;1;"Bitte öffnen, danke";A\n;2;Schließen;B\n',
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_values_separated_by_other_characters(tmp_path: Path, content: str, name: str) -> None:
+    found = read_file(tmp_path, name, content.encode())
+    assert documents(found) == {f"{name}#1": "Bitte öffnen, danke", f"{name}#2": "Schließen"}
+
+
+def test_one_bad_byte_costs_its_row(tmp_path: Path) -> None:
+    rows = [f"{i},Zeile {i} für Übung\n".encode() for i in range(200)]
+    rows[100] = rows[100].replace("Ü".encode(), b"\xdc")
+    found = read_file(tmp_path, "a.csv", b"id,text\n" + b"".join(rows))
+    assert len(documents(found)) == 199 and found["a.csv#7"]
+    assert reason(found["a.csv#row102"]) == "undecodable"
+
+
+def test_a_bad_byte_far_from_the_start_costs_its_row_too(tmp_path: Path) -> None:
+    rows = b"".join(b"%d,%s\n" % (i, ("Füller " * 40).encode()) for i in range(2000))
+    found = read_file(tmp_path, "a.csv", b"id,text\n" + rows + b"x,\xff\nlast,fin\n")
+    assert len(documents(found)) == 2001 and found["a.csv#last"]
+
+
+def test_columns_of_one_name_are_not_half_read(tmp_path: Path) -> None:
+    found = read_file(tmp_path, "a.csv", b"id,text,text\n1,one,two\n")
+    assert [reason(item) for item in found.values()] == ["broken_file"]
+    assert "'text'" in str(found)
+
+
+def test_the_lines_of_a_badly_quoted_field_are_no_documents(tmp_path: Path) -> None:
+    content = 'id,text\n1,"He wrote "no" first.\nBerlin, where he lived\nthen left."\n2,fine\n'
+    found = read_file(tmp_path, "a.csv", content.encode())
+    assert documents(found) == {"a.csv#2": "fine"}
+    assert [reason(item) for item in found.values() if isinstance(item, Rejection)] == ["invalid_row"]
+
+
+def test_a_stray_quotation_mark_costs_its_row_alone(tmp_path: Path) -> None:
+    rows = "".join(f"{i},row {i}\n" for i in range(50))
+    found = read_file(tmp_path, "a.csv", f'id,text\nx,"5" pipe"\n{rows}'.encode())
+    assert len(documents(found)) == 50
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1251", "cp932"])
+def test_jsonl_encodings(tmp_path: Path, encoding: str) -> None:
+    samples = {"cp1251": "Вчера вечером мы ходили в театр смотреть новую пьесу", "cp932": "昨日の夜、劇場へ行きました"}
+    sample = samples.get(encoding, "Die Straße führt über die Brücke nach Süden")
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    lines = "".join(json.dumps({"id": i, "text": f"{sample} {i}"}, ensure_ascii=False) + "\r\n" for i in range(30))
+    found = read_file(tmp_path, "a.jsonl", (mark + lines).encode(encoding))
+    assert documents(found) == {f"a.jsonl#{i}": f"{sample} {i}" for i in range(30)}
+
+
+@pytest.mark.parametrize("name", ["a.markdown", "a.MDX", "a.qmd"])
+def test_names_of_markdown(tmp_path: Path, name: str) -> None:
+    item = one(tmp_path, name, b"# Top\n\ntext")
+    assert isinstance(item, Document) and (item.media_type, item.title) == ("text/markdown", "Top")
+
+
+@pytest.mark.parametrize("name", ["README", "License", "a.log", "a.text", "a.srt", "a.vtt"])
+def test_names_of_plain_text(tmp_path: Path, name: str) -> None:
+    item = one(tmp_path, name, b"some text")
+    assert isinstance(item, Document) and (item.media_type, item.title) == ("text/plain", name)
+
+
+def test_ndjson_and_xhtml_by_their_names(tmp_path: Path) -> None:
+    assert documents(read_file(tmp_path, "a.ndjson", b'{"id": 1, "text": "one"}')) == {"a.ndjson#1": "one"}
+    page = tmp_path / "page"
+    page.mkdir()
+    assert "# Top" in text(one(page, "a.xhtml", b"<html><body><h1>Top</h1><p>x</p></body></html>"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig", "cp1252"])

@@ -237,9 +237,7 @@ def copies(bench: Bench, name: str) -> dict[str, Any]:
 
 def feed(bench: Bench) -> dict[str, Any]:
     """Tokens per second that this host can read, split and tokenize; and of a whole sync, where the packages are."""
-    if missing := [
-        m for m in ("pydantic_settings", "fsspec", "charset_normalizer") if importlib.util.find_spec(m) is None
-    ]:
+    if missing := [m for m in ("pydantic_settings", "fsspec", "chardet") if importlib.util.find_spec(m) is None]:
         return {"skipped": f"needs {', '.join(missing)}"}
     from embed_assets.corpus.source import Source
     from embed_assets.engine.hardware import available_cores
