@@ -1,8 +1,8 @@
 """Splits documents into chunks that fit the model, from a single tokenization of each document. Pure functions.
 
 1. The text is tokenized once, in segments, to learn the code points where each token starts and ends.
-2. `structure` says where the text may be cut. Where that leaves a piece over the limit, the starts of words and then of
-   tokens are added.
+2. `structure` says where the text may be cut. Where that leaves a piece over the limit, the starts of lines, then of
+   words and then of tokens are added.
 3. A shortest path from start to end, whose steps hold at most the limit of tokens, chooses among the cuts. That keeps
    chunks few, cuts good and the effect of an edit local.
 4. A chunk whose edges may have changed its tokens is tokenized again, and split while it is over the limit.
@@ -25,10 +25,10 @@ from typing import Protocol
 import numpy as np
 
 from embed_assets.corpus.sections import Section, iter_sections
-from embed_assets.corpus.structure import CHARACTER, WORD, Structure, cut_cost, find_structure
+from embed_assets.corpus.structure import CHARACTER, LINE, WORD, Structure, cut_cost, find_structure
 from embed_assets.records import Chunk, hash_text
 
-CHUNKER_VERSION = "2"
+CHUNKER_VERSION = "3"
 """Bump it when the same text would give different chunks: the chunks of every partition are then materialized again."""
 
 _SEGMENT_CHARACTERS = 20_000
@@ -38,6 +38,8 @@ _BATCH_CHARACTERS = 1 << 20
 _MAX_CHARACTERS_PER_TOKEN = 64
 """A word that a tokenizer does not know can be a single token, however long; this bounds the chunk's text all the same.
 Far above ordinary text, of which a token is about four characters."""
+_MAX_INDENT = 100
+"""Characters before a line's text within which its line end is looked for."""
 _SAFE_SPACE = " \t\n\r"
 """Whitespace to Python and to every tokenizer: a cut next to it can't change the tokens on either side."""
 
@@ -147,7 +149,7 @@ def _split_batch(
     found = _tokenize(pieces, tokenizer)
     for section, spans in zip(batch, segments, strict=True):
         tokens = _Tokens.join(section.text, spans, [next(found) for _ in spans])
-        structure = find_structure(section.text, section.media_type, section.outline)
+        structure = find_structure(section.text, section.media_type, section.outline, section.open_fence)
         yield section, _Splitter(section.text, structure, tokens, tokenizer, options).chunks()
 
 
@@ -242,7 +244,8 @@ class _Splitter:
         """(positions, costs) of the cuts to choose from, so many that no piece between them is over the limit."""
         positions, costs = self._allowed(self._structure.cuts, self._structure.costs)
         limit = self._limit - self._overlap
-        for kind, candidates in ((WORD, self._word_starts), (CHARACTER, self._token_starts)):
+        levels = ((LINE, self._line_starts), (WORD, self._word_starts), (CHARACTER, self._token_starts))
+        for kind, candidates in levels:
             more = [p for start, end in self._oversize_pieces(positions, limit) for p in candidates(start, end)]
             if more:
                 positions = np.concatenate([positions, np.array(more, dtype=np.int64)])
@@ -267,6 +270,10 @@ class _Splitter:
         bounds = np.concatenate([[0], positions, [len(self._text)]])
         counts = np.diff(self._tokens.index(bounds))
         return [(int(bounds[i]), int(bounds[i + 1])) for i in np.flatnonzero(counts > limit)]
+
+    def _line_starts(self, start: int, end: int) -> list[int]:
+        """Code points inside the span where a token starts that begins a line."""
+        return [p for p in self._token_starts(start, end) if "\n" in _space_before(self._text, p)]
 
     def _word_starts(self, start: int, end: int) -> list[int]:
         """Code points inside the span where a token starts right after whitespace."""
@@ -328,10 +335,13 @@ class _Splitter:
     def _extend_back(self, before: int, start: int, end: int) -> _Span:
         """The span extended back by at most the overlap, to the start of a sentence or word.
 
-        It always starts after `before`, where the previous chunk starts.
+        It always starts after `before`, where the previous chunk starts, and in the section that it is in.
         """
         first = int(self._tokens.index(np.array([start]))[0])
         earliest = max(before + 1, int(self._tokens.starts[max(0, first - self._overlap)])) if first else start
+        heading = bisect_right(self._structure.headings, start, key=lambda heading: heading.start) - 1
+        if heading >= 0:
+            earliest = min(start, max(earliest, self._structure.headings[heading].start))
         sentence = int(np.searchsorted(self._structure.cuts, earliest))
         if sentence < len(self._structure.cuts) and self._structure.cuts[sentence] < start:
             return int(self._structure.cuts[sentence]), end
@@ -368,6 +378,12 @@ class _Splitter:
         unsafe_ends = self._tokens.unsafe_ends
         i = bisect_right(unsafe_ends, start)
         return not (i < len(unsafe_ends) and unsafe_ends[i] < end)
+
+
+def _space_before(text: str, position: int) -> str:
+    """The whitespace before a position, if it is not very long."""
+    before = text[max(0, position - _MAX_INDENT) : position]
+    return before[len(before.rstrip()) :]
 
 
 def _strip(text: str, start: int, end: int) -> _Span:

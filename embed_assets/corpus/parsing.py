@@ -11,10 +11,11 @@ from typing import IO
 
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats import FORMATS, MissingExtra
+from embed_assets.corpus.front_matter import split_front_matter
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.listing import SourceFile
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet
+from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet, to_json
 from embed_assets.corpus.sandbox import parser_process
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.corpus.structure import find_headings
@@ -185,10 +186,7 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
         return
     try:
         if suffix in _TEXT_FORMATS:
-            text, encoding = decode(data)
-            metadata = "{}" if encoding == "utf-8" else f'{{"encoding": "{encoding}"}}'
-            media_type = _TEXT_FORMATS[suffix]
-            yield Row("", text, _title_of(text, media_type), media_type, len(data), metadata)
+            yield _text_row(data, _TEXT_FORMATS[suffix])
         else:
             text, title = parser_process.parse(suffix, data)
             yield Row("", text, title, FORMATS[suffix][0], len(data))
@@ -196,6 +194,16 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
         yield BadRow("", "undecodable", str(error))
     except BadRow.Error as error:
         yield error.row
+
+
+def _text_row(data: bytes, media_type: str) -> Row:
+    """The document of a text file. Raises ``Undecodable``."""
+    text, encoding = decode(data)
+    fields, text = split_front_matter(text) if media_type == "text/markdown" else ({}, text)
+    has_title = isinstance(fields.get("title"), str | int | float)
+    title = " ".join(str(fields.pop("title")).split()) if has_title else _title_of(text, media_type)
+    metadata = fields | ({} if encoding == "utf-8" else {"encoding": encoding})
+    return Row("", text, title, media_type, len(data), to_json(metadata))
 
 
 def _title_of(text: str, media_type: str) -> str:

@@ -355,19 +355,20 @@ def _build_row(fields: dict[str, Any], position: str, size: int, options: ParseO
     title = fields.pop(options.title_column, None)
     has_id = identity is not None and str(identity) != ""
     key = _printable(identity) if has_id else hash_text(text)[:16]
-    # Sorted, so that a different order of columns is not a change.
-    metadata = (
-        json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str, allow_nan=False) if fields else "{}"
-    )
     return Row(
         key,
         text.replace("\r\n", "\n").replace("\r", "\n"),
         _printable(title) if title is not None else "",
         "text/plain",
         size,
-        metadata,
+        to_json(fields),
         position if has_id else "",
     )
+
+
+def to_json(fields: dict[str, Any]) -> str:
+    """A document's metadata. Sorted, so that a different order of columns is not a change."""
+    return json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from embed_assets.corpus.structure import BLANK_LINES, Outline, find_fences
+from embed_assets.corpus.markdown import fence_open_at_end, find_fences
+from embed_assets.corpus.structure import BLANK_LINES, Outline
 
 MAX_SECTION_CHARACTERS = 1 << 20
 """Longest section. Chunking takes up to 300 bytes of memory per character; few documents are longer than this."""
@@ -30,24 +31,28 @@ class Section:
     """Shared by all sections of the document, and updated as they are chunked in order."""
     is_last: bool
     """Whether the document ends with it."""
+    open_fence: str = ""
+    """The fence of the code block that it begins in."""
 
 
 def iter_sections(text: str, media_type: str) -> Iterator[Section]:
     """The sections of a document, in order. Most documents are a single one."""
-    outline, start = Outline(), 0
+    outline, start, fence = Outline(), 0, ""
+    has_fences = media_type == "text/markdown"
     while len(text) - start > MAX_SECTION_CHARACTERS:
-        end = start + _cut(text[start : start + MAX_SECTION_CHARACTERS], media_type)
-        yield Section(text[start:end], media_type, start, outline, False)
-        start = end
-    yield Section(text[start:], media_type, start, outline, True)
+        part = text[start : start + MAX_SECTION_CHARACTERS]
+        part = part[: _cut(part, find_fences(part, fence) if has_fences else [])]
+        yield Section(part, media_type, start, outline, False, fence)
+        start += len(part)
+        fence = fence_open_at_end(part, fence) if has_fences else ""
+    yield Section(text[start:], media_type, start, outline, True, fence)
 
 
-def _cut(text: str, media_type: str) -> int:
+def _cut(text: str, fences: Sequence[tuple[int, int]]) -> int:
     """Where to cut, in the second half of the text: after a blank line outside code, else a line end, else a space.
 
     The choice among them depends only on the characters around each, so that an edit moves few cuts.
     """
-    fences = find_fences(text, media_type)
     starts = [start for start, _ in fences]
 
     def is_in_code(position: int) -> bool:

@@ -19,13 +19,15 @@ from itertools import accumulate
 
 import numpy as np
 
+from embed_assets.corpus.markdown import find_fences, find_html, plain
+
 _HEADING_COST = (0.2, 0.4, 0.8)
 """By depth: 1, 2, and 3 or deeper. Tuned."""
 _HEADING_NOISE = 1.0
 """Weight of the noise at a heading: small, so that headings stay the cheapest cuts. Tuned."""
-BLOCK, ITEM, CODE_LINE, SENTENCE, WORD, CHARACTER = range(6)
-_COST = (0.8, 0.8, 0.6, 1.7, 3.7, 5.7)
-"""By kind of cut, in the order above. An additional chunk costs as much as its cut does. Tuned."""
+BLOCK, ITEM, CODE_LINE, SENTENCE, LINE, WORD, CHARACTER = range(7)
+_COST = (0.8, 0.8, 0.6, 1.7, 2.7, 3.7, 5.7)
+"""By kind of cut, in the order above. An additional chunk costs as much as its cut does. Tuned, but for LINE."""
 _NOISE = 7.0
 """Weight of the noise: higher makes edits more local, but chunks smaller and cuts worse. Tuned."""
 _NOISE_POWER = 0.4
@@ -34,12 +36,15 @@ _CONTEXT_CHARACTERS = 6
 """On either side of a cut, to derive its noise from. With six, an edited word changes one chunk in 99 of 100 cases."""
 
 BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
-_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]*_`]*\s+(?=[^\sa-z])")
+# Full stops of Hindi, Urdu, Arabic, Burmese, Khmer and Amharic among them; not those of an abbreviated title.
+_SENTENCE_END = re.compile(
+    r"(?<!\bDr)(?<!\bMr)(?<!\bMs)(?<!\bSt)(?<!\bMrs)(?<!\bFig)(?<!\bProf)"
+    r"[.!?…।॥۔؟؛။។።፧][\"'”’»)\]*_`]*\s+(?=[^\sa-z])"
+)
 _CJK_SENTENCE_END = re.compile(r"[。！？｡]+[」』”）]*\s*")
 # Patterns that begin with a line end are for texts with one put in front of them: a match then starts where its line
 # does in the text itself, and searching for a character is several times as fast as trying "^" at each.
 _LIST_ITEM = re.compile(r"\n[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|\|)")
-_FENCE = re.compile(r"(?m)\n[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(`{3,}|~{3,})(.*)$")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:.*\n){0,200}?---[ \t]*$", re.MULTILINE)
 _ATX_HEADING = re.compile(r"(?m)\n {0,3}(#{1,6})(?:[ \t](.*))?$")
 _SETEXT_UNDERLINE = re.compile(r"\n {0,3}(?:=|--)")
@@ -139,19 +144,20 @@ class Structure:
         return paths
 
 
-def find_structure(text: str, media_type: str, outline: Outline | None = None) -> Structure:
+def find_structure(text: str, media_type: str, outline: Outline | None = None, open_fence: str = "") -> Structure:
     """The cuts and headings of a text: by Markdown or reStructuredText syntax, else by blank lines and sentences.
 
-    `outline` is what the text inherits if it is a section of a longer document; it is updated in place.
+    `outline` is what the text inherits if it is a section of a longer document; it is updated in place. `open_fence` is
+    the fence of the code block that the text begins in.
     """
     outline = outline or Outline()
-    fences = find_fences(text, media_type)
+    fences = find_fences(text, open_fence) if media_type == "text/markdown" else []
     return Structure(text, fences, _headings(text, media_type, fences, outline), outline)
 
 
 def find_headings(text: str, media_type: str) -> list[Heading]:
     """The headings of a text, in order of their start."""
-    return _headings(text, media_type, find_fences(text, media_type), Outline())
+    return _headings(text, media_type, find_fences(text) if media_type == "text/markdown" else [], Outline())
 
 
 def cut_cost(text: str, position: int, kind: int) -> float:
@@ -166,24 +172,6 @@ def _cost(text: str, position: int, kind: int, heading_depth: int | None) -> flo
     if heading_depth is not None:
         return _HEADING_COST[min(heading_depth, 3) - 1] + _HEADING_NOISE * noise
     return _COST[kind] + _NOISE * noise
-
-
-def find_fences(text: str, media_type: str) -> list[tuple[int, int]]:
-    """Half-open spans of Markdown's fenced code blocks, fences included. An unclosed one runs to the text's end."""
-    if media_type != "text/markdown" or ("```" not in text and "~~~" not in text):
-        return []
-    fences: list[tuple[int, int]] = []
-    opening: re.Match[str] | None = None
-    for line in _FENCE.finditer("\n" + text):
-        if opening is None:
-            if line[1][0] == "~" or "`" not in line[2]:  # ```a``` on one line is inline code
-                opening = line
-        elif line[1].startswith(opening[1]) and not line[2].strip():
-            fences.append((opening.start(), line.end() - 1))
-            opening = None
-    if opening is not None:
-        fences.append((opening.start(), len(text)))
-    return fences
 
 
 def _apply_fences(text: str, kinds: dict[int, int], fences: Sequence[tuple[int, int]]) -> None:
@@ -210,19 +198,18 @@ def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], out
     if media_type != "text/markdown":
         return []
     setext = [
-        Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(m[1]))
+        Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(plain(m[1])))
         for m in (_SETEXT_HEADING.finditer(text) if _SETEXT_UNDERLINE.search(text) else ())
     ]
     atx = [
-        Heading(m.start(), len(m[1]), _title(_strip_closing_hashes(m[2] or "")))
+        Heading(m.start(), len(m[1]), _title(plain(_strip_closing_hashes(m[2] or ""))))
         for m in _ATX_HEADING.finditer("\n" + text)
     ]
     front_matter = _FRONT_MATTER.match(text)
     hidden = [
         *fences,
         *([front_matter.span()] if front_matter else []),
-        *_delimited(text, "<!--", "-->"),
-        *_delimited(text, "<pre", "</pre>"),
+        *find_html(text, fences),
     ]
     return sorted(_outside(hidden, [*atx, *setext]), key=lambda h: h.start)
 
@@ -236,16 +223,6 @@ def _outside(hidden: Sequence[tuple[int, int]], headings: Sequence[Heading]) -> 
         i = bisect_right(starts, heading.start) - 1
         if i < 0 or heading.start >= ends[i]:
             yield heading
-
-
-def _delimited(text: str, opening: str, closing: str) -> Iterator[tuple[int, int]]:
-    """Half-open spans from each opening delimiter up to its closing one."""
-    end = 0
-    while (start := text.find(opening, end)) >= 0:
-        end = text.find(closing, start)
-        if end < 0:
-            return
-        yield start, end
 
 
 def _title(line: str) -> str:

@@ -143,6 +143,44 @@ def test_code_blocks_over_the_limit_are_cut_at_lines() -> None:
         assert all(line in ("```", *lines) for line in chunk.text.splitlines())
 
 
+def test_overlap_stays_in_its_section() -> None:
+    body = "Care is needed each month for all of them. " * 3
+    text = "".join(f"## {name}\n\n{name} come first. {body}\n\n" for name in ("Pumps", "Valves", "Filters"))
+    chunks = split("# Manual\n\n" + text, MARKDOWN, 24, 8)
+    for name in ("Pumps", "Valves", "Filters"):
+        [about] = [chunk for chunk in chunks if f"{name} come first" in chunk.text]
+        assert about.heading_path == f"Manual > {name}"
+    assert any(later.char_start < one.char_end for one, later in pairwise(chunks)), "they do overlap"
+
+
+@pytest.mark.parametrize("line", ["2024-05-0{} 12:00:01 INFO worker started and waits for jobs", "la la la {} oh yes"])
+def test_where_no_sentence_ends_lines_are_kept(line: str) -> None:
+    text = "\n".join(line.format(i) for i in range(200))
+    chunks = split(text, PLAIN, 40)
+    assert len(chunks) > 10
+    assert all(chunk.char_start == 0 or text[chunk.char_start - 1] == "\n" for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "यह एक छोटा वाक्य है। ",
+        "یہ ایک چھوٹا جملہ ہے۔ ",
+        "هل هذه جملة قصيرة جدا؟ ",
+        "ဒါ က စာကြောင်း တစ်ခု ပါ။ ",
+        "ይህ አጭር ዓረፍተ ነገር ነው። ",
+    ],
+)
+def test_sentences_of_other_scripts(sentence: str) -> None:
+    chunks = split(sentence * 40, PLAIN, 20)
+    assert len(chunks) > 5 and all(chunk.text.startswith(sentence.split()[0]) for chunk in chunks)
+
+
+def test_a_title_does_not_end_a_sentence() -> None:
+    text = "We asked Dr. Smith and Prof. Miller about it, see Fig. Seven. " * 30
+    assert all(chunk.text.startswith("We") for chunk in split(text, PLAIN, 20))
+
+
 def test_overlap_repeats_the_end_of_the_previous_chunk() -> None:
     chunks = split("one two three four. five six seven eight. nine ten eleven twelve. " * 4, PLAIN, 20, 6)
     assert len(chunks) > 2
