@@ -15,7 +15,7 @@ import pytest
 from embed_assets.defs.instance import open_instance
 from embed_assets.defs.names import ASSETS
 from embed_assets.settings import load_settings
-from embed_assets_tests.conftest import REPOSITORY, Project, topic
+from embed_assets_tests.conftest import MEMORY, REPOSITORY, Project, topic
 from embed_assets_tests.defs.dagster_runs import dagster_says, materialize, we_say
 
 SHARED = ("deploy/postgres.yaml", "deploy/many-workers.yaml", "deploy/ray.yaml")
@@ -28,16 +28,13 @@ def as_postgres(*command: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """URL of a server on loopback with an empty database."""
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     found = installed[-1].parent if installed else shutil.which("initdb") and Path(str(shutil.which("initdb"))).parent
     assert found, "these tests need PostgreSQL: apt-get install postgresql"
-    home = tmp_path_factory.mktemp("postgres")
-    for folder in (home, *home.parents):
-        if folder == Path(tempfile.gettempdir()):
-            break
-        folder.chmod(0o755)  # pytest creates them for its own user only
+    # Not below pytest's folder: that is for its own user, and pytest sees to it whenever it starts.
+    home = Path(tempfile.mkdtemp(prefix="postgres", dir=MEMORY if MEMORY.is_dir() else None))
     if os.geteuid() == 0:
         shutil.chown(home, "postgres")
     with socket.socket() as free:
@@ -50,6 +47,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql+psycopg2://dagster:secret@127.0.0.1:{port}/postgres"
     finally:
         as_postgres(found / "pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
+        shutil.rmtree(home)
 
 
 @pytest.mark.long
