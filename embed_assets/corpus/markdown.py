@@ -15,12 +15,15 @@ Span = tuple[int, int]
 # Patterns that begin with a line end are for texts with one put in front of them: a match then starts where its line
 # does in the text itself, and searching for a character is several times as fast as trying "^" at each.
 _FENCE = re.compile(r"(?m)\n([ \t]*)((?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(`{3,}|~{3,})(.*)$")
-_LIST_MARKER = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]|$)")
+_LIST_ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])(?: {1,4}(?=\S)|[ \t]|$)")
+"""Up to where its text begins, which is where its further lines do."""
 _CODE_INDENT = 4
 """Columns from which on a line is indented code, unless it continues a list item."""
 _LOOK_BACK_LINES = 50
 """How far back the list item is looked for that an indented fence belongs to; bounds the work per fence."""
 _HTML_BLOCK = re.compile(r"(?i)\n {0,3}<(!--|(?:pre|script|style|textarea)(?=[\s>]))")
+_MAX_CHARACTERS = 1000
+"""Of a heading that are looked at: some patterns take quadratic time, and what is longer is a paragraph."""
 _CODE_SPAN = re.compile(r"(`+)(.+?)(?<!`)\1(?!`)")
 _MARKS = (
     (re.compile(r"\s*\{[#.:][^{}]*\}\s*$"), ""),  # {#id .class}
@@ -69,25 +72,31 @@ def _fences(text: str, open_fence: str) -> tuple[list[Span], str]:
 def _is_indented_code(text: str, line: re.Match[str]) -> bool:
     """Whether a line that looks like a fence is indented code, or goes on with a paragraph, in which it is none.
 
-    Indented as far, it is a fence only in a list item.
+    What decides is how far it is indented within the list item that it belongs to, if any.
     """
-    indent = _columns(line[1])
+    indent = below = _columns(line[1])
     if indent < _CODE_INDENT:
         return False
     end = line.start()
     for _ in range(_LOOK_BACK_LINES):
         if end <= 0:
-            return True
+            break
         start = text.rfind("\n", 0, end - 1) + 1
-        above = text[start : end - 1]
-        if above.strip() and _columns(above[: len(above) - len(above.lstrip())]) < indent:
-            return not _LIST_MARKER.match(above)
-        end = start
+        above, end = text[start : end - 1], start
+        columns = _columns(above[: len(above) - len(above.lstrip())])
+        if not above.strip() or columns >= below:
+            continue
+        if (item := _LIST_ITEM.match(above)) and (inside := _columns(item[0])) <= indent:
+            return indent - inside >= _CODE_INDENT
+        if columns == 0:
+            break
+        below = columns
     return True
 
 
-def _columns(indent: str) -> int:
-    return len(indent.expandtabs(4))
+def _columns(start: str) -> int:
+    """The columns that the start of a line takes."""
+    return len(start.expandtabs(4))
 
 
 def find_html(text: str, fences: Sequence[Span]) -> Iterator[Span]:
@@ -115,7 +124,7 @@ def plain(title: str) -> str:
         spans.append(span[2].strip())
         return f"\0{len(spans) - 1}\0"
 
-    text = _CODE_SPAN.sub(keep, title)
+    text = _CODE_SPAN.sub(keep, title[:_MAX_CHARACTERS].replace("\0", ""))
     for pattern, replacement in _MARKS:
         text = pattern.sub(replacement, text)
     return " ".join(re.sub("\0(\\d+)\0", lambda found: spans[int(found[1])], text).split())

@@ -368,7 +368,12 @@ def _build_row(fields: dict[str, Any], position: str, size: int, options: ParseO
 
 def to_json(fields: dict[str, Any]) -> str:
     """A document's metadata. Sorted, so that a different order of columns is not a change."""
-    return json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=str, allow_nan=False)
+    return json.dumps(_finite(fields), ensure_ascii=True, sort_keys=True, default=_as_json, allow_nan=False)
+
+
+def _as_json(value: object) -> object:
+    """What JSON has no form for; a set, of YAML, in an order that is always the same."""
+    return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
 def _finite(value: Any) -> Any:

@@ -30,6 +30,11 @@ def headings(text: str) -> list[str]:
         "# A\n\n- item\n\n  text\n\nparagraph\n\n      ```\n\n# B\n",
         "# A\n\n1. item\n\n   ```\n   # no\n   ```\n\n# B\n",
         "# A\n\n* item\n\n    ```sh\n    # no\n    ```\n\n# B\n",
+        "# A\n\n1. item\n\n   text\n\n    ```\n    # no\n    ```\n\n# B\n",
+        "# A\n\n- item\n\n  text\n\n      ```\n\n# B\n",
+        "# A\n\n- a\n  - b\n\n    ```\n    # no\n    ```\n\n# B\n",
+        "# A\n\n10. item\n\n    ```\n    # no\n    ```\n\n# B\n",
+        "# A\n\nA paragraph goes on\n    ```\n\n# B\n",
         "# A\n\n<!-- a comment\n# no\n-->\n\n# B\n",
         "# A\n\n<script>\n# no\n</script>\n<style>\n# no\n</style>\n\n# B\n",
         "# A\n\n````\n```\n# no\n````\n\n# B\n",
@@ -60,12 +65,19 @@ def test_a_heading_without_its_marks(title: str, text: str) -> None:
     assert plain(title) == text
 
 
+@pytest.mark.parametrize("part", ["[a](", "`" * 3 + "a``", "~~a", "*a _b", "[" * 9, "<a ", "\0", "\\"])
+def test_hostile_headings_are_short_work(part: str) -> None:
+    assert len(plain(part * 200_000)) <= 1000
+
+
 @pytest.mark.parametrize(
     ("text", "title", "metadata", "rest"),
     [
         ('---\ntitle: "On: Windows"\ntags: [a, b]\n---\n\n# Step\n', "On: Windows", {"tags": ["a", "b"]}, "# Step\n"),
         ('+++\ntitle = "Page"\ndraft = true\n# note\n+++\nText.\n', "Page", {"draft": True}, "Text.\n"),
         ("---\ndate: 2024-02-01\n...\n\n# Step\n", "Step", {"date": "2024-02-01"}, "# Step\n"),
+        ("---\ntitle: [a]\nx: !!set {b, a}\n---\nText.", "a.md", {"title": ["a"], "x": ["a", "b"]}, "Text."),
+        ("---\nx: {2024-01-01: .nan, 1: y}\n---\nText.", "a.md", {"x": {"2024-01-01": None, "1": "y"}}, "Text."),
         ("---\r\ntitle: 7\r\n---\r\nText.", "7", {}, "Text."),
     ],
 )
@@ -85,8 +97,12 @@ def test_front_matter_is_metadata(
         "---\ntitle: [unclosed\n---\n# A\n",
         "+++\nno toml\n+++\n",
         "---\na: &x [1]\nb: *x\n---\n# A\n",
-        "---\n" + "[" * 5000 + "\n---\n",
+        "---\n" + "[" * 16_000 + "\n---\n",
+        "---\n" + "- " * 8_000 + "\n---\n",
+        "---\n" + "? " * 8_000 + "\n---\n",
         "text\n---\na: 1\n---\n",
+        "---\na: 0x" + "f" * 9000 + "\n---\n",
+        "+++\na = 0x" + "f" * 9000 + "\n+++\n",
     ],
 )
 def test_what_is_no_front_matter_stays_text(text: str) -> None:
