@@ -19,11 +19,11 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /opt/embed_assets
 COPY constraints.txt ./
 RUN case "$DEVICE" in \
-      cpu) index="--index-url $CPU_INDEX" ;; \
-      cuda) index="" ;; \
+      cpu) export PIP_INDEX_URL="$CPU_INDEX" ;; \
+      cuda) ;; \
       *) echo "DEVICE must be cpu or cuda, got '$DEVICE'" >&2; exit 1 ;; \
     esac && \
-    pip install $index "$(grep '^torch==' constraints.txt)"
+    pip install "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml README.md LICENSE ./
 COPY embed_assets ./embed_assets
 RUN pip install --constraint constraints.txt ".[$EXTRAS]"

@@ -29,7 +29,7 @@ from embed_assets.defs.names import (
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.resources import engine_key
 from embed_assets.defs.specs import asset_specs
-from embed_assets.defs.staleness import load_history, partition_statuses
+from embed_assets.defs.staleness import load_history
 from embed_assets.defs.storage import kept_open
 from embed_assets.errors import PartitionError, UserError, is_retryable
 from embed_assets.lake.snapshot import Snapshot
@@ -209,8 +209,7 @@ def _only_check(run: CorpusRun, gates: bool) -> None:
     failed: list[str] = []
     tables = Snapshot(run.pipeline.lake)
     for key in run.keys:
-        statuses = partition_statuses(run.history, key, run.partitions[key].version, run.pipeline.code_versions)
-        stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
+        stale = run.stale(key)
         for asset in ASSETS:
             try:
                 run.checker.check(asset, tables.partition(key), stale)

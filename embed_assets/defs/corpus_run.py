@@ -23,12 +23,11 @@ from embed_assets.defs.names import ASSETS
 from embed_assets.defs.recording import Recorder
 from embed_assets.defs.staleness import History, Status, partition_statuses
 from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, hide_secrets
-from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
+from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.lake.writer import Provenance
 from embed_assets.scratch import ScratchFolder
 from embed_assets.stages.changes import ChangeFinder
-from embed_assets.stages.checks import Outcome
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.embeddings import materialize_embeddings, stage_embeddings
 from embed_assets.stages.executors import InlineExecutor, embedding_executor, failed
@@ -178,6 +177,12 @@ class CorpusRun:
                 if not is_recorded:
                     self.recorder.confirm(asset, key)
 
+    def stale(self, key: str) -> dict[str, Status]:
+        """The status of each asset of a partition that was not fresh before this run."""
+        version, codes = self.partitions[key].version, self.pipeline.code_versions
+        statuses = partition_statuses(self.history, key, version, codes)
+        return {asset: status for asset, status in statuses.items() if status.state != "fresh"}
+
     def check_untouched(self) -> None:
         """Evaluate the selected checks of what this run found fresh: assets of others are below it.
 
@@ -187,13 +192,12 @@ class CorpusRun:
         for key in self.keys:
             if key in self.failures:
                 continue
-            version, codes = self.partitions[key].version, self.pipeline.code_versions
-            statuses = partition_statuses(self.history, key, version, codes)
-            stale = {asset: status for asset, status in statuses.items() if status.state != "fresh"}
+            stale = self.stale(key)
             with self._failing(key):
                 for asset in self.selected:
                     if (asset, key) not in self.recorder.recorded:
-                        self._check(asset, tables.partition(key), stale)
+                        with self._marking_damage(asset, key):
+                            self.checker.check(asset, tables.partition(key), stale)
         self.drain()
 
     def outputs_for_downstream(self) -> Iterator[dg.MaterializeResult[None]]:
@@ -355,20 +359,16 @@ class CorpusRun:
         # Only the freshness check of embeddings needs this; what this run materialized is fresh.
         others = [a for a in ASSETS if a not in outcome.reasons] if asset == "embeddings" else []
         stale = {a: s for a in others if (s := self._due.status(a, outcome)).state != "fresh"}
-        self._check(asset, task.partition, stale, task.checks.get(asset))
+        with self._marking_damage(asset, outcome.key):
+            self.checker.check(asset, task.partition, stale, task.checks.get(asset))
 
-    def _check(
-        self,
-        asset: str,
-        partition: PartitionSnapshot,
-        stale: Mapping[str, Status],
-        found: Mapping[str, Outcome] | None = None,
-    ) -> None:
-        """As `Checker.check`; a partition whose blocking check fails is recorded as damaged."""
+    @contextlib.contextmanager
+    def _marking_damage(self, asset: str, key: str) -> Iterator[None]:
+        """Record a partition as damaged if a blocking check fails inside."""
         try:
-            self.checker.check(asset, partition, stale, found)
+            yield
         except PartitionError:
-            self.recorder.damaged(asset, partition.key)
+            self.recorder.damaged(asset, key)
             raise
 
 
