@@ -36,7 +36,15 @@ RAW_DOCUMENTS = _schema(
     ("metadata", pa.string()),
 )
 FILE_VERSION = pa.field("file_version", pa.string())
-"""A column of raw_documents and rejected_documents; null in rows written before there was one."""
+PAGE_STARTS = pa.field("page_starts", pa.list_(pa.field("element", pa.int64())))
+PAGES = (pa.field("page_start", pa.int32()), pa.field("page_end", pa.int32()))
+ADDED_COLUMNS: dict[str, tuple[pa.Field, ...]] = {
+    "raw_documents": (FILE_VERSION, PAGE_STARTS),
+    "rejected_documents": (FILE_VERSION,),
+    "chunks": PAGES,
+    "embeddings": PAGES,
+}
+"""By table, columns that older versions did not have. They are null in rows written before."""
 REJECTED_DOCUMENTS = _schema(
     ("partition_key", pa.string()),
     ("document_id", pa.string()),
@@ -78,6 +86,7 @@ EMBEDDINGS = _schema(
 SPLIT_CHUNKS = pa.schema(
     [
         *CHUNKS,
+        *PAGES,
         pa.field("uri", pa.string(), False),
         pa.field("title", pa.string(), False),
         pa.field("input_hash", pa.string(), False),
@@ -89,7 +98,7 @@ SPLIT_CHUNKS = pa.schema(
 input (null where only its tokenizer can tell them), and the hash of their row in the table of chunks."""
 REJECTED_ROWS = pa.schema([*REJECTED_DOCUMENTS, FILE_VERSION])
 """Rows of rejected_documents."""
-PARSED_DOCUMENTS = pa.schema([*RAW_DOCUMENTS, FILE_VERSION, pa.field("row_hash", pa.binary(16), False)])
+PARSED_DOCUMENTS = pa.schema([*RAW_DOCUMENTS, FILE_VERSION, PAGE_STARTS, pa.field("row_hash", pa.binary(16), False)])
 """Documents just parsed, each with the hash of its row."""
 
 CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -101,6 +110,7 @@ CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
         "content_hash",
         "byte_size",
         "metadata",
+        "page_starts",
     ),
     "rejected_documents": ("document_id", "uri", "reason", "detail"),
     "chunks": (
@@ -112,6 +122,8 @@ CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
         "char_end",
         "token_count",
         "text_hash",
+        "page_start",
+        "page_end",
     ),
     "embeddings": (
         "chunk_id",
@@ -125,10 +137,12 @@ CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
         "token_count",
         "is_truncated",
         "input_hash",
+        "page_start",
+        "page_end",
     ),
 }
 """Per table, the columns that decide whether two rows are equal: all except times, texts and vectors. Texts and vectors
-are represented by their hashes."""
+are represented by their hashes. Those that can be null stand last, see `row_hashes`."""
 
 COLUMN_DESCRIPTIONS: dict[str, str] = {
     "partition_key": "the part of the corpus that is materialized as a unit",
@@ -142,6 +156,9 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "modified_at": "modification time of the source file, UTC",
     "metadata": "JSON object: remaining columns of a row, the detected encoding, ...",
     "file_version": "size and checksum or modification time of the source file when it was read; null if it has none",
+    "page_starts": "for a document with pages, the code points of `text` where they start; else null",
+    "page_start": "the page that the chunk begins on, from 1; null for documents without pages",
+    "page_end": "the page that the chunk ends on; null for documents without pages",
     "reason": "short code for why the document was rejected",
     "detail": "what was found, and how to fix it",
     "rejected_at": "when it was rejected, UTC",
@@ -176,6 +193,8 @@ class Document:
     """JSON object, as text."""
     file_version: str | None = None
     """Tells whether the file changed since it was read; None if that can't be told."""
+    page_starts: tuple[int, ...] = ()
+    """The code points where the pages of a document with pages start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,12 +294,27 @@ _ROW_BYTES = 16
 
 
 def row_hashes(columns: Sequence[Sequence[object]]) -> bytes:
-    """blake2b-128 of each row of the given columns' values, end to end."""
+    """blake2b-128 of each row of the given columns' values, end to end.
+
+    Nulls at the end of a row do not count, so that rows from before a column was added keep their hashes.
+    """
     blake2b = hashlib.blake2b
+    filled = len(columns)
+    while filled and all(value is None for value in columns[filled - 1]):
+        filled -= 1
+    rows: Iterable[tuple[object, ...]] = zip(*columns[:filled], strict=True)
+    if any(value is None for value in (columns[filled - 1] if filled else ())):
+        rows = (_without_last_nulls(row) for row in rows)
     return b"".join(
-        blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=_ROW_BYTES).digest()
-        for row in zip(*columns, strict=True)
+        blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=_ROW_BYTES).digest() for row in rows
     )
+
+
+def _without_last_nulls(row: tuple[object, ...]) -> tuple[object, ...]:
+    end = len(row)
+    while end and row[end - 1] is None:
+        end -= 1
+    return row[:end]
 
 
 def packed_hashes(hashes: bytes) -> pa.FixedSizeBinaryArray:

@@ -8,7 +8,7 @@ import pytest
 
 from embed_assets.cli import main
 from embed_assets.engine.space import EmbeddingSpace
-from embed_assets.records import EMBEDDINGS
+from embed_assets.lake.tables import TableSpec
 from embed_assets.settings import Settings
 from embed_assets_tests.conftest import REPOSITORY
 
@@ -77,7 +77,7 @@ README_ORDER = [
 def test_every_column_is_described() -> None:
     table = README.partition("## What you get")[2].partition("```")[0]
     first_cells = re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)
-    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(EMBEDDINGS.names)
+    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(TableSpec("embeddings").schema.names)
 
 
 def test_the_example_names_the_sample_models_table(sample_space: EmbeddingSpace) -> None:

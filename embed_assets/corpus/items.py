@@ -19,6 +19,8 @@ class Row:
     """The row's other columns, as a JSON object."""
     position: str = ""
     """Where the row stands in its file, such as 'row7', when `key` comes from the id column; '' when it has no id."""
+    page_starts: tuple[int, ...] = ()
+    """The code points where the pages of a document with pages start."""
 
     def with_key(self, key: str) -> Row:
         """A copy with another key."""

@@ -10,7 +10,8 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from embed_assets.corpus.encoding import Undecodable, decode
-from embed_assets.corpus.formats import FORMATS, MissingExtra
+from embed_assets.corpus.formats.parsed import MissingExtra
+from embed_assets.corpus.formats.registry import FORMATS
 from embed_assets.corpus.front_matter import split_front_matter
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.listing import SourceFile
@@ -30,6 +31,7 @@ REASONS: dict[str, str] = {
     "unsupported_format": "its file name extension is not supported",
     "broken_file": "it could not be parsed",
     "too_costly": "parsing it takes too much time or memory",
+    "pages_without_text": "pages of it are scanned, and hold no text",
     "encrypted": "it is protected by a password",
     "missing_extra": "reading it needs an optional package",
     "invalid_json": "the line is not a JSON object",
@@ -127,6 +129,7 @@ def _read_file(
                         file.modified_at,
                         item.metadata,
                         version,
+                        item.page_starts,
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))
@@ -188,8 +191,11 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
         if suffix in _TEXT_FORMATS:
             yield _text_row(data, _TEXT_FORMATS[suffix])
         else:
-            text, title = parser_process.parse(suffix, data)
-            yield Row("", text, title, FORMATS[suffix][0], len(data))
+            parsed = parser_process.parse(suffix, data)
+            title = parsed.title or _title_of(parsed.text, parsed.media_type)
+            metadata = to_json(dict(parsed.metadata))
+            yield Row("", parsed.text, title, parsed.media_type, len(data), metadata, page_starts=parsed.page_starts)
+            yield from parsed.lost
     except Undecodable as error:
         yield BadRow("", "undecodable", str(error))
     except BadRow.Error as error:

@@ -1,4 +1,4 @@
-"""Parses HTML, PDF and Word in a sandbox: a child process with limits on its CPU time and memory.
+"""Parses whole files, such as PDF and Word, in a sandbox: a child process with limits on its CPU time and memory.
 
 A document of a few kilobytes can expand to gigabytes or take hours, and the libraries that read these formats can't
 always tell in advance. In the sandbox that costs one process, which is started again, and the document is rejected.
@@ -16,7 +16,8 @@ import threading
 import time
 
 from embed_assets.children import how_it_ended, own_pipes, receive, send, start_child
-from embed_assets.corpus.formats import FORMATS, MissingExtra
+from embed_assets.corpus.formats.parsed import MissingExtra, Parsed
+from embed_assets.corpus.formats.registry import FORMATS
 from embed_assets.corpus.items import BadRow
 from embed_assets.errors import SourceError
 
@@ -36,8 +37,8 @@ class ParserProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def parse(self, suffix: str, data: bytes) -> tuple[str, str]:
-        """(text, title) of a document, given its file name suffix and content.
+    def parse(self, suffix: str, data: bytes) -> Parsed:
+        """The document, given its file name suffix and content.
 
         Raises ``BadRow.Error`` when the document can't be parsed or exceeds a limit, ``MissingExtra`` when the parser
         is not installed, and ``SourceError`` when the process can't start.
@@ -53,9 +54,12 @@ class ParserProcess:
                         raise BadRow.Error("too_costly", str(died)) from None
         kind, *details = json.loads(answer)
         if kind == "parsed":
-            return text.decode("utf-8", "surrogatepass"), details[0]
+            title, media_type, metadata, page_starts, lost = details
+            rows = tuple(BadRow(*row) for row in lost)
+            whole = text.decode("utf-8", "surrogatepass")
+            return Parsed(whole, title, media_type, metadata, tuple(page_starts), rows)
         if kind == "missing":
-            raise MissingExtra(details[0])
+            raise MissingExtra(*details)
         raise BadRow.Error(*details)
 
     def _exchange(self, suffix: str, data: bytes) -> tuple[bytes, bytes]:
@@ -92,7 +96,7 @@ class ParserProcess:
             except EOFError:
                 status = self._process.wait()
                 raise SourceError(
-                    f"the process that parses HTML, PDF and Word exited with status {status} before its first "
+                    f"the process that parses documents exited with status {status} before its first "
                     "document; run 'python -m embed_assets.corpus.sandbox' to see why",
                     is_retryable=True,
                 ) from None
@@ -123,19 +127,28 @@ class _ProcessDied(Exception):
         return cls(f"parsing it ended the parser with {how}, {guess}; split it", has_aborted)
 
 
-def _parse(suffix: str, data: bytes) -> tuple[list[str], bytes]:
+def _parse(suffix: str, data: bytes) -> tuple[list[object], bytes]:
     """The answer to a request: the outcome with its details, and the text as UTF-8."""
     try:
-        text, title = FORMATS[suffix][1](data)
-    except MissingExtra:
-        return ["missing", suffix], b""
+        parsed = FORMATS[suffix](data)
+    except MissingExtra as error:
+        return ["missing", error.what, error.extra], b""
     except BadRow.Error as error:
         return ["bad", error.row.reason, error.row.detail], b""
     except MemoryError:
         return ["bad", "too_costly", f"parsing it took more than {MEMORY_BYTES >> 30} GB of memory; split it"], b""
     except Exception as error:
         return ["bad", "broken_file", f"it could not be parsed: {type(error).__name__}: {error}"], b""
-    return ["parsed", title], text.encode("utf-8", "surrogatepass")
+    lost = [[row.key, row.reason, row.detail] for row in parsed.lost]
+    answer: list[object] = [
+        "parsed",
+        parsed.title,
+        parsed.media_type,
+        dict(parsed.metadata),
+        list(parsed.page_starts),
+        lost,
+    ]
+    return answer, parsed.text.encode("utf-8", "surrogatepass")
 
 
 def _serve() -> None:

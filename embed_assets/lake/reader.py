@@ -29,7 +29,7 @@ def read_table(
     """
     schema = pa.schema([table.schema.field(name) for name in columns])
     # Tables created before a column was introduced read as null in it.
-    absent = {f.name for f in table.extra}.difference(columns_of(delta).names) if table.extra else set()
+    absent = {f.name for f in table.added}.difference(columns_of(delta).names)
     present = [name for name in columns if name not in absent]
     with lake_errors(f"the table {table.path!r} can't be read (see 'embed-assets verify --repair')", root):
         for batch in pa.RecordBatchReader.from_stream(delta.scan(present, where)):

@@ -20,7 +20,7 @@ from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orp
 from embed_assets.lake.owner import Owner
 from embed_assets.lake.storage import Storage
 from embed_assets.locations import local_path
-from embed_assets.records import CHUNKS, EMBEDDINGS, FILE_VERSION, RAW_DOCUMENTS, REJECTED_DOCUMENTS
+from embed_assets.records import ADDED_COLUMNS, CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings
 
 SCHEMAS: dict[str, pa.Schema] = {
@@ -60,7 +60,7 @@ class TableSpec:
     properties: Mapping[str, str] = field(default_factory=dict)
     """Delta table properties, written when the table is created."""
     extra: tuple[pa.Field, ...] = ()
-    """Columns in addition to those of `kind`. Older tables get them added, null in existing rows."""
+    """Columns in addition to those of `kind`, of the same sort as `added`."""
 
     @property
     def path(self) -> str:
@@ -68,13 +68,18 @@ class TableSpec:
         return f"{self.kind}/{self.space}" if self.space else self.kind
 
     @property
+    def added(self) -> tuple[pa.Field, ...]:
+        """Columns that older tables lack. They get them added, null in existing rows."""
+        return (*ADDED_COLUMNS[self.kind], *self.extra)
+
+    @property
     def schema(self) -> pa.Schema:
         """Arrow schema of the rows."""
-        return pa.schema([*SCHEMAS[self.kind], *self.extra])
+        return pa.schema([*SCHEMAS[self.kind], *self.added])
 
 
-RAW = TableSpec("raw_documents", extra=(FILE_VERSION,))
-REJECTED = TableSpec("rejected_documents", extra=(FILE_VERSION,))
+RAW = TableSpec("raw_documents")
+REJECTED = TableSpec("rejected_documents")
 CHUNK_TABLE = TableSpec("chunks")
 _OWNER_TABLES = (RAW, REJECTED)
 """Tables that record which corpus the lake belongs to. They are written first, so a lake with tables has one."""
@@ -316,13 +321,13 @@ class Lake:
 
     def _add_columns(self, table: TableSpec) -> None:
         """Add columns that a table created by an older version lacks. Changes only metadata."""
-        delta = self.open(table) if table.extra else None
+        delta = self.open(table)
         if delta is None:
             return
 
         def add_missing() -> None:
             known = columns_of(delta).names
-            if added := [Field.from_arrow(column) for column in table.extra if column.name not in known]:
+            if added := [Field.from_arrow(column) for column in table.added if column.name not in known]:
                 delta.alter.add_columns(added)
 
         self._alter(delta, f"the columns of {table.path!r} can't be added", add_missing)

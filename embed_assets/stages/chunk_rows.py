@@ -18,7 +18,7 @@ INPUTS = ("text", "token_count", "input_hash", "input_ids")
 """Columns that tell what to embed, named as in `SPLIT_CHUNKS`."""
 ROWS = (
     *("chunk_id", "document_id", "chunk_index", "uri", "title", "text", "heading_path", "char_start", "char_end"),
-    *("token_count", "input_hash"),
+    *("token_count", "input_hash", "page_start", "page_end"),
 )
 """Columns that a row of embeddings has besides its vector."""
 _STORED = [name for name in ROWS if name not in ("uri", "title", "input_hash")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,12 +42,26 @@ _READ_FACTOR = 16
 """Chunks that a sample reads per chunk it returns. More make it more representative, fewer make it faster."""
 _MIN_READ_CHUNKS = 8
 """Chunks that a sample reads at least from a partition, so that opening its files is worth it."""
-TEXT_COLUMNS = ("document_id", "uri", "title", "media_type", "text")
+TEXT_COLUMNS = ("document_id", "uri", "title", "media_type", "text", "page_starts")
 """Columns of raw_documents that chunking needs."""
-_Row: TypeAlias = tuple[str, str, str, str, str]
-"""A document's values of `TEXT_COLUMNS`."""
-_Identified: TypeAlias = tuple[tuple[str, str, str], Chunk, str, str]
-"""((document_id, uri, title), chunk, text hash, chunk id)."""
+_Identified: TypeAlias = tuple["_Text", Chunk, str, str]
+"""(document, chunk, text hash, chunk id)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A document's values of `TEXT_COLUMNS`."""
+
+    document_id: str
+    uri: str
+    title: str
+    media_type: str
+    text: str
+    page_starts: Sequence[int] | None
+
+    def page_of(self, position: int) -> int | None:
+        """The page, from 1, that a code point of the text is on; None if the document has no pages."""
+        return bisect_right(self.page_starts, position) if self.page_starts else None
 
 
 @dataclass(frozen=True)
@@ -99,9 +114,9 @@ class Corpus:
         Yields batches of a few megabytes with the schema `SPLIT_CHUNKS`.
         """
         rows, texts = tee(row for batch in documents for row in _rows_of(batch))
-        pairs = ((text, media_type) for _, _, _, media_type, text in texts)
+        pairs = ((document.text, document.media_type) for document in texts)
         split = zip(rows, split_documents(pairs, self.model_input.tokenizer, self.chunking), strict=True)
-        identified = ((row[:3], *found) for row, chunks in split for found in _identified(row[0], chunks))
+        identified = ((row, *found) for row, chunks in split for found in _identified(row.document_id, chunks))
         groups = grouped_bytes(identified, lambda found: len(found[1].text))
         return (self._chunk_batch(group, key) for group in groups)
 
@@ -121,7 +136,7 @@ class Corpus:
         columns: dict[str, Any] = {
             "partition_key": [key] * len(group),
             "chunk_id": ids,
-            "document_id": [document_id for document_id, _, _ in documents],
+            "document_id": [document.document_id for document in documents],
             "chunk_index": [chunk.chunk_index for chunk in chunks],
             "text": [chunk.text for chunk in chunks],
             "heading_path": [chunk.heading_path for chunk in chunks],
@@ -129,8 +144,10 @@ class Corpus:
             "char_end": [chunk.char_end for chunk in chunks],
             "token_count": [chunk.token_count for chunk in chunks],
             "text_hash": text_hashes,
-            "uri": [uri for _, uri, _ in documents],
-            "title": [title for _, _, title in documents],
+            "page_start": [d.page_of(c.char_start) for d, c in zip(documents, chunks, strict=True)],
+            "page_end": [d.page_of(c.char_end - 1) for d, c in zip(documents, chunks, strict=True)],
+            "uri": [document.uri for document in documents],
+            "title": [document.title for document in documents],
             "input_hash": [hash_input(chunk.text, h) for chunk, h in zip(chunks, text_hashes, strict=True)],
         }
         hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["chunks"]])
@@ -182,6 +199,7 @@ def parsed_batch(documents: Sequence[Document], key: str) -> pa.RecordBatch:
         "modified_at": [document.modified_at for document in documents],
         "metadata": [document.metadata for document in documents],
         "file_version": [document.file_version for document in documents],
+        "page_starts": [list(document.page_starts) or None for document in documents],
     }
     hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["raw_documents"]])
     return pa.RecordBatch.from_pydict(columns | {"row_hash": packed_hashes(hashes)}, schema=PARSED_DOCUMENTS)
@@ -193,11 +211,10 @@ def _identified(document_id: str, chunks: Sequence[Chunk]) -> Iterator[tuple[Chu
     yield from zip(chunks, hashes, chunk_ids(document_id, hashes), strict=True)
 
 
-def _rows_of(batch: pa.RecordBatch) -> Iterator[_Row]:
+def _rows_of(batch: pa.RecordBatch) -> Iterator[_Text]:
     columns = [batch.column(name) for name in TEXT_COLUMNS]
     for i in range(batch.num_rows):  # one at a time: the texts of a batch take more memory as Python's than as Arrow's
-        document_id, uri, title, media_type, text = (str(column[i].as_py()) for column in columns)
-        yield document_id, uri, title, media_type, text
+        yield _Text(*(column[i].as_py() for column in columns))
 
 
 def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:

@@ -15,7 +15,7 @@ from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import MOST_VALUES, TableSpec, dimension_of, is_one_of, partition_predicate
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array
-from embed_assets.records import EMBEDDINGS, NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail
+from embed_assets.records import NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail
 from embed_assets.stages.chunk_rows import ROWS, ChunkInputs, ChunkRows
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.elsewhere import Elsewhere
@@ -218,7 +218,8 @@ class PartitionVectors:
             "embedding": vector_array(stored.vectors),
             "embedded_at": pa.array(stored.embedded_at, pa.int64()).cast(TIMESTAMP),
         }
-        rows = pa.RecordBatch.from_arrays([columns[name] for name in EMBEDDINGS.names], schema=EMBEDDINGS)
+        schema = self.target.table.schema
+        rows = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         outcome.sample.add(rows)
         return rows
 

@@ -178,8 +178,8 @@ def embedded_texts(project: Project) -> set[str]:
 
 @pytest.mark.long
 def test_a_lost_head_is_one_line_and_the_next_run_goes_on_from_what_is_staged(project: Project, cluster: Any) -> None:
-    # So much that it takes minutes: workers go on until the loss is noticed, and a run whose texts are all staged by then
-    # needs no cluster to end well.
+    # So much that it takes minutes: workers go on until the loss is noticed, and a run whose texts are all staged by
+    # then needs no cluster to end well.
     write_documents(project, partitions=4, documents=60)
     project.set(CHUNK_TOKENS="64")
     with sync_in_the_middle(project, cluster, "fake:16~20", RAY_REPLICAS="1") as process:

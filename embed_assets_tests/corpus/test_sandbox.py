@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embed_assets.children import send
+from embed_assets.corpus.formats.parsed import Parsed
 from embed_assets.corpus.items import BadRow
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.sandbox import ParserProcess
@@ -34,17 +35,17 @@ def kill_repeatedly(parser: ParserProcess, is_done: threading.Event, times: int)
 @pytest.mark.parametrize("times", [1, 1000])
 def test_a_killed_process_is_restarted_once_per_document(times: int) -> None:
     parser, is_done = ParserProcess(), threading.Event()
-    assert parser.parse(".html", b"<title>T</title><p>One.</p>") == ("One.\n", "T")
+    assert parser.parse(".html", b"<title>T</title><p>One.</p>") == Parsed("One.\n", "T")
     killer = threading.Thread(target=kill_repeatedly, args=(parser, is_done, times))
     killer.start()
     if times == 1:
-        assert "words and words" in parser.parse(".html", PAGE)[0]
+        assert "words and words" in parser.parse(".html", PAGE).text
     else:
         with pytest.raises((BadRow.Error, SourceError)):
             parser.parse(".html", PAGE)
     is_done.set()
     killer.join()
-    assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"
+    assert parser.parse(".html", b"<p>Two.</p>").text == "Two.\n"
     parser.close()
 
 
@@ -56,7 +57,7 @@ def test_an_interrupted_request_leaves_no_answer_for_the_next_one() -> None:
     send(process.stdin, b".html", b"<p>One.</p>")
     with pytest.raises(KeyboardInterrupt):
         parse_interrupted(parser)
-    assert parser.parse(".html", b"<p>Two.</p>")[0] == "Two.\n"
+    assert parser.parse(".html", b"<p>Two.</p>").text == "Two.\n"
     parser.close()
 
 

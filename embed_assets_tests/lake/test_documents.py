@@ -15,7 +15,7 @@ from embed_assets.errors import SupersededError
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, Lake
 from embed_assets.lake.writer import Provenance, Replaced
-from embed_assets.records import CHUNKS, CONTENT_COLUMNS, ContentVersion, chunk_ids, hash_text
+from embed_assets.records import CONTENT_COLUMNS, ContentVersion, chunk_ids, hash_text
 
 RUN = Provenance("run-1")
 NAMES = ("a.md", "b.md", "c/d.md", "it's 'quoted'.md", "é%20;--.md")
@@ -36,7 +36,7 @@ def rows_of(documents: Mapping[str, Sequence[str]], key: str = "k") -> pa.Record
         for name, texts in documents.items()
         for i, (text, chunk_id) in enumerate(zip(texts, chunk_ids(name, [hash_text(t) for t in texts]), strict=True))
     ]  # fmt: skip
-    return pa.RecordBatch.from_pylist(rows, schema=CHUNKS)
+    return pa.RecordBatch.from_pylist(rows, schema=CHUNK_TABLE.schema)
 
 
 def begin(lake: Lake, key: str = "k") -> PartitionSnapshot:

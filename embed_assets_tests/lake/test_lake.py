@@ -130,7 +130,7 @@ def embeddings(key: str, vectors: np.ndarray, texts: list[str] | None = None) ->
         }
         for i, (text, chunk_id, vector) in enumerate(zip(texts, ids, vectors, strict=True))
     ]  # fmt: skip
-    return pa.RecordBatch.from_pylist(rows, schema=EMBEDDINGS)
+    return pa.RecordBatch.from_pylist(rows, schema=SPACE.schema)
 
 
 def chunks(key: str, texts: list[str]) -> pa.RecordBatch:
@@ -142,7 +142,7 @@ def chunks(key: str, texts: list[str]) -> pa.RecordBatch:
         }
         for i, (text, text_hash, chunk_id) in enumerate(zip(texts, hashes, chunk_ids("doc", hashes), strict=True))
     ]  # fmt: skip
-    return pa.RecordBatch.from_pylist(rows, schema=CHUNKS)
+    return pa.RecordBatch.from_pylist(rows, schema=CHUNK_TABLE.schema)
 
 
 def write_chunks(lake: Lake, key: str) -> None:
@@ -513,10 +513,10 @@ def chunk_rows(key: str, *texts: str) -> pa.RecordBatch:
         }
         for i, text in enumerate(texts)
     ]  # fmt: skip
-    return pa.RecordBatch.from_pylist(rows, schema=CHUNKS)
+    return pa.RecordBatch.from_pylist(rows, schema=CHUNK_TABLE.schema)
 
 
-WIDER = TableSpec("chunks", extra=(pa.field("page_start", pa.int32()), pa.field("labels", pa.list_(pa.string()))))
+WIDER = TableSpec("chunks", extra=(pa.field("rank", pa.int32()), pa.field("labels", pa.list_(pa.string()))))
 """As a later version of the code has it."""
 
 
@@ -526,20 +526,20 @@ def test_an_older_table_gets_new_columns_without_a_rewrite(lake: Lake) -> None:
     assert delta is not None
     files = delta.file_uris()
     lake.check_tables(WIDER)  # readers accept it as it is
-    [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "page_start"])
-    assert batch.column("page_start").null_count == batch.num_rows == 2
+    [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "rank"])
+    assert batch.column("rank").null_count == batch.num_rows == 2
     lake.check_usable(WIDER)
     lake.check_usable(WIDER)
     widened = lake.open(WIDER)
     assert widened is not None and widened.file_uris() == files and widened.version() == delta.version() + 1
     assert columns_of(widened).names == WIDER.schema.names
-    [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "page_start", "labels"])
-    assert batch.column("page_start").to_pylist() == batch.column("labels").to_pylist() == [None, None]
+    [batch] = Snapshot(lake).rows(WIDER, ["chunk_id", "rank", "labels"])
+    assert batch.column("rank").to_pylist() == batch.column("labels").to_pylist() == [None, None]
     new = chunk_rows("b", "three")
-    new = pa.RecordBatch.from_pylist([new.to_pylist()[0] | {"page_start": 7, "labels": ["x"]}], schema=WIDER.schema)
+    new = pa.RecordBatch.from_pylist([new.to_pylist()[0] | {"rank": 7, "labels": ["x"]}], schema=WIDER.schema)
     replace_partition(lake, WIDER, "b", [new], RUN)
-    pages = [row["page_start"] for b in Snapshot(lake).rows(WIDER, ["page_start"]) for row in b.to_pylist()]
-    assert sorted(map(str, pages)) == ["7", "None", "None"]
+    ranks = [row["rank"] for b in Snapshot(lake).rows(WIDER, ["rank"]) for row in b.to_pylist()]
+    assert sorted(map(str, ranks)) == ["7", "None", "None"]
 
 
 def test_foreign_columns_are_left_alone_and_null_in_new_rows(lake: Lake) -> None:
