@@ -62,6 +62,11 @@ def _share_or_whole(gpus: float | None) -> float | None:
     return gpus
 
 
+DEFAULT_IGNORE = (
+    "~$*,.~lock.*,*~,#*#,*.swp,*.tmp,*.crdownload,*.part,Thumbs.db,ehthumbs.db,desktop.ini,__MACOSX,"
+    "_SUCCESS,_committed_*,_started_*,*.crc"
+)
+"""What editors, systems, browsers and Spark leave beside documents."""
 _LOGIN = re.compile(r"://[^/@]*:[^/@]*@")
 Place = Annotated[str, AfterValidator(_without_login)]
 AutoInt = Annotated[int | None, BeforeValidator(_none_if_auto)]
@@ -84,6 +89,13 @@ class Settings(BaseSettings):
     text_column: str = Field("text", min_length=1, description="Column of JSONL, CSV and Parquet that holds the text.")
     id_column: str = Field("id", min_length=1, description="Column that holds a row's id; default: a hash of its text.")
     title_column: str = Field("title", min_length=1, description="Column that holds a row's title, if it has one.")
+    text_format: Literal["text", "markdown", "html"] = Field(
+        "text", description="What the text of rows is: plain text, Markdown or HTML."
+    )
+    ignore: str = Field(
+        DEFAULT_IGNORE,
+        description="Names of files and folders to leave out: patterns with * and ?, separated by commas.",
+    )
     max_file_bytes: int = Field(
         64 << 20, ge=1, description="Larger files, or rows of JSONL, CSV and Parquet, are rejected (bytes)."
     )

@@ -32,9 +32,12 @@ class BadRow:
     """A row, or a whole file (then `key` is empty), that could not be read."""
 
     key: str
+    """Identifies the row within its file: its id if it has one, else its position."""
     reason: str
     """Short code, one of `parsing.REASONS`."""
     detail: str
+    position: str = ""
+    """Where the row stands in its file when `key` is its id; else ''."""
 
     class Error(Exception):
         """Raised by parsers of whole files; `row` is the rejection."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fsspec import AbstractFileSystem
 
@@ -69,6 +70,10 @@ _PROBE_SUFFIX = ".embed-assets-probe"
 """Appended to the name of a file to get one that does not exist."""
 
 
+Ignored: TypeAlias = Callable[[str], bool]
+"""Whether a file or folder of this name is left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file of the source as the listing shows it."""
@@ -83,6 +88,8 @@ class SourceFile:
     """Checksum if the file system reports one, else the modification time; '' if it reports neither."""
     rejected: str = ""
     """Reason code if the listing alone shows that the file must not be read, else ''."""
+    table: str | None = None
+    """Path of the folder, if this stands for all files of a Delta table; '' is the source's root."""
 
     @property
     def content_key(self) -> str | None:
@@ -90,10 +97,10 @@ class SourceFile:
         return f"{self.size}-{self.version}{self.rejected and '-'}{self.rejected}" if self.version else None
 
 
-def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[SourceFile]:
+def walk(folder: Path, excluded: Path | None, is_ignored: Ignored, hidden: list[str]) -> Iterator[SourceFile]:
     """The files below a local folder, without those in the folder `excluded`.
 
-    Files and folders whose names begin with a dot are skipped, and appended to `hidden`.
+    Files and folders whose names begin with a dot or are ignored are skipped, and appended to `hidden`.
     Raises ``SourceError`` for a folder that can't be listed.
     """
     root = folder.resolve()
@@ -110,7 +117,7 @@ def walk(folder: Path, excluded: Path | None, hidden: list[str]) -> Iterator[Sou
             ) from None
         for entry in entries:
             relative = prefix + entry.name
-            if _is_dot_name(entry.name):
+            if _is_dot_name(entry.name) or is_ignored(entry.name):
                 hidden.append(relative)
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -153,11 +160,11 @@ def _file_rejection(path: str, mode: int) -> str:
     return "" if os.access(path, os.R_OK) else "unreadable"
 
 
-def find(filesystem: Any, base: str, hidden: list[str]) -> Iterator[SourceFile]:
+def find(filesystem: Any, base: str, is_ignored: Ignored, hidden: list[str]) -> Iterator[SourceFile]:
     """The files below the folder `base` of an fsspec file system.
 
-    Files and folders whose names begin with a dot are skipped, and appended to `hidden`. Files that the listing gives
-    without a checksum or time are looked up one by one.
+    Files and folders whose names begin with a dot or are ignored are skipped, and appended to `hidden`. Files that the
+    listing gives without a checksum or time are looked up one by one.
     """
     listing: dict[str, dict[str, Any]] = filesystem.find(base, detail=True)
     unversioned: dict[str, str] = {}
@@ -165,8 +172,8 @@ def find(filesystem: Any, base: str, hidden: list[str]) -> Iterator[SourceFile]:
         relative = name.removeprefix(base).lstrip("/")
         if info.get("type") == "directory":
             continue
-        if is_hidden(relative):
-            if (top := _hidden_part(relative)) not in hidden:
+        if (top := _hidden_part(relative, is_ignored)) is not None:
+            if top not in hidden:
                 hidden.append(top)
         elif _has_version(info):
             yield _from_info(relative, info)
@@ -259,15 +266,22 @@ def _parse_time(text: str) -> datetime:
         return parsedate_to_datetime(text)  # the form of HTTP headers
 
 
-def is_hidden(relative: str) -> bool:
-    """Whether any part of the path begins with exactly one dot: by convention '.x' is hidden, but '..x' is not."""
-    return any(map(_is_dot_name, relative.split("/")))
-
-
-def _hidden_part(relative: str) -> str:
-    """The path up to its first hidden part, a folder or the file itself."""
+def _hidden_part(relative: str, is_ignored: Ignored) -> str | None:
+    """The path up to its first hidden or ignored part, a folder or the file itself; None if it has none."""
     parts = relative.split("/")
-    return "/".join(parts[: next(i for i, part in enumerate(parts) if _is_dot_name(part)) + 1])
+    for i, part in enumerate(parts):
+        if _is_dot_name(part) or is_ignored(part):
+            return "/".join(parts[: i + 1])
+    return None
+
+
+def ignored_names(patterns: str) -> Ignored:
+    """Whether a name matches one of the patterns, which have * and ? and are separated by commas, in any case."""
+    expressions = [fnmatch.translate(pattern.strip()) for pattern in patterns.split(",") if pattern.strip()]
+    if not expressions:
+        return lambda name: False
+    matcher = re.compile("|".join(expressions), re.IGNORECASE)
+    return lambda name: matcher.fullmatch(name) is not None
 
 
 def _is_dot_name(name: str) -> bool:

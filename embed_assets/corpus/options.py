@@ -21,17 +21,31 @@ class ParseOptions:
     text_column: str = "text"
     id_column: str = "id"
     title_column: str = "title"
+    text_format: str = "text"
+    """What the text of rows is: 'text', 'markdown' or 'html'."""
     max_file_bytes: int = 64 << 20
     """Largest file that is parsed as a whole, and largest row of a JSONL, CSV or Parquet file, in bytes."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ParseOptions:
         """The options that the settings specify."""
-        return cls(settings.text_column, settings.id_column, settings.title_column, settings.max_file_bytes)
+        return cls(
+            settings.text_column,
+            settings.id_column,
+            settings.title_column,
+            settings.text_format,
+            settings.max_file_bytes,
+        )
 
     @property
     def version(self) -> str:
         """Code version of raw_documents: changes when the same bytes would give different documents."""
-        return hash_text(
-            f"{PARSER_VERSION}/{self.text_column}/{self.id_column}/{self.title_column}/{self.max_file_bytes}"
-        )[:12]
+        columns = f"{self.text_column}/{self.id_column}/{self.title_column}/{self.text_format}"
+        return hash_text(f"{PARSER_VERSION}/{columns}/{self.max_file_bytes}")[:12]
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Columns that every file of rows must have: the text's, and those of id and title if they were configured."""
+        ours = type(self)()
+        named = [(self.id_column, ours.id_column), (self.title_column, ours.title_column)]
+        return (self.text_column, *(name for name, default in named if name != default))

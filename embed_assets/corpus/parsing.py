@@ -5,7 +5,10 @@ A bad file or row raises nothing: it becomes a `Rejection` with its reason.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -16,7 +19,7 @@ from embed_assets.corpus.front_matter import split_front_matter
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.listing import SourceFile
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import iter_csv, iter_jsonl, iter_parquet, to_json
+from embed_assets.corpus.rows import iter_csv, iter_delta, iter_jsonl, iter_parquet, to_json
 from embed_assets.corpus.sandbox import parser_process
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.corpus.structure import find_headings
@@ -37,7 +40,10 @@ REASONS: dict[str, str] = {
     "invalid_json": "the line is not a JSON object",
     "invalid_row": "the row does not match the file's columns",
     "missing_text": "it has no text column",
+    "missing_id": "it lacks the column of EMBED_ID_COLUMN",
+    "missing_title": "it lacks the column of EMBED_TITLE_COLUMN",
     "duplicate_id": "an earlier row of the file has the same id",
+    "delta_table": "it is a Delta table on remote storage; sync a local copy, or export its rows as Parquet",
     "unreadable": "its permissions don't allow reading it",
     "symlink_outside": "it is a link to a place outside the source",
     "symlink_to_folder": "it is a link to a folder; the folder's files are read where they really are",
@@ -101,11 +107,11 @@ def _read_file(
 
     name = PurePosixPath(file.path)
     suffix = ".txt" if name.name.lower() in _PLAIN_NAMES else name.suffix.lower()
-    has_rows = suffix in _ROW_FORMATS
+    has_rows = suffix in _ROW_FORMATS or file.table is not None
     file_name = PurePosixPath(document_id).name
     if file.rejected:
         yield rejected(file.rejected)
-    elif suffix not in SUPPORTED_SUFFIXES:
+    elif suffix not in SUPPORTED_SUFFIXES and file.table is None:
         kind = f"with the extension {suffix}" if suffix else "without an extension"
         yield rejected("unsupported_format", f"files {kind} are not read, only {' '.join(SUPPORTED_SUFFIXES)}")
     elif file.size > options.max_file_bytes and not has_rows:
@@ -157,9 +163,11 @@ def _read_rows(source: Source, file: SourceFile, suffix: str, options: ParseOpti
     """The rows of a JSONL, CSV or Parquet file, each with a key that no earlier row of the file has."""
     repeats: dict[str, int] = {}
     is_empty = True
-    with source.open(file) as stream, SpillingSet() as keys:
-        for row in _ROW_FORMATS[suffix][1](stream, options):
+    with _open_rows(source, file, suffix, options) as rows, SpillingSet() as keys:
+        for row in rows:
             is_empty = False
+            if isinstance(row, BadRow) and row.position and not keys.add(row.key):
+                row = replace(row, key=row.position)  # an earlier row has its id
             if isinstance(row, Row) and not keys.add(row.key):
                 if row.position:
                     detail = f"its id {row.key!r} was used by an earlier row; ids must be unique"
@@ -170,9 +178,29 @@ def _read_rows(source: Source, file: SourceFile, suffix: str, options: ParseOpti
                     repeats[text_key] = repeats.get(text_key, 1) + 1
                     row = row.with_key(f"{text_key}.{repeats[text_key]}")
                     is_new = keys.add(row.key)
-            yield row
+            yield _from_html(row) if isinstance(row, Row) and options.text_format == "html" else row
     if is_empty:
         yield BadRow("", "empty", "the file has no rows")
+
+
+@contextlib.contextmanager
+def _open_rows(
+    source: Source, file: SourceFile, suffix: str, options: ParseOptions
+) -> Iterator[Iterator[Row | BadRow]]:
+    if file.table is not None:
+        yield iter_delta(source.table(file), options)
+    else:
+        with source.open(file) as stream:
+            yield _ROW_FORMATS[suffix][1](stream, options)
+
+
+def _from_html(row: Row) -> Row | BadRow:
+    """The row with the Markdown of its text, which is HTML."""
+    try:
+        parsed = parser_process.parse(".html", codecs.BOM_UTF8 + row.text.encode("utf-8", "surrogatepass"))
+    except BadRow.Error as error:
+        return replace(error.row, key=row.key)
+    return replace(row, text=parsed.text, media_type=parsed.media_type, title=row.title or parsed.title)
 
 
 def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOptions) -> Iterator[Row | BadRow]:

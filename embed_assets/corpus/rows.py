@@ -11,14 +11,18 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from embed_assets.corpus.encoding import DamagedUtf8, Undecodable, byte_order_mark, decode
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.options import ParseOptions
+from embed_assets.errors import SourceError
 from embed_assets.records import hash_text
 
 _MAX_BRACKETS = 3_000_000
@@ -32,6 +36,8 @@ _SAMPLE_BYTES = 1 << 18
 _DELIMITERS = (",", ";", "\t", "|")
 _MOST_LINES_OF_A_BROKEN_FIELD = 20
 """More would find the ends of longer ones, and lose more good rows where a stray quotation mark opened none."""
+_POSITION = re.compile(r"(?:line|row)\d+|pages")
+"""What rows without an id are called when they are rejected, and lost parts of a file."""
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 """What a byte that is not text in the file's encoding is read as."""
 _BATCH_ROWS = 256
@@ -156,8 +162,8 @@ def iter_csv(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]
         yield BadRow("", "broken_file", f"the header line could not be read: {error}")
         return
     twice = next((name for name in names if names.count(name) > 1 and name), None)
-    if options.text_column not in names:
-        yield BadRow("", "missing_text", _missing_column(options.text_column, names))
+    if problem := _missing_column(names, options):
+        yield BadRow("", *problem)
     elif twice is not None:
         yield BadRow("", "broken_file", f"two of its columns are named {twice!r}; rename one")
     else:
@@ -273,8 +279,8 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
         budget = max(options.max_file_bytes, _MAX_EXPANSION * stream.seek(0, io.SEEK_END))
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
-        if options.text_column not in names:
-            yield BadRow("", "missing_text", _missing_column(options.text_column, names))
+        if problem := _missing_column(names, options):
+            yield BadRow("", *problem)
             return
         strings = [field.name for field in file.schema_arrow if pa.types.is_string(field.type)]
         file = pq.ParquetFile(stream, read_dictionary=strings)
@@ -292,6 +298,34 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
         after = f" after row {number}, and the rest was not read" if number else ""
         key = f"row{number + 1}" if number else ""
         yield BadRow(key, "broken_file", f"the Parquet file could not be parsed{after}: {error or 'not enough memory'}")
+
+
+def iter_delta(location: str, options: ParseOptions) -> Iterator[Row | BadRow]:
+    """Rows of the current version of a local Delta table, a batch at a time, in no particular order.
+
+    Raises ``SourceError`` if the table can't be read, which may be because it was changed meanwhile.
+    """
+    try:
+        table = DeltaTable(location)
+        names = [field.name for field in table.schema().fields]
+        inside = f"{Path(location).resolve()}/"
+        foreign = [uri for uri in table.file_uris() if not str(Path(uri).resolve()).startswith(inside)]
+        if foreign:
+            yield BadRow("", "broken_file", f"the Delta table has rows in a file outside of its folder: {foreign[0]!r}")
+            return
+        if problem := _missing_column(names, options):
+            yield BadRow("", *problem)
+            return
+        number = 0
+        for batch in pa.RecordBatchReader.from_stream(table.scan()):
+            for i in range(batch.num_rows):
+                number += 1
+                yield _parquet_row(batch.schema.names, batch, i, f"row{number}", options)
+    except (DeltaError, pa.ArrowException) as error:
+        raise SourceError(
+            f"the Delta table {location!r} can't be read: {error}; run again if something is writing to it",
+            is_retryable=True,
+        ) from error
 
 
 def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
@@ -326,9 +360,9 @@ def _python_value(value: pa.Scalar, is_text: bool) -> Any:
 def _parquet_row(names: list[str], batch: pa.RecordBatch, i: int, key: str, options: ParseOptions) -> Row | BadRow:
     try:
         fields = {
-            name: _python_value(batch.column(names.index(name))[i], name == options.text_column) for name in names
+            name: _python_value(batch.column(at)[i], name == options.text_column) for at, name in enumerate(names)
         }
-        text = fields.get(options.text_column)
+        text = _text_of_value(_value(fields, options.text_column))
         size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
         row = _build_row(fields, key, size, options) if size <= options.max_file_bytes else None
     except MemoryError:
@@ -341,29 +375,65 @@ def _parquet_row(names: list[str], batch: pa.RecordBatch, i: int, key: str, opti
 
 
 def _build_row(fields: dict[str, Any], position: str, size: int, options: ParseOptions) -> Row | BadRow:
-    """The row with these columns. `position` is its key when it has no text, and `size` its size in bytes."""
-    if options.text_column not in fields:
-        return BadRow(position, "missing_text", _missing_column(options.text_column, list(fields)))
-    text = fields.pop(options.text_column)
-    if text is None:
-        return BadRow(position, "empty", f"its column {options.text_column!r} is null")
-    if not isinstance(text, str):
-        return BadRow(
-            position, "missing_text", f"its column {options.text_column!r} is a {type(text).__name__}, not a string"
-        )
-    identity = fields.pop(options.id_column, None)
-    title = fields.pop(options.title_column, None)
+    """The row with these columns. `position` is its key when it has no id, and `size` its size in bytes."""
+    problem = _missing_column(list(fields), options, is_row=True)
+    identity = _take(fields, options.id_column)
     has_id = identity is not None and str(identity) != ""
-    key = _printable(identity) if has_id else hash_text(text)[:16]
+    key = _key(identity) if has_id else position
+    text = _text_of_value(_take(fields, options.text_column))
+    title = _take(fields, options.title_column)
+    if problem is None and text is None:
+        problem = "empty", f"its column {options.text_column!r} is null"
+    elif problem is None and not isinstance(text, str):
+        problem = "missing_text", f"its column {options.text_column!r} is a {type(text).__name__}, not text"
+    if problem is not None:
+        return BadRow(key, *problem, position if has_id else "")
     return Row(
-        key,
+        key if has_id else hash_text(text)[:16],
         text.replace("\r\n", "\n").replace("\r", "\n"),
         _printable(title) if title is not None else "",
-        "text/plain",
+        "text/markdown" if options.text_format == "markdown" else "text/plain",
         size,
         to_json(fields),
         position if has_id else "",
     )
+
+
+def _key(identity: object) -> str:
+    """The key of a row with an id. An id that reads like a rejected row's position gets a hash, so that they differ."""
+    name = _printable(identity)
+    return f"{name}~{hash_text(name)[:8]}" if _POSITION.fullmatch(name) else name
+
+
+def _value(fields: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of a field inside columns, such as 'doc.text'; None if there is none."""
+    if column in fields or "." not in column:
+        return fields.get(column)
+    value: Any = fields
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _take(fields: dict[str, Any], column: str) -> Any:
+    """The value as `_value`, which is no longer among the fields."""
+    if column in fields or "." not in column:
+        return fields.pop(column, None)
+    outer, _, name = column.rpartition(".")
+    inside = _value(fields, outer)
+    return inside.pop(name, None) if isinstance(inside, dict) else None
+
+
+def _text_of_value(value: Any) -> Any:
+    """A text as such, bytes of UTF-8 as text, a list of texts as paragraphs, and anything else as it is."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list) and all(isinstance(part, str | None) for part in value):
+        return "\n\n".join(part for part in value if part)
+    return value
 
 
 def to_json(fields: dict[str, Any]) -> str:
@@ -390,7 +460,18 @@ def _printable(value: object) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _missing_column(text_column: str, found: list[str]) -> str:
-    """Detail of a file or row that lacks the text column."""
-    shown = ", ".join(repr(name) for name in found[:8])
-    return f"no column {text_column!r} among {shown or 'no columns'}; set EMBED_TEXT_COLUMN"
+def _missing_column(found: list[str], options: ParseOptions, is_row: bool = False) -> tuple[str, str] | None:
+    """(reason, detail) of a file or row without a column that it needs; None if it has them all.
+
+    A row of a file whose rows name their columns, such as JSONL, may do without a title.
+    """
+    for column in options.needed_columns:
+        if column in found or ("." in column and column.partition(".")[0] in found):
+            continue
+        if is_row and column == options.title_column:
+            continue
+        kind = {options.text_column: "TEXT", options.id_column: "ID"}.get(column, "TITLE")
+        shown = ", ".join(repr(name) for name in found[:8])
+        detail = f"no column {column!r} among {shown or 'no columns'}; set EMBED_{kind}_COLUMN"
+        return f"missing_{kind.lower()}", detail
+    return None

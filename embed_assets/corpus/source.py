@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import fsspec
 
-from embed_assets.corpus.listing import SourceFile, find, walk
+from embed_assets.corpus.listing import SourceFile, find, ignored_names, walk
+from embed_assets.corpus.tables import with_tables
 from embed_assets.errors import SettingsError, SourceError
 from embed_assets.locations import canonical_location, local_path
 from embed_assets.records import hash_parts, hash_text
@@ -33,7 +34,7 @@ ROOT_PARTITION = "_root"
 
 _FORBIDDEN_IN_KEYS = re.compile(r"\.\.\.|[\x00-\x1f\x7f]|[\ud800-\udfff]")
 """Dagster rejects '...' and control characters in partition keys; lone surrogates can't be encoded as UTF-8."""
-_LOOKS_LIKE_ROW_ID = re.compile(r"\.(jsonl|csv|parquet)#", re.IGNORECASE)
+_LOOKS_LIKE_ROW_ID = re.compile(r"\.(jsonl|ndjson|csv|tsv|parquet|delta|pdf)#", re.IGNORECASE)
 """A file may be named like the id of a row, such as 'data.csv#1'; its own id must differ."""
 _HASHED_KEY = re.compile(r"~[0-9a-f]{32}$")
 """A name that ends like a key that `partition_key` made is hashed too, so that the two can't collide."""
@@ -104,6 +105,8 @@ class Source:
     """Options of the fsspec file system, such as credentials."""
     excluded: Path | None = None
     """A local folder to skip: the lake, in case it is inside the source."""
+    ignore: str = ""
+    """Names to leave out, see `ignored_names`."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Source:
@@ -113,7 +116,7 @@ class Source:
         root = str(path.absolute()) if path is not None else settings.source.rstrip("/")
         lake = local_path(settings.lake)
         excluded = lake.absolute().resolve() if lake is not None else None
-        return cls(root, settings.partition_by, settings.source_options, excluded)
+        return cls(root, settings.partition_by, settings.source_options, excluded, settings.ignore)
 
     def partitions(self) -> dict[str, SourcePartition]:
         """All partitions that have files, by key, in order of their keys.
@@ -129,7 +132,9 @@ class Source:
         """
         groups: dict[tuple[str, str], list[SourceFile]] = {}
         hidden: list[str] = []
-        for file in sorted(self._files(hidden), key=lambda f: f.path):
+        is_local = local_path(self.root) is not None
+        files = with_tables(self._files(hidden), self.root.rpartition("/")[2], is_local)
+        for file in sorted(files, key=lambda f: f.path):
             groups.setdefault(self._assign(file.path), []).append(file)
         found = (SourcePartition(key, tuple(files), prefix) for (key, prefix), files in groups.items())
         partitions = {partition.key: partition for partition in sorted(found, key=lambda p: p.key)}
@@ -153,17 +158,22 @@ class Source:
                 raw = self._filesystem().open(self._absolute(file.path), "rb")
         return io.BufferedReader(_GuardedFile(raw, self.uri(file)), _READ_BYTES)
 
+    def table(self, file: SourceFile) -> str:
+        """The local folder of the Delta table that a file stands for."""
+        return f"{self.root}/{file.table}"
+
     def uri(self, file: SourceFile) -> str:
         """The file's location as a URI, percent-encoded so that parsing it gives the path back.
 
         Rows written before version 0.2 have unquoted locations, such as 'file:///docs/50% off #1.md'.
         """
+        path = file.path if file.table is None else file.table
         if "://" not in self.root:
-            return f"file://{quote_path(f'{self.root}/{file.path}')}"
+            return f"file://{quote_path(f'{self.root}/{path}'.rstrip('/'))}"
         if self.root.startswith(("http://", "https://")):  # links in HTTP listings are URIs already
-            return clean_name(f"{self.root}/{file.path}")
+            return clean_name(f"{self.root}/{path}")
         scheme, _, place = self.root.partition("://")
-        return f"{scheme}://{quote_path(f'{place}/{file.path}')}"
+        return f"{scheme}://{quote_path(f'{place}/{path}'.rstrip('/'))}"
 
     def _absolute(self, path: str) -> str:
         return f"{self.root}/{path}"
@@ -192,7 +202,7 @@ class Source:
                     f"the source must be an existing folder, got {str(path)!r}; "
                     "create it, run 'embed-assets sample' or set EMBED_SOURCE"
                 )
-            yield from walk(path, self.excluded, hidden)
+            yield from walk(path, self.excluded, ignored_names(self.ignore), hidden)
             return
         try:
             filesystem = self._filesystem()
@@ -200,7 +210,7 @@ class Source:
             base = filesystem._strip_protocol(self.root).rstrip("/")
             if not filesystem.isdir(base):
                 raise FileNotFoundError("it must be an existing folder or prefix")
-            yield from find(filesystem, base, hidden)
+            yield from find(filesystem, base, ignored_names(self.ignore), hidden)
         except Exception as error:
             raise SourceError(
                 f"the source {self.root!r} can't be listed: {type(error).__name__}: {error}; "

@@ -22,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embed_assets.corpus.listing import find
+from embed_assets.corpus.listing import find, ignored_names
 from embed_assets.corpus.source import Source, detects_changes, has_same_files
 from embed_assets_tests.conftest import Project
 
@@ -77,13 +77,13 @@ class Listed:
 def test_keys_of_real_file_systems_are_recognized(
     info: dict[str, Any], version: str, modified_at: datetime | None
 ) -> None:
-    [file] = find(Listed(**info), "/base", [])
+    [file] = find(Listed(**info), "/base", ignored_names(""), [])
     assert (file.path, file.version) == ("a/one.md", version)
     assert file.modified_at == (modified_at or datetime(1970, 1, 1, tzinfo=UTC))
 
 
 def test_a_file_system_without_checksums_and_times() -> None:
-    [file] = find(Listed(accessTime=3, permission="644"), "/base", [])
+    [file] = find(Listed(accessTime=3, permission="644"), "/base", ignored_names(""), [])
     assert file.version == ""
 
 

@@ -385,7 +385,7 @@ def parquet(**columns: list[object]) -> bytes:
 def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     items = read_file(tmp_path, "a.parquet", parquet(id=[1, 2], text=["One", None], tags=[["a"], []]))
     assert text(items["a.parquet#1"]) == "One"
-    assert reason(items["a.parquet#row2"]) == "empty"
+    assert reason(items["a.parquet#2"]) == "empty"
 
 
 def test_odd_values_in_other_columns_do_not_lose_the_text(tmp_path: Path) -> None:

@@ -199,14 +199,16 @@ class _Reader:
             for cell in (cell for row in rows for cell in row):
                 yield from self.blocks(cell)
             return
-        yield "\n".join(f"| {' | '.join(self._cell(cell) for cell in row)} |" for row in rows)
+        texts = ([self._cell(cell) for cell in row] for row in rows)
+        if lines := [f"| {' | '.join(row)} |" for row in texts if any(row)]:
+            yield "\n".join(lines)
 
     def _cell(self, cell: Any) -> str:
         """A cell on one line; of a table inside it, rows are separated by semicolons."""
         parts = []
         for block in self.blocks(cell):
             is_table = block.startswith("| ")
-            lines = [line.strip("| ") for line in block.split("\n")] if is_table else block.split()
+            lines = [line.strip("| ") for line in block.split("\n")] if is_table else block.lstrip("# ").split()
             parts.append(("; " if is_table else " ").join(line for line in lines if line))
         return " ".join(parts)
 
@@ -235,8 +237,9 @@ class _Reader:
                 self._below.append(("", child))
             elif name == "AlternateContent":
                 found.append(self._inline(_branch(child), font))
-            elif name == "rt":  # the reading of a word, above it
-                found.append(f"({self._inline(child)})")
+            elif name == "ruby":  # a word with its reading above it, which comes first in the file
+                word, reading = (self._inline(part, font) for part in (child[-1], child.find(f"{WORD}rt")))
+                found.append(f"{word}({reading})")
             elif name not in _NO_TEXT and not _is_placeholder(child):
                 found.append(self._inline(child, font))
         return "".join(found)
