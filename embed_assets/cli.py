@@ -27,10 +27,13 @@ from embed_assets.console import (
     print_maintenance,
     print_names,
     print_plan,
+    print_rejections,
     print_sync,
     print_tuning,
+    print_unknown,
     stderr,
     stdout,
+    visible,
 )
 from embed_assets.errors import SettingsError, UserError
 from embed_assets.locations import local_path
@@ -96,7 +99,7 @@ def command(function: Callable[..., CommandResult]) -> click.Command:
             stderr.print("stopped; finished windows are kept and will be reused")
             sys.exit(130)
         if as_json:
-            click.echo(json.dumps(result.json, ensure_ascii=False, indent=2))
+            click.echo(visible(json.dumps(result.json, ensure_ascii=False, indent=2)))
         sys.exit(result.exit_code)
 
     wrapper = click.option(
@@ -200,9 +203,12 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
     capacity = None if device is None else _capacity(pipeline, made, device, devices, price)
     if not as_json:
         print_plan(rows, count, seconds, capacity)
+        if count:
+            counts = {row["partition_key"]: (row["unknown_tokens"], row["tokens"]) for row in rows}
+            print_unknown(counts, pipeline.settings.max_unknown_percent)
     answer: dict[str, object] = {"partitions": rows, "space": pipeline.model.space.name}
     if count:
-        totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens")
+        totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens", "unknown_tokens")
         answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}
     if capacity is not None:
         answer["capacity"] = asdict(capacity)
@@ -222,6 +228,8 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     from embed_assets.definitions import definitions_over
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import SyncRequest, run_sync
+    from embed_assets.lake.rejections import rejections_by_reason, unknown_tokens
+    from embed_assets.lake.snapshot import Snapshot
     from embed_assets.progress import ConsoleSink
 
     if not pipeline.model.is_calibrated:
@@ -233,14 +241,39 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
         request = SyncRequest(partitions, allow_empty, listing)
         result = run_sync(instance, pipeline, partial(definitions_over, pipeline), sink, request)
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
+    tables = Snapshot(pipeline.lake)
+    rejections = rejections_by_reason(tables)
+    unknown = unknown_tokens(tables, [key for key, r in result.partitions.items() if r.state == "materialized"])
     if not as_json:
         print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
+        print_rejections(rejections)
         print_hidden(result.hidden)
+        print_unknown(unknown, pipeline.settings.max_unknown_percent)
     if result.failed:
         stderr.print(f"error: {len(result.failed)} of {len(result.partitions)} partitions failed", style="red")
     rows: dict[str, object] = {key: r.as_json() for key, r in result.partitions.items()}
     answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.model.space.name}
-    return CommandResult(answer | {"hidden": list(result.hidden)}, exit_code=int(bool(result.failed)))
+    answer |= {"rejections": [asdict(each) for each in rejections], "hidden": list(result.hidden)}
+    answer["unknown_tokens"] = sum(count for count, _ in unknown.values())
+    return CommandResult(answer, exit_code=int(bool(result.failed)))
+
+
+@command
+@click.option("--reason", metavar="CODE", help="Only those of this reason, such as empty.")
+def rejected(as_json: bool, reason: str | None) -> CommandResult:
+    """List the files and rows that could not be read or embedded, each with its reason and what to do."""
+    from embed_assets.lake.rejections import iter_rejections
+    from embed_assets.lake.snapshot import Snapshot
+
+    rows = sorted(
+        iter_rejections(Snapshot(_pipeline().lake), reason), key=lambda row: (row.partition_key, row.document_id)
+    )
+    if not as_json:
+        for row in rows:
+            stdout.print(f"{row.partition_key}/{row.document_id}: {row.reason}", markup=False, soft_wrap=True)
+            stdout.print(f"    {row.detail}", markup=False, soft_wrap=True, style="dim")
+        stdout.print(f"{len(rows):,} rejected")
+    return CommandResult({"rejected": [asdict(row) for row in rows]})
 
 
 @command
@@ -452,6 +485,7 @@ def _plan_row(plan: PartitionPlan) -> dict[str, Any]:
             "chunks_to_reuse": plan.estimate.to_reuse,
             "chunks_to_drop": plan.estimate.to_drop,
             "tokens": plan.estimate.tokens,
+            "unknown_tokens": plan.estimate.unknown_tokens,
         }
     return row
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,14 +15,31 @@ if TYPE_CHECKING:
     from embed_assets.engine.capacity import Capacity
     from embed_assets.engine.tuning import Tuning
     from embed_assets.lake.maintenance import Maintenance
+    from embed_assets.lake.rejections import RejectedReason
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _WIDTH_OF_PIPES = 200
 """Columns when the output is no terminal: fewer fold long reasons, more make wide logs."""
 
 
+class _SafeConsole(Console):
+    """A console that shows the control characters of texts in place of obeying them.
+
+    A document could otherwise move the cursor, change colours or retitle the window of whoever searches it.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+def visible(text: str) -> str:
+    """The text with control characters, and those that turn the direction of writing, as escapes that JSON has too."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def _console(is_stderr: bool = False) -> Console:
-    console = Console(stderr=is_stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=is_stderr, highlight=False, width=_WIDTH_OF_PIPES)
+    console = _SafeConsole(stderr=is_stderr, highlight=False)
+    return console if console.is_terminal else _SafeConsole(stderr=is_stderr, highlight=False, width=_WIDTH_OF_PIPES)
 
 
 stderr = _console(is_stderr=True)
@@ -109,12 +127,42 @@ def print_sync(rows: dict[str, dict[str, Any]], totals: dict[str, int], seconds:
     )
 
 
+def print_rejections(reasons: Sequence[RejectedReason]) -> None:
+    """Print what could not be read, by reason, with the first names and what to do; nothing if all could."""
+    if not reasons:
+        return
+    total = sum(each.count for each in reasons)
+    stdout.print(f"not read: {total:,} files or rows; 'embed-assets rejected' lists them with their reasons")
+    for each in reasons:
+        names = ", ".join(each.examples) + (", ..." if each.count > len(each.examples) else "")
+        stdout.print(f"  {each.reason} ({each.count:,}): {names}", markup=False, soft_wrap=True)
+        stdout.print(f"    {each.detail}", markup=False, soft_wrap=True, style="dim")
+
+
+def print_unknown(counts: Mapping[str, tuple[int, int]], limit: float) -> None:
+    """Warn of partitions of whose tokens more than `limit` percent are unknown to the model's tokenizer.
+
+    `counts` are (unknown tokens, tokens) by partition.
+    """
+    shares = {key: 100 * unknown / tokens for key, (unknown, tokens) in counts.items() if tokens}
+    high = sorted((key for key, share in shares.items() if share > limit), key=lambda key: -shares[key])
+    if high:
+        others = f" and {len(high) - 1:,} more partitions" if len(high) > 1 else ""
+        stderr.print(
+            f"{shares[high[0]]:.0f} % of the tokens of {high[0]!r}{others} are unknown to the model's tokenizer: such "
+            "texts get nearly the same vector; choose a model for their language (EMBED_MODEL)",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
 def print_hidden(names: Sequence[str]) -> None:
-    """Print the number and first names of hidden files that were skipped; nothing if there are none."""
+    """Print the number and first names of files that were left out by name; nothing if there are none."""
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         stdout.print(
-            f"left out: {len(names):,} files or folders whose names begin with a dot ({shown})",
+            f"left out: {len(names):,} files or folders whose names begin with a dot or match EMBED_IGNORE ({shown})",
             markup=False,
             soft_wrap=True,
         )
@@ -225,5 +273,5 @@ def print_names(label: str, names: Sequence[str]) -> None:
 
 
 def escape(text: str) -> str:
-    """Escape text for output in which Rich interprets markup."""
-    return text.replace("[", r"\[")
+    """Escape text for output in which Rich interprets markup, and what a terminal would obey."""
+    return visible(text).replace("[", r"\[")

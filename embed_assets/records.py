@@ -38,10 +38,11 @@ RAW_DOCUMENTS = _schema(
 FILE_VERSION = pa.field("file_version", pa.string())
 PAGE_STARTS = pa.field("page_starts", pa.list_(pa.field("element", pa.int64())))
 PAGES = (pa.field("page_start", pa.int32()), pa.field("page_end", pa.int32()))
+UNKNOWN_TOKENS = pa.field("unknown_tokens", pa.int32())
 ADDED_COLUMNS: dict[str, tuple[pa.Field, ...]] = {
     "raw_documents": (FILE_VERSION, PAGE_STARTS),
     "rejected_documents": (FILE_VERSION,),
-    "chunks": PAGES,
+    "chunks": (*PAGES, UNKNOWN_TOKENS),
     "embeddings": PAGES,
 }
 """By table, columns that older versions did not have. They are null in rows written before."""
@@ -87,6 +88,7 @@ SPLIT_CHUNKS = pa.schema(
     [
         *CHUNKS,
         *PAGES,
+        UNKNOWN_TOKENS,
         pa.field("uri", pa.string(), False),
         pa.field("title", pa.string(), False),
         pa.field("input_hash", pa.string(), False),
@@ -168,6 +170,7 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "char_start": "start of the chunk in the document's text, in code points",
     "char_end": "end of the chunk in the document's text, in code points, exclusive",
     "token_count": "length in tokens of the embedding model's tokenizer, special tokens included",
+    "unknown_tokens": "tokens of the chunk that the model's tokenizer has no word for; null if it was not counted",
     "text_hash": "blake2b-128 hex of the chunk's text",
     "is_truncated": "the model saw only the first tokens of this chunk",
     "input_hash": "blake2b-128 hex of the exact string given to the model, prompt included",

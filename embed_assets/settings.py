@@ -148,6 +148,7 @@ class Settings(BaseSettings):
     max_rejected_percent: float = Field(20.0, ge=0, le=100, description="Limit of the check rejected_share (%).")
     max_duplicate_percent: float = Field(50.0, ge=0, le=100, description="Limit of the check duplicate_share (%).")
     max_truncated_percent: float = Field(5.0, ge=0, le=100, description="Limit of the check truncated_share (%).")
+    max_unknown_percent: float = Field(5.0, ge=0, le=100, description="Limit of the check unknown_token_share (%).")
     name_prefix: str = Field(
         "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Prefix of the assets' names; tells several corpora apart."
     )

@@ -113,7 +113,8 @@ def _read_file(
         yield rejected(file.rejected)
     elif suffix not in SUPPORTED_SUFFIXES and file.table is None:
         kind = f"with the extension {suffix}" if suffix else "without an extension"
-        yield rejected("unsupported_format", f"files {kind} are not read, only {' '.join(SUPPORTED_SUFFIXES)}")
+        hint = f"convert them, or leave them out with EMBED_IGNORE (*{suffix})" if suffix else "add one"
+        yield rejected("unsupported_format", f"files {kind} are not read; {hint}; docs/formats.md lists those that are")
     elif file.size > options.max_file_bytes and not has_rows:
         yield rejected("too_large", f"{file.size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
     else:

@@ -23,6 +23,8 @@ _CHARACTERS_PER_TOKEN = 20
 """More than texts have on average, so that a prefix of this many characters per token fills the model."""
 _WORD_END = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
 """The space between two plain words: no normalizer or pattern looks across it."""
+_LEAST_VOCABULARY = 32
+"""Fewer entries are special tokens: `word_tokenizer_json`, which counts words, has three."""
 _BLOCK_TEXTS = 2048
 """Texts encoded at a time: the library's encodings take about 100 bytes per token, so few are kept alive."""
 
@@ -114,6 +116,20 @@ class ModelTokenizer:
         first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (len(probe), len(probe))
         ids = np.array(probe.ids, dtype=np.int32)
         return ids[:first], ids[last:]
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of the token that stands for words that the tokenizer does not know.
+
+        None if it can write every text, or knows no words at all and only counts them.
+        """
+        if self._whole.get_vocab_size() < _LEAST_VOCABULARY:
+            return None
+        model = json.loads(self._description).get("model") or {}
+        if isinstance(model.get("unk_id"), int):  # a Unigram model
+            return int(model["unk_id"])
+        token = model.get("unk_token")
+        return self._whole.token_to_id(token) if isinstance(token, str) else None
 
     def tokens(self, texts: Sequence[str]) -> list[PlacedTokens]:
         """The tokens of each text with their places, without special tokens and truncation."""

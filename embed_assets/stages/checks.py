@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.coverage import measure_coverage
@@ -113,6 +114,15 @@ def _truncated_share(subject: Subject) -> Outcome:
     return _share("chunks were cut to fit the model", truncated, chunks, limit, "MAX_TRUNCATED_PERCENT")
 
 
+def _unknown_token_share(subject: Subject) -> Outcome:
+    tokens = unknown = 0
+    for batch in subject.partition.rows(CHUNK_TABLE, ["token_count", "unknown_tokens"]):
+        tokens += pc.sum(batch.column("token_count")).as_py() or 0
+        unknown += pc.sum(batch.column("unknown_tokens")).as_py() or 0
+    limit = subject.settings.max_unknown_percent
+    return _share("tokens are unknown to the model's tokenizer", unknown, tokens, limit, "MAX_UNKNOWN_PERCENT")
+
+
 def _share(what: str, part: int, whole: int, limit: float, setting: str) -> Outcome:
     percent = round(100 * part / whole, 2) if whole else 0.0
     detail = f"{part:,} of {whole:,} {what}: {percent:g} %, limit {limit:g} % (EMBED_{setting})"
@@ -134,6 +144,13 @@ CHECKS: tuple[Check, ...] = (
         "duplicate_share",
         "The share of chunks that repeat another one is within the limit.",
         _duplicate_share,
+    ),
+    Check(
+        "chunks",
+        "unknown_token_share",
+        "The share of tokens that the model's tokenizer has no word for is within the limit. Texts of unknown tokens "
+        "all get nearly the same vector.",
+        _unknown_token_share,
     ),
     Check(
         "embeddings",

@@ -144,6 +144,7 @@ class Corpus:
             "char_end": [chunk.char_end for chunk in chunks],
             "token_count": [chunk.token_count for chunk in chunks],
             "text_hash": text_hashes,
+            "unknown_tokens": self._unknown_tokens(chunks),
             "page_start": [d.page_of(c.char_start) for d, c in zip(documents, chunks, strict=True)],
             "page_end": [d.page_of(c.char_end - 1) for d, c in zip(documents, chunks, strict=True)],
             "uri": [document.uri for document in documents],
@@ -153,6 +154,10 @@ class Corpus:
         hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["chunks"]])
         columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(chunks)}
         return pa.RecordBatch.from_pydict(columns, schema=SPLIT_CHUNKS)
+
+    def _unknown_tokens(self, chunks: Sequence[Chunk]) -> list[int]:
+        unknown = self.model_input.tokenizer.unknown_id
+        return [0 if unknown is None else int(np.count_nonzero(c.token_ids == unknown)) for c in chunks]
 
     def _input_ids(self, chunks: Sequence[Chunk]) -> pa.Array:
         """list<int32>: token ids of the model's input for each chunk; null where only its tokenizer can tell them."""

@@ -25,7 +25,7 @@ from embed_assets.stages.embeddings import known_inputs
 from embed_assets.stages.model import Model
 from embed_assets.stages.partition_vectors import Target
 
-_CHUNK_COLUMNS = ("chunk_id", "text", "token_count")
+_CHUNK_COLUMNS = ("chunk_id", "text", "token_count", "unknown_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class Estimate:
     """Rows of embeddings whose chunk will no longer exist."""
     tokens: int
     """Tokens of the texts to embed, special tokens included."""
+    unknown_tokens: int = 0
+    """Those of them that the model's tokenizer has no word for."""
 
 
 @dataclass(frozen=True)
@@ -162,20 +164,23 @@ class Estimator:
             return Estimate(0, self._stored_rows.get(partition.key, 0), 0, 0)
         table, space = self.pipeline.embeddings_table, self.pipeline.model.space
         known, ids = known_inputs(self.tables.partition(partition.key), table, is_damaged)
-        to_embed: dict[str, int] = {}
+        to_embed: dict[str, tuple[int, int]] = {}
         kept = chunks = 0
-        for chunk_id, text, token_count in self._future_chunks(partition, stale):
+        for chunk_id, text, token_count, unknown in self._future_chunks(partition, stale):
             chunks += 1
             kept += chunk_id in ids
             input_hash = hash_text(space.prompt + text)
             if input_hash not in known:
-                to_embed[input_hash] = token_count + max(0, space.prompt_tokens - 1)
+                to_embed[input_hash] = token_count + max(0, space.prompt_tokens - 1), unknown or 0
         if self._elsewhere is not None:
             keys = hash_keys(list(to_embed))
             is_known = self._elsewhere.has(keys).tolist()
-            to_embed = {h: tokens for (h, tokens), known in zip(to_embed.items(), is_known, strict=True) if not known}
+            to_embed = {h: counts for (h, counts), known in zip(to_embed.items(), is_known, strict=True) if not known}
             self._elsewhere.add(keys)  # later partitions reuse what earlier ones would embed
-        return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, sum(to_embed.values()))
+        tokens, unknown_tokens = (
+            (sum(counts) for counts in zip(*to_embed.values(), strict=True)) if to_embed else (0, 0)
+        )
+        return Estimate(len(to_embed), chunks - len(to_embed), len(ids) - kept, tokens, unknown_tokens)
 
     @cached_property
     def _elsewhere(self) -> Elsewhere | None:
@@ -189,8 +194,10 @@ class Estimator:
         state = self.tables.state(self.pipeline.embeddings_table)
         return {} if state is None else {key: files.rows for key, files in state.partitions.items()}
 
-    def _future_chunks(self, partition: SourcePartition, stale: frozenset[str]) -> Iterator[tuple[str, str, int]]:
-        """Yield (chunk_id, text, token_count) of each chunk that the partition will have."""
+    def _future_chunks(
+        self, partition: SourcePartition, stale: frozenset[str]
+    ) -> Iterator[tuple[str, str, int, int | None]]:
+        """Yield (chunk_id, text, token_count, unknown_tokens) of each chunk that the partition will have."""
         corpus, tables = self.pipeline.corpus, self.tables.partition(partition.key)
         if "raw_documents" in stale:
             changes = self.find(partition) if self._can_read_chunks(partition.key) else None

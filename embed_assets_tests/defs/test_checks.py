@@ -194,7 +194,7 @@ def shown(instance: dg.DagsterInstance, key: str) -> set[str]:
 
 
 def test_a_result_is_recorded_when_it_changes(instance: dg.DagsterInstance, project: Project) -> None:
-    assert recorded(instance) == 12
+    assert recorded(instance) == 14
     project.write("a/try.rst", topic("try") + topic("import"))
     project.sync()
     assert recorded(instance) == 14  # the number of chunks in the results of both shares differs
