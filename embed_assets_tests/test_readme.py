@@ -52,7 +52,10 @@ def test_every_command_is_listed_with_options_that_exist() -> None:
 def test_every_setting_is_listed_and_exists() -> None:
     listed = [
         setting
-        for page in (README, *((REPOSITORY / "docs" / name).read_text("utf-8") for name in ("endpoints.md", "ray.md")))
+        for page in (
+            README,
+            *((REPOSITORY / "docs" / name).read_text("utf-8") for name in ("endpoints.md", "ray.md", "formats.md")),
+        )
         for setting in re.findall(r"^\| `EMBED_(\w+)` \| (?:`([^`]*)`)?", page, re.MULTILINE)
     ]
     assert [name.lower() for name, _ in listed] == [f for f in README_ORDER if f in Settings.model_fields]
@@ -63,14 +66,16 @@ def test_every_setting_is_listed_and_exists() -> None:
 
 
 README_ORDER = [
-    *("source", "source_options", "lake", "lake_options", "partition_by", "text_column", "id_column", "title_column"),
+    *("source", "source_options", "lake", "lake_options", "partition_by"),
     *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
     *("max_batch_tokens", "compile", "prepare_processes", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
-    *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent", "name_prefix"),
+    *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent"),
+    *("max_unknown_percent", "name_prefix"),
     *("read_only", "compute", "trust_remote_code", "allow_pickled_weights"),
     *("endpoint", "endpoint_concurrency", "endpoint_batch_texts", "endpoint_requests_per_minute"),
     *("endpoint_tokens_per_minute",),
     *("ray_address", "ray_replicas", "ray_gpus_per_replica", "ray_cpus_per_replica", "ray_wait_seconds"),
+    *("text_column", "id_column", "title_column", "text_format", "ignore"),
 ]
 
 

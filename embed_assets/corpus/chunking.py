@@ -103,9 +103,9 @@ def split_document(text: str, media_type: str, tokenizer: Tokenizer, options: Ch
 
 
 def split_documents(
-    documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, options: ChunkOptions
+    documents: Iterable[tuple[str, str] | tuple[str, str, str]], tokenizer: Tokenizer, options: ChunkOptions
 ) -> Iterator[list[Chunk]]:
-    """The chunks of each document, given as (text, media type), in order.
+    """The chunks of each document, given as (text, media type) or also with what is above all its headings, in order.
 
     Documents are tokenized about a million characters at a time, which keeps all cores busy.
     """

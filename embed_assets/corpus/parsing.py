@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import IO
 
+from embed_assets.corpus.code import CODE_FORMATS, has_grammar, is_code
+from embed_assets.corpus.compression import decompressed, inner_name
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats.parsed import MissingExtra
 from embed_assets.corpus.formats.registry import FORMATS
@@ -19,7 +21,7 @@ from embed_assets.corpus.front_matter import split_front_matter
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.listing import SourceFile
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import iter_csv, iter_delta, iter_jsonl, iter_parquet, to_json
+from embed_assets.corpus.rows import iter_csv, iter_delta, iter_json, iter_jsonl, iter_parquet, to_json
 from embed_assets.corpus.sandbox import parser_process
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.corpus.structure import find_headings
@@ -55,6 +57,7 @@ REASONS: dict[str, str] = {
 _NOT_FOR_GOOD = frozenset({"too_costly", "missing_extra"})
 """Reasons that depend on more than the file, so that it is read again although it did not change."""
 _ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[Row | BadRow]]]] = {
+    ".json": ("application/json", iter_json),
     ".jsonl": ("application/jsonl", iter_jsonl),
     ".ndjson": ("application/jsonl", iter_jsonl),
     ".csv": ("text/csv", iter_csv),
@@ -72,11 +75,10 @@ _TEXT_FORMATS = {
     ".mdx": "text/markdown",
     ".qmd": "text/markdown",
     ".rst": "text/x-rst",
+    **CODE_FORMATS,
 }
 _PLAIN_NAMES = frozenset({"readme", "license", "copying", "notice", "authors", "changelog", "changes", "news", "todo"})
 """Of files that are plain text without an extension, in any case."""
-ROW_SUFFIXES = tuple(_ROW_FORMATS)
-"""Of files whose rows are documents."""
 SUPPORTED_SUFFIXES = tuple(sorted([*_ROW_FORMATS, *_TEXT_FORMATS, *FORMATS]))
 _MAX_DETAIL_CHARACTERS = 500
 """Length of a rejection's detail: room for the essence of a library's message, and a table that stays readable."""
@@ -105,9 +107,8 @@ def _read_file(
         known = None if reason in _NOT_FOR_GOOD else version
         return Rejection(row_id, uri, reason, line[:_MAX_DETAIL_CHARACTERS], known)
 
-    name = PurePosixPath(file.path)
-    suffix = ".txt" if name.name.lower() in _PLAIN_NAMES else name.suffix.lower()
-    has_rows = suffix in _ROW_FORMATS or file.table is not None
+    suffix = format_of(file.path)
+    is_rows = has_rows(file)
     file_name = PurePosixPath(document_id).name
     if file.rejected:
         yield rejected(file.rejected)
@@ -115,10 +116,10 @@ def _read_file(
         kind = f"with the extension {suffix}" if suffix else "without an extension"
         hint = f"convert them, or leave them out with EMBED_IGNORE (*{suffix})" if suffix else "add one"
         yield rejected("unsupported_format", f"files {kind} are not read; {hint}; docs/formats.md lists those that are")
-    elif file.size > options.max_file_bytes and not has_rows:
+    elif file.size > options.max_file_bytes and not is_rows:
         yield rejected("too_large", f"{file.size} bytes, over EMBED_MAX_FILE_BYTES={options.max_file_bytes}")
     else:
-        read = _read_rows if has_rows else _read_whole
+        read = _read_rows if is_rows else _read_whole
         try:
             for item in read(source, file, suffix, options):
                 if isinstance(item, BadRow):
@@ -140,6 +141,17 @@ def _read_file(
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))
+
+
+def format_of(path: str) -> str:
+    """The suffix that tells a file's format, in lower case: '.txt' for 'README', '.csv' for 'a.csv.gz'."""
+    name = inner_name(PurePosixPath(path))
+    return ".txt" if name.name.lower() in _PLAIN_NAMES else name.suffix.lower()
+
+
+def has_rows(file: SourceFile) -> bool:
+    """Whether the rows of a file are documents, rather than the file."""
+    return file.table is not None or format_of(file.path) in _ROW_FORMATS
 
 
 def lost(source: Source, files: SourcePartition, cause: str) -> Rejection:
@@ -165,7 +177,7 @@ def _read_rows(source: Source, file: SourceFile, suffix: str, options: ParseOpti
     repeats: dict[str, int] = {}
     is_empty = True
     with _open_rows(source, file, suffix, options) as rows, SpillingSet() as keys:
-        for row in rows:
+        for row in _until_broken(rows):
             is_empty = False
             if isinstance(row, BadRow) and row.position and not keys.add(row.key):
                 row = replace(row, key=row.position)  # an earlier row has its id
@@ -191,8 +203,23 @@ def _open_rows(
     if file.table is not None:
         yield iter_delta(source.table(file), options)
     else:
-        with source.open(file) as stream:
+        with _open(source, file) as stream:
             yield _ROW_FORMATS[suffix][1](stream, options)
+
+
+@contextlib.contextmanager
+def _open(source: Source, file: SourceFile) -> Iterator[IO[bytes]]:
+    """The content of a file, decompressed."""
+    with source.open(file) as stream:
+        yield decompressed(stream, PurePosixPath(file.path).suffix, file.size)
+
+
+def _until_broken(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """The rows, and what ended them if their file turns out to be broken."""
+    try:
+        yield from rows
+    except BadRow.Error as error:
+        yield error.row
 
 
 def _from_html(row: Row) -> Row | BadRow:
@@ -206,8 +233,12 @@ def _from_html(row: Row) -> Row | BadRow:
 
 def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOptions) -> Iterator[Row | BadRow]:
     """The one document of a file that is parsed as a whole."""
-    with source.open(file) as stream:
-        data = stream.read(options.max_file_bytes + 1)
+    try:
+        with _open(source, file) as stream:
+            data = stream.read(options.max_file_bytes + 1)
+    except BadRow.Error as error:
+        yield error.row
+        return
     if len(data) > options.max_file_bytes:
         yield BadRow(
             "", "too_large", f"over EMBED_MAX_FILE_BYTES={options.max_file_bytes}, though listed with {file.size} bytes"
@@ -217,6 +248,8 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
         yield BadRow("", "empty", f"the file has {len(data)} bytes and no text")
         return
     try:
+        if suffix in CODE_FORMATS:
+            _require_grammar(suffix)
         if suffix in _TEXT_FORMATS:
             yield _text_row(data, _TEXT_FORMATS[suffix])
         else:
@@ -231,6 +264,14 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
         yield error.row
 
 
+def _require_grammar(suffix: str) -> None:
+    """Raise ``MissingExtra`` if source code with this suffix could be split at its functions, but not here."""
+    try:
+        has_grammar(CODE_FORMATS[suffix])
+    except ImportError:
+        raise MissingExtra(suffix, "code") from None
+
+
 def _text_row(data: bytes, media_type: str) -> Row:
     """The document of a text file. Raises ``Undecodable``."""
     text, encoding = decode(data)
@@ -243,5 +284,7 @@ def _text_row(data: bytes, media_type: str) -> Row:
 
 def _title_of(text: str, media_type: str) -> str:
     """The first heading near the document's start, if it is one of the outer two levels; else ''."""
+    if is_code(media_type):
+        return ""
     headings = find_headings(text[:_TITLE_SEARCH_CHARACTERS], media_type)
     return headings[0].title if headings and headings[0].depth <= 2 else ""

@@ -68,6 +68,47 @@ def iter_jsonl(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRo
         yield BadRow(f"line{number + 1}", "undecodable", detail)
 
 
+def iter_json(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow]:
+    """Rows of a JSON file: of an array of objects, or of an object that holds one; else the object is the only row.
+
+    Unlike the other formats of rows, the file is in memory as a whole. One of JSON lines is read as such.
+    """
+    data = stream.read(options.max_file_bytes + 1)
+    if len(data) > options.max_file_bytes:
+        detail = f"over EMBED_MAX_FILE_BYTES={options.max_file_bytes}; write it as JSON Lines, which may be larger"
+        yield BadRow("", "too_large", detail)
+        return
+    if (brackets := data.count(b"[") + data.count(b"{")) > _MAX_BRACKETS:
+        yield BadRow("", "too_large", f"it has {brackets} brackets, over {_MAX_BRACKETS}")
+        return
+    try:
+        value = json.loads(decode(data)[0], parse_int=_parse_int)
+    except Undecodable as error:
+        yield BadRow("", "undecodable", str(error))
+        return
+    except (ValueError, RecursionError) as error:
+        if "Extra data" in str(error):
+            yield from iter_jsonl(io.BytesIO(data), options)
+        else:
+            yield BadRow("", "invalid_json", f"it is not JSON: {error}")
+        return
+    rows = _rows_of_json(value, options)
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            text = _text_of_value(_value(row, options.text_column))
+            size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+            yield _build_row(row, f"row{number}", size, options)
+        else:
+            yield BadRow(f"row{number}", "invalid_json", f"row {number} is a JSON {type(row).__name__}, not an object")
+
+
+def _rows_of_json(value: Any, options: ParseOptions) -> list[Any]:
+    if isinstance(value, dict) and _value(value, options.text_column) is None:
+        inside = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
+        return inside[0] if len(inside) == 1 else [value]
+    return value if isinstance(value, list) else [value]
+
+
 def _json_row(line: bytes | None, number: int, options: ParseOptions) -> Row | BadRow:
     """The row of a line; None is one that is too long."""
     key = f"line{number}"

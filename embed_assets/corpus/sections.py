@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from embed_assets.corpus.markdown import fence_open_at_end, find_fences
-from embed_assets.corpus.structure import BLANK_LINES, Outline
+from embed_assets.corpus.structure import BLANK_LINES, Heading, Outline
 
 MAX_SECTION_CHARACTERS = 1 << 20
 """Longest section. Chunking takes up to 300 bytes of memory per character; few documents are longer than this."""
@@ -35,9 +35,9 @@ class Section:
     """The fence of the code block that it begins in."""
 
 
-def iter_sections(text: str, media_type: str) -> Iterator[Section]:
-    """The sections of a document, in order. Most documents are a single one."""
-    outline, start, fence = Outline(), 0, ""
+def iter_sections(text: str, media_type: str, root: str = "") -> Iterator[Section]:
+    """The sections of a document, in order. Most documents are a single one. `root` is above all its headings."""
+    outline, start, fence = Outline([Heading(0, 0, root)] if root else []), 0, ""
     has_fences = media_type == "text/markdown"
     while len(text) - start > MAX_SECTION_CHARACTERS:
         part = text[start : start + MAX_SECTION_CHARACTERS]

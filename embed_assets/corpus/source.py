@@ -34,7 +34,7 @@ ROOT_PARTITION = "_root"
 
 _FORBIDDEN_IN_KEYS = re.compile(r"\.\.\.|[\x00-\x1f\x7f]|[\ud800-\udfff]")
 """Dagster rejects '...' and control characters in partition keys; lone surrogates can't be encoded as UTF-8."""
-_LOOKS_LIKE_ROW_ID = re.compile(r"\.(jsonl|ndjson|csv|tsv|parquet|delta|pdf)#", re.IGNORECASE)
+_LOOKS_LIKE_ROW_ID = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|delta|pdf)(\.\w+)?#", re.IGNORECASE)
 """A file may be named like the id of a row, such as 'data.csv#1'; its own id must differ."""
 _HASHED_KEY = re.compile(r"~[0-9a-f]{32}$")
 """A name that ends like a key that `partition_key` made is hashed too, so that the two can't collide."""

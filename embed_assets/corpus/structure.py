@@ -19,6 +19,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from embed_assets.corpus.code import definitions, is_code
 from embed_assets.corpus.markdown import find_fences, find_html, plain
 
 _HEADING_COST = (0.2, 0.4, 0.8)
@@ -44,6 +45,7 @@ _SENTENCE_END = re.compile(
 _CJK_SENTENCE_END = re.compile(r"[。！？｡]+[」』”）]*\s*")
 # Patterns that begin with a line end are for texts with one put in front of them: a match then starts where its line
 # does in the text itself, and searching for a character is several times as fast as trying "^" at each.
+_LINE_END = re.compile(r"\n")
 _LIST_ITEM = re.compile(r"\n[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|\|)")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:.*\n){0,200}?---[ \t]*$", re.MULTILINE)
 _ATX_HEADING = re.compile(r"(?m)\n {0,3}(#{1,6})(?:[ \t](.*))?$")
@@ -96,6 +98,8 @@ class Structure:
     """In order of their start."""
     outline: Outline
     """Inherited from the document before this text; `heading_paths` advances it to the text's end."""
+    is_code: bool = False
+    """Whether the text is source code, which has lines in place of sentences."""
 
     @property
     def cuts(self) -> np.ndarray:
@@ -112,8 +116,13 @@ class Structure:
         """Found only when they are asked for: a text that fits into one chunk needs none."""
         text = self.text
         # Later kinds take precedence at the same position. An item is cut at its start, the others after their end.
-        kinds = {m.end(): SENTENCE for pattern in (_SENTENCE_END, _CJK_SENTENCE_END) for m in pattern.finditer(text)}
-        kinds |= {m.start(): ITEM for m in _LIST_ITEM.finditer("\n" + text)}
+        if self.is_code:
+            kinds = {m.end(): CODE_LINE for m in _LINE_END.finditer(text)}
+        else:
+            kinds = {
+                m.end(): SENTENCE for pattern in (_SENTENCE_END, _CJK_SENTENCE_END) for m in pattern.finditer(text)
+            }
+            kinds |= {m.start(): ITEM for m in _LIST_ITEM.finditer("\n" + text)}
         kinds |= {m.end(): BLOCK for m in BLANK_LINES.finditer(text)}
         _apply_fences(text, kinds, self.fences)
         depths = {h.start: h.depth for h in self.headings}
@@ -152,7 +161,7 @@ def find_structure(text: str, media_type: str, outline: Outline | None = None, o
     """
     outline = outline or Outline()
     fences = find_fences(text, open_fence) if media_type == "text/markdown" else []
-    return Structure(text, fences, _headings(text, media_type, fences, outline), outline)
+    return Structure(text, fences, _headings(text, media_type, fences, outline), outline, is_code(media_type))
 
 
 def find_headings(text: str, media_type: str) -> list[Heading]:
@@ -195,6 +204,8 @@ def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], out
     """Headings in order of their start, without what only looks like one in code, front matter and comments."""
     if media_type == "text/x-rst":
         return _rst_headings(text, outline.styles)
+    if is_code(media_type):
+        return [Heading(start, depth, _title(name)) for start, depth, name in definitions(text, media_type)]
     if media_type != "text/markdown":
         return []
     setext = [

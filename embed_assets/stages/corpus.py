@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, tee
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from embed_assets.corpus.chunking import ChunkOptions, split_documents
+from embed_assets.corpus.code import is_code
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
@@ -58,6 +60,11 @@ class _Text:
     media_type: str
     text: str
     page_starts: Sequence[int] | None
+
+    @property
+    def module(self) -> str:
+        """What is above the classes and functions of source code: the name of its file; '' for other texts."""
+        return PurePosixPath(self.title).stem if is_code(self.media_type) else ""
 
     def page_of(self, position: int) -> int | None:
         """The page, from 1, that a code point of the text is on; None if the document has no pages."""
@@ -114,7 +121,7 @@ class Corpus:
         Yields batches of a few megabytes with the schema `SPLIT_CHUNKS`.
         """
         rows, texts = tee(row for batch in documents for row in _rows_of(batch))
-        pairs = ((document.text, document.media_type) for document in texts)
+        pairs = ((document.text, document.media_type, document.module) for document in texts)
         split = zip(rows, split_documents(pairs, self.model_input.tokenizer, self.chunking), strict=True)
         identified = ((row, *found) for row, chunks in split for found in _identified(row.document_id, chunks))
         groups = grouped_bytes(identified, lambda found: len(found[1].text))

@@ -14,13 +14,13 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embed_assets.corpus.parsing import ROW_SUFFIXES, lost
+from embed_assets.corpus.parsing import has_rows, lost
 from embed_assets.corpus.source import SourcePartition
 from embed_assets.engine.hardware import available_cores
 from embed_assets.errors import PartitionError
@@ -453,7 +453,7 @@ def _read_tasks(files: SourcePartition, splits: bool, task_bytes: int) -> Iterat
         return ReadTask(replace(files, files=tuple(files.files[i] for i in indices)), with_splits)
 
     for i, file in enumerate(files.files):
-        is_large = file.size > task_bytes and PurePosixPath(file.path).suffix.lower() in ROW_SUFFIXES
+        is_large = file.size > task_bytes and has_rows(file)
         if group and (is_large or size + file.size > task_bytes or len(group) >= _TASK_FILES):
             yield task(group, splits)
             group, size = [], 0

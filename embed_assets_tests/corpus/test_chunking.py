@@ -84,7 +84,7 @@ def check(text: str, chunks: list[Chunk], by: ChunkTokenizer, options: ChunkOpti
 @pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "words"])
 @given(
     text=HOSTILE_TEXT,
-    media_type=st.sampled_from([MARKDOWN, PLAIN, RST]),
+    media_type=st.sampled_from([MARKDOWN, PLAIN, RST, "text/x-python", "text/x-c"]),
     max_tokens=st.integers(16, 80),
     overlap=st.integers(0, 7),
 )

@@ -75,6 +75,11 @@ def test_running_headers_stay_where_they_stand_first_and_page_numbers_nowhere() 
     assert text.startswith("The Report\nChapter 0 5\nalpha")
 
 
+def test_page_numbers_beside_the_number_of_pages() -> None:
+    text, _ = joined_pages(pages(*(f"a{i}\nb{i}\nc{i}\nd{i}\ne{i}\nPage {i} of 5" for i in range(1, 6))))
+    assert "Page" not in text and all(f"c{i}" in text for i in range(1, 6))
+
+
 def test_numbered_titles_are_not_running_headers() -> None:
     slides = [[Line(f"Question {i}", is_large=True), Line(f"answer {'abc'[i - 1]}")] for i in (1, 2, 3)]
     assert [line for line in joined_pages(slides)[0].split("\n") if line.startswith("Question")] == [

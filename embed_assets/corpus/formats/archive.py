@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -15,7 +16,7 @@ MAX_XML_BYTES = 32 << 20
 """XML in a document, unzipped: about five million elements, or three thousand pages."""
 _MAX_PART_BYTES = 8 * MAX_XML_BYTES
 """Any one file in a document, unzipped. Images may exceed the XML's limit, but some libraries load them too."""
-_OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
+OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
 """Start of a password-protected office document, which is an OLE file and not a zip, and of the old formats."""
 _XML_SUFFIXES = (".xml", ".rels", ".html", ".htm", ".xhtml", ".opf", ".ncx")
 _STRICT = (
@@ -37,7 +38,7 @@ class Archive:
     def __init__(self, data: bytes, kind: str) -> None:
         """Raise ``BadRow.Error`` when it is no zip, is encrypted or unzips to too much; `kind` is what it should be."""
         self.kind = kind
-        if data.startswith(_OLE_MAGIC):
+        if data.startswith(OLE_MAGIC):
             detail = f"it has a password or is of an old format; save it as a {kind} without a password"
             raise BadRow.Error("encrypted", detail)
         try:
@@ -77,19 +78,27 @@ class Archive:
 
     def related(self, name: str) -> dict[str, list[str]]:
         """The files that an Open XML file refers to, by the last word of the relation's type, such as 'styles'."""
+        found: dict[str, list[str]] = {}
+        for relation, path in self._relations(name):
+            found.setdefault(str(relation.get("Type", "")).rpartition("/")[2], []).append(path)
+        return found
+
+    def targets(self, name: str) -> dict[str, str]:
+        """The files that an Open XML file refers to, by the relation's id."""
+        return {str(relation.get("Id")): path for relation, path in self._relations(name)}
+
+    def _relations(self, name: str) -> Iterator[tuple[Any, str]]:
+        """Each relation to a file of the package, and that file's name."""
         place = PurePosixPath(name)
         root = self.xml(str(place.parent / "_rels" / f"{place.name}.rels"))
-        found: dict[str, list[str]] = {}
         for relation in root if root is not None else ():
             target = str(relation.get("Target", ""))
             if relation.get("TargetMode") != "External" and target:
-                path = _resolve(target.lstrip("/") if target.startswith("/") else str(place.parent / target))
-                found.setdefault(str(relation.get("Type", "")).rpartition("/")[2], []).append(path)
-        return found
+                yield relation, resolved(target.lstrip("/") if target.startswith("/") else str(place.parent / target))
 
     def main(self, default: str) -> str:
         """The name of an Open XML package's main file."""
-        return self.related("")["officeDocument"][0] if self.related("").get("officeDocument") else default
+        return next(iter(self.related("").get("officeDocument", ())), default)
 
     def title(self) -> str:
         """The title in the properties of an Open XML package."""
@@ -114,7 +123,7 @@ def _check(entries: list[zipfile.ZipInfo], kind: str) -> None:
         raise BadRow.Error("too_large", detail)
 
 
-def _resolve(path: str) -> str:
+def resolved(path: str) -> str:
     """A path without '.' and '..'."""
     parts: list[str] = []
     for part in path.split("/"):

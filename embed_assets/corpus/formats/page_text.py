@@ -82,8 +82,9 @@ def _running_lines(pages: Sequence[Sequence[Line]]) -> list[dict[int, str]]:
         for i in _edges(page):
             text = " ".join(page[i].text.split())
             places[text].append((number, i))
-            if not page[i].is_large and (shape := _NUMBER.sub("#", text)) != text:
-                places[f"{shape} {_offsets(text, number)}"].append((number, i))
+            if not page[i].is_large:
+                for shape in _numbered_shapes(text, number):
+                    places[shape].append((number, i))
     found: list[dict[int, str]] = [{} for _ in pages]
     for shape, at in places.items():
         if len({number for number, _ in at}) >= _MIN_REPEATS:
@@ -98,11 +99,14 @@ def _edges(page: Sequence[Line]) -> list[int]:
     return sorted({*full[:_EDGE_LINES], *full[-_EDGE_LINES:]})
 
 
-def _offsets(text: str, page: int) -> str:
-    """How far the last and the first number of a line are from the page's: equal on all pages if one counts pages."""
-    numbers = [_value(m[0]) for m in (*_NUMBER.finditer(text),)]
-    is_last = text[-1:].isalnum() and bool(numbers) and _NUMBER.search(text.split()[-1]) is not None
-    return f"last {numbers[-1] - page}" if is_last else f"first {numbers[0] - page}"
+def _numbered_shapes(text: str, page: int) -> list[str]:
+    """The line with '#' for its numbers, with how far its first and its last one are from the page's number.
+
+    One of these is equal on all pages if that number counts pages.
+    """
+    numbers = [_value(match[0]) for match in _NUMBER.finditer(text)]
+    shape = _NUMBER.sub("#", text)
+    return [f"{shape} first {numbers[0] - page}", f"{shape} last {numbers[-1] - page}"] if numbers else []
 
 
 def _value(number: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from embed_assets.corpus.items import BadRow
@@ -12,7 +12,7 @@ _NO_TITLE = re.compile(
     # What programs put there when nobody wrote one, and paths.
     r"(?:(?:untitled|unnamed|new|blank)(?:[ -](?:document|page|presentation|spreadsheet))?|unknown|no title|none|null"
     r"|title|document|dokument|documento|word document|powerpoint[ -](?:presentation|präsentation)|presentation"
-    r"|slide|workbook)[\s\d.()_-]*"
+    r"|slide|folie|diapositiv[ae]|workbook)[\s\d.()_-]*|(?:\w+ ){0,2}power ?point(?:[ -]\w+)?"
     r"|(?:[a-z]:\\|\\\\|/|file:)\S.*"
     r"|[^a-zA-Z\d]*",
     re.IGNORECASE,
@@ -50,6 +50,16 @@ def real_title(title: object) -> str:
     """The title, unless it is what a program wrote in place of one, such as a file name or 'Untitled 1'; then ''."""
     line = _MADE_BY.sub("", " ".join(str(title or "").split()))
     return "" if _NO_TITLE.fullmatch(line) or _FILE_NAME.fullmatch(line) else line
+
+
+def one_line(blocks: Iterable[str]) -> str:
+    """The blocks of a table's cell on one line; of a table inside it, rows are separated by semicolons."""
+    parts = []
+    for block in blocks:
+        is_table = block.startswith("| ")
+        lines = [line.strip("| ") for line in block.split("\n")] if is_table else block.lstrip("# ").split()
+        parts.append(("; " if is_table else " ").join(line for line in lines if line))
+    return " ".join(part for part in parts if part)
 
 
 def without_soft_hyphens(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from embed_assets.corpus.formats.archive import Archive
 from embed_assets.corpus.formats.equations import linear
 from embed_assets.corpus.formats.numbering import WORD, Numbering
-from embed_assets.corpus.formats.parsed import Parsed, real_title, without_soft_hyphens
+from embed_assets.corpus.formats.parsed import Parsed, one_line, real_title, without_soft_hyphens
 from embed_assets.corpus.formats.symbols import from_private_use, symbol
 
 _MATH = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
@@ -199,18 +199,9 @@ class _Reader:
             for cell in (cell for row in rows for cell in row):
                 yield from self.blocks(cell)
             return
-        texts = ([self._cell(cell) for cell in row] for row in rows)
+        texts = ([one_line(self.blocks(cell)) for cell in row] for row in rows)
         if lines := [f"| {' | '.join(row)} |" for row in texts if any(row)]:
             yield "\n".join(lines)
-
-    def _cell(self, cell: Any) -> str:
-        """A cell on one line; of a table inside it, rows are separated by semicolons."""
-        parts = []
-        for block in self.blocks(cell):
-            is_table = block.startswith("| ")
-            lines = [line.strip("| ") for line in block.split("\n")] if is_table else block.lstrip("# ").split()
-            parts.append(("; " if is_table else " ").join(line for line in lines if line))
-        return " ".join(parts)
 
     def _inline(self, element: Any, font: str = "") -> str:
         """The text below an element. Its text boxes and notes go to `_below`."""
