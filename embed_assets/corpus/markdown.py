@@ -99,6 +99,10 @@ def _columns(start: str) -> int:
     return len(start.expandtabs(4))
 
 
+_MARKUP = re.compile("[{\\[<*_~`\\\\¶🔗§\0]")
+"""Without one of these, a title is plain already."""
+
+
 def find_html(text: str, fences: Sequence[Span]) -> Iterator[Span]:
     """Half-open spans of comments and raw HTML (pre, script, style) that begin a line outside code."""
     starts, end = [start for start, _ in fences], 0
@@ -118,13 +122,16 @@ def find_html(text: str, fences: Sequence[Span]) -> Iterator[Span]:
 
 def plain(title: str) -> str:
     """A heading's text without links, marks, tags and ids; code keeps its characters."""
+    title = title[:_MAX_CHARACTERS]
+    if not _MARKUP.search(title):
+        return " ".join(title.split())
     spans: list[str] = []
 
     def keep(span: re.Match[str]) -> str:
         spans.append(span[2].strip())
         return f"\0{len(spans) - 1}\0"
 
-    text = _CODE_SPAN.sub(keep, title[:_MAX_CHARACTERS].replace("\0", ""))
+    text = _CODE_SPAN.sub(keep, title.replace("\0", ""))
     for pattern, replacement in _MARKS:
         text = pattern.sub(replacement, text)
     return " ".join(re.sub("\0(\\d+)\0", lambda found: spans[int(found[1])], text).split())

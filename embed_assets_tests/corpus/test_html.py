@@ -33,6 +33,8 @@ def test_text_is_kept(html: str, kept: list[str]) -> None:
     [
         "<nav><a href=/>Noise</a></nav>",
         "<div role=navigation><ul><li>Noise</li></ul></div>",
+        "<ul role=menu><li>Noise</li></ul>",
+        '<a class="skip-link" href="#main">Noise</a>',
         "<div id=onetrust-consent-sdk>Noise</div>",
         '<div class="cookie-banner open">Noise</div>',
         "<script>Noise</script><style>Noise</style><svg><title>Noise</title></svg>",

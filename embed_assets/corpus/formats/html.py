@@ -12,7 +12,9 @@ from embed_assets.corpus.items import BadRow
 
 _NOISE = (
     *("nav", "[role=navigation]", "[role=search]", "[aria-label=breadcrumb]", ".breadcrumb", ".breadcrumbs"),
-    *("svg", "select", "[type=submit]", "[type=reset]", ".sphinxsidebar", ".skip-link", ".visually-hidden-focusable"),
+    *("[role=menu]", "[role=menubar]", ".sphinxsidebar", "#mdbook-help-container", ".theme-popup", ".test-arrow"),
+    *(".skip-link", ".skip-main-content", ".skip-nav", ".skipnav", ".visually-hidden-focusable", ".sr-only-focusable"),
+    *("svg", "select", "[type=submit]", "[type=reset]"),
     # Links of a heading to itself: Sphinx and MkDocs, Docusaurus, GitHub and others.
     *("a.headerlink", "a.hash-link", "a.header-anchor", "a.anchor", "a.anchorjs-link", "a.heading-anchor"),
     *("#cookie-banner", "#cookie-consent", "#cookie-notice", "#cookie-law-info-bar", "#onetrust-consent-sdk"),
