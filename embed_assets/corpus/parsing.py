@@ -12,16 +12,19 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import IO
 
+from embed_assets.corpus.arrow_rows import iter_delta, iter_parquet
 from embed_assets.corpus.code import CODE_FORMATS, has_grammar, is_code
 from embed_assets.corpus.compression import decompressed, inner_name
+from embed_assets.corpus.csv_rows import iter_csv
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats.parsed import MissingExtra
 from embed_assets.corpus.formats.registry import FORMATS
 from embed_assets.corpus.front_matter import split_front_matter
 from embed_assets.corpus.items import BadRow, Row
+from embed_assets.corpus.json_rows import iter_json, iter_jsonl
 from embed_assets.corpus.listing import SourceFile
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import iter_csv, iter_delta, iter_json, iter_jsonl, iter_parquet, to_json
+from embed_assets.corpus.rows import to_json
 from embed_assets.corpus.sandbox import parser_process
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.corpus.structure import find_headings
