@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import os
 import socket
 import unicodedata
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from embed_assets_tests.corpus.files import epub, msg, odt, pptx, shape, xlsx, zipped
 
 _CONTENT_TYPES = (
     '<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
@@ -52,7 +56,7 @@ class Written:
 def write_hostile_corpus(landing: Path) -> Written:
     """Write the corpus to an existing folder."""
     written = Written()
-    for writer in (_names, _texts, _pages, _word, _pdfs, _rows, _tables, _links):
+    for writer in (_names, _texts, _pages, _word, _pdfs, _others, _rows, _tables, _links):
         writer(landing, written)
     for folder in sorted(p for p in landing.iterdir() if p.is_dir()):
         text = f"A harmless file in {folder.name!a}."
@@ -185,6 +189,36 @@ def _pdfs(landing: Path, written: Written) -> None:
     }  # fmt: skip
     for name, content in cases.items():
         _file(landing / "pdfs" / name, content, written)
+
+
+def _others(landing: Path, written: Written) -> None:
+    """Books, slides, sheets, OpenDocument, messages, notebooks, JSON, compressed files and code."""
+    entities = f'<!DOCTYPE x [<!ENTITY l0 "ha">{_LAUGHS}]>'
+    nested = "<text:list><text:list-item>" * 3_000 + "x"
+    parts = "".join(f'Content-Type: multipart/mixed; boundary="b{i}"\n\n--b{i}\n' for i in range(500))
+    deep = b"[" * 200_000
+    cases: dict[str, str | bytes] = {
+        "good.odt": odt("<text:p>Good.</text:p>"), "nested.odt": odt(nested), "spaces.odt": odt('<text:p>a<text:s text:c="999999999"/>b</text:p>'),
+        "laughs.odt": zipped({"content.xml": f"{entities}<x>&l9;</x>"}), "bomb.odt": zipped({"content.xml": b" " * (60 << 20)}),
+        "good.pptx": pptx(shape("Good.")), "groups.pptx": pptx("<p:grpSp>" * 5_000 + shape("x")), "no slides.pptx": pptx(),
+        "loop.pptx": pptx(shape("x"), notes="<p:grpSp/>"), "laughs.pptx": pptx(shape("&l9;")),
+        "good.xlsx": xlsx({"A": [["Good."]]}), "bomb.xlsx": zipped({"xl/workbook.xml": b" " * (60 << 20)}),
+        "far.xlsx": xlsx({"A": [["x"]]}).replace(b"A1", b"XFD1048576"), "no.xls": bytes.fromhex("d0cf11e0a1b11ae1") + os.urandom(5000),
+        "good.epub": epub("B", {"a.xhtml": "<p>Good.</p>"}, ["a.xhtml"]), "twice.epub": epub("B", {"a": "<p>x</p>" * 100}, ["a"] * 3000),
+        "up.epub": epub("B", {"../../../../../etc/passwd": "x"}, ["../../../../../etc/passwd"]), "deep.epub": epub("B", {"a": "<b>" * 9_999}, ["a"]),
+        "good.eml": "Subject: Good\n\nGood.", "parts.eml": "Subject: x\nMIME-Version: 1.0\n" + parts, "header.eml": "Subject: " + "x" * 1_000_000,
+        "headers.eml": "X: y\n" * 100_000 + "\nbody", "charset.eml": "Subject: =?no-such?B?////?=\n\nx", "cte.eml": "Content-Transfer-Encoding: base64\n\n%%%",
+        "good.msg": msg("Good", "Good."), "random.msg": bytes.fromhex("d0cf11e0a1b11ae1") + os.urandom(5000), "cut.msg": msg("a", "b")[:700],
+        "good.ipynb": '{"cells": [{"cell_type": "code", "source": "x"}]}', "deep.ipynb": deep, "odd.ipynb": '{"cells": [[], 5, null]}', "list.ipynb": "[]",
+        "levels.ipynb": '{"cells": [{"cell_type": "heading", "level": 99999999, "source": "x"}]}', "none.ipynb": '{"cells": null}',
+        "deep.json": deep, "braces.json": b'{"a":' * 200_000, "number.json": b"7" * 100_000, "text.json": '"just a text"', "null.json": "null",
+        "no.gz": b"no gzip", "bomb.txt.gz": gzip.compress(bytes(90 << 20)),
+        "inner.gz.gz": gzip.compress(gzip.compress(b"x")), "no.txt.zst": b"\x28\xb5\x2f\xfd" + os.urandom(300), "cut.md.xz": lzma.compress(b"x" * 9999)[:40],
+        "deep.py": "class A:\n" + "".join(f"{' ' * i}class B{i}:\n" for i in range(1, 3000)), "parentheses.c": "(" * 200_000, "nul.js": b"a\0b",
+        "braces.java": "class A {" * 50_000, "bytes.rs": b"fn \xff() {}", "line.js": "function f(){return 1}" * 50_000,
+    }  # fmt: skip
+    for name, content in cases.items():
+        _file(landing / "others" / name, content, written)
 
 
 def _rows(landing: Path, written: Written) -> None:

@@ -60,29 +60,37 @@ def iter_parquet(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | Bad
 def iter_delta(location: str, options: ParseOptions) -> Iterator[Row | BadRow]:
     """Rows of the current version of a local Delta table, a batch at a time, in no particular order.
 
-    Raises ``SourceError`` if the table can't be read, which may be because it was changed meanwhile.
+    Raises ``SourceError`` if its files can't be read, which may be because it was changed meanwhile.
     """
     try:
         table = DeltaTable(location)
         names = [field.name for field in table.schema().fields]
-        inside = f"{Path(location).resolve()}/"
-        foreign = [uri for uri in table.file_uris() if not str(Path(uri).resolve()).startswith(inside)]
-        if foreign:
-            yield BadRow("", "broken_file", f"the Delta table has rows in a file outside of its folder: {foreign[0]!r}")
-            return
-        if problem := missing_column(names, options):
-            yield BadRow("", *problem)
-            return
-        number = 0
-        for batch in pa.RecordBatchReader.from_stream(table.scan()):
-            for i in range(batch.num_rows):
-                number += 1
-                yield _parquet_row(batch.schema.names, batch, i, f"row{number}", options)
-    except (DeltaError, pa.ArrowException) as error:
-        raise SourceError(
-            f"the Delta table {location!r} can't be read: {error}; run again if something is writing to it",
-            is_retryable=True,
-        ) from error
+        files = table.file_uris()
+    except (DeltaError, ValueError) as error:
+        yield BadRow("", "broken_file", f"the Delta table can't be opened: {error}")
+        return
+    inside = f"{Path(location).resolve()}/"
+    foreign = next((uri for uri in files if not str(Path(uri).resolve()).startswith(inside)), None)
+    if foreign is not None:
+        yield BadRow("", "broken_file", f"the Delta table has rows in a file outside of its folder: {foreign!r}")
+    elif problem := missing_column(names, options):
+        yield BadRow("", *problem)
+    else:
+        try:
+            yield from _delta_rows(table, options)
+        except (DeltaError, pa.ArrowException) as error:
+            raise SourceError(
+                f"the Delta table {location!r} can't be read: {error}; run again if something is writing to it",
+                is_retryable=True,
+            ) from error
+
+
+def _delta_rows(table: DeltaTable, options: ParseOptions) -> Iterator[Row | BadRow]:
+    number = 0
+    for batch in pa.RecordBatchReader.from_stream(table.scan()):
+        for i in range(batch.num_rows):
+            number += 1
+            yield _parquet_row(batch.schema.names, batch, i, f"row{number}", options)
 
 
 def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:

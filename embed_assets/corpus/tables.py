@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 from embed_assets.corpus.listing import SourceFile
 from embed_assets.records import hash_parts
 
-_LOG = re.compile(r"((?:.*?/)??)_delta_log/")
-"""The start of the path of a file in the log of a table, whose folder, with a slash, is the group."""
+_LOG = re.compile(r"((?:.*?/)??)_delta_log/\d{20}\.(?:json|checkpoint\.)")
+"""The path of a commit or checkpoint in the log of a table, whose folder, with a slash, is the group."""
 
 
 def with_tables(files: Iterable[SourceFile], root_name: str, can_read_tables: bool) -> Iterator[SourceFile]:

@@ -300,9 +300,8 @@ def test_hidden_files_are_reported(project: Project) -> None:
     assert project.json("discover")["hidden"] == hidden
     assert project.sync()["hidden"] == hidden
     for command in ("discover", "sync"):
-        assert (
-            "left out: 3 files or folders whose names begin with a dot (.DS_Store, .git," in project.run(command).stdout
-        )
+        told = "left out: 3 files or folders whose names begin with a dot or match EMBED_IGNORE (.DS_Store, .git,"
+        assert told in project.run(command).stdout
     assert {row["document_id"] for row in project.rows("document_id")} == {"one.md", "..odd.md"}
 
 

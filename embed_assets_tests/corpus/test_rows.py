@@ -123,6 +123,19 @@ def test_a_delta_table_changes_its_partitions_version_with_each_commit(tmp_path:
     assert source.partitions()["faq"].version != before
 
 
+def test_a_folder_that_is_only_named_like_a_log_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "a/_delta_log").mkdir(parents=True)
+    (tmp_path / "a/_delta_log/note.txt").write_text("Just a name.")
+    assert text(read(tmp_path)["_delta_log/note.txt"]) == "Just a name."
+
+
+def test_a_broken_delta_table_is_a_rejection(tmp_path: Path) -> None:
+    table(tmp_path / "faq", {"id": ["a"], "text": ["one"]})
+    [log] = (tmp_path / "faq/_delta_log").glob("*.json")
+    log.write_text("no log")
+    assert reason(read(tmp_path)["faq.delta"]) == "broken_file"
+
+
 def test_the_source_itself_can_be_a_delta_table(tmp_path: Path) -> None:
     table(tmp_path / "faq", {"id": ["a"], "text": ["one"]})
     assert list(read(tmp_path / "faq")) == ["faq.delta#a"]

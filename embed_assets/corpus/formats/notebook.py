@@ -33,7 +33,7 @@ def _cell(cell: dict[str, Any], language: str) -> str:
     text = ("".join(map(str, source)) if isinstance(source, list) else str(source)).strip("\n")
     kind = cell.get("cell_type")
     if kind == "heading":  # before format 4
-        return f"{'#' * int(cell.get('level', 1))} {text}"
+        return f"{'#' * max(1, min(6, int(cell.get('level', 1))))} {text}"
     if kind != "code" or not text.strip():
         return text
     fence = "```"
