@@ -52,6 +52,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _C1_CONTROL = re.compile(r"[\x80-\x9f]")
 
 
+_LEAST_ZERO_SHARE = 0.3
+"""Of the high bytes of UTF-16: text in Latin letters has 0.9 and more, Cyrillic only its spaces, about 0.17."""
+
+
 class Undecodable(Exception):
     """The bytes are not text in any encoding that could be determined with confidence."""
 
@@ -84,6 +88,8 @@ def _decode(data: bytes, html: bool) -> tuple[str, str]:
                 f"it begins with the byte order mark of {marked} but has {error.reason} at byte {error.start}; "
                 "save it as UTF-8"
             ) from None
+    if (wide := _unmarked_utf16(data)) is not None:
+        return wide
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -104,6 +110,21 @@ def _decode(data: bytes, html: bool) -> tuple[str, str]:
             ) from None
     _reject_damaged_utf8(data, not_utf8)
     return _detect(data, not_utf8)
+
+
+def _unmarked_utf16(data: bytes) -> tuple[str, str] | None:
+    """(text, encoding) of UTF-16 without a byte order mark, if every other byte is mostly zero; else None."""
+    if len(data) % 2 or b"\0" not in data:
+        return None
+    zeros = data[::2].count(0), data[1::2].count(0)
+    if min(zeros) or max(zeros) * 2 < len(data) * _LEAST_ZERO_SHARE:
+        return None
+    encoding = "utf-16-be" if zeros[0] else "utf-16-le"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    return None if _CONTROL.search(text) else (text, encoding)
 
 
 def _accept_utf8(text: str, data: bytes) -> tuple[str, str]:

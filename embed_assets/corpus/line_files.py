@@ -18,6 +18,8 @@ def encoding_of(head: bytes) -> str:
     """The encoding of a file of lines, from its start. Raises ``Undecodable`` if it can't be told."""
     try:
         # Without a byte order mark only whole lines are decoded: the sample may end inside a character.
+        if b"\0" in head:  # UTF-16, perhaps without its mark
+            return byte_order_mark(head) or decode(head[: len(head) // 2 * 2])[1]
         return byte_order_mark(head) or decode(head[: head.rfind(b"\n") + 1] or head)[1]
     except DamagedUtf8:
         return "utf-8"

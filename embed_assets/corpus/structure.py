@@ -49,9 +49,10 @@ _LIST_ITEM = re.compile(r"\n[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+(?=\S)|\|)")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:.*\n){0,200}?---[ \t]*$", re.MULTILINE)
 _ATX_HEADING = re.compile(r"(?m)\n {0,3}(#{1,6})(?:[ \t](.*))?$")
 _SETEXT_UNDERLINE = re.compile(r"\n {0,3}(?:=|--)")
-_SETEXT_HEADING = re.compile(
-    r"(?m)^ {0,3}(?![-*+][ \t]|\d{1,9}[.)][ \t]|#{1,6}[ \t]|[>|<]|(?:[-*_=][ \t]*)+$|\s)(\S.*)\n {0,3}(=+|-{2,})[ \t]*$"
-)
+_PARAGRAPH = r" {0,3}(?![-*+][ \t]|\d{1,9}[.)][ \t]|#{1,6}[ \t]|[>|<]|(?:[-*_=][ \t]*)+$|\s)(\S.*)"
+_SETEXT_HEADING = re.compile(rf"(?m)^{_PARAGRAPH}\n {{0,3}}(=+|-{{2,}})[ \t]*$")
+_LINE_OF_PARAGRAPH = re.compile(rf"{_PARAGRAPH}$")
+_MAX_SETEXT_LINES = 3
 _PUNCTUATION = r"[!-/:-@\[-`{-~]"
 _RST_HEADING = re.compile(
     rf"(?m)^(?:({_PUNCTUATION})\1+[ \t]*\n[ \t]*(\S.*)\n(\1{{2,}})[ \t]*|(\S.*)\n(({_PUNCTUATION})\6*)[ \t]*)$"
@@ -215,10 +216,8 @@ def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], out
         return [Heading(start, depth, _title(name)) for start, depth, name in definitions(text, media_type)]
     if media_type != "text/markdown":
         return []
-    setext = [
-        Heading(m.start(), 1 if m[2][0] == "=" else 2, _title(plain(m[1])))
-        for m in (_SETEXT_HEADING.finditer(text) if _SETEXT_UNDERLINE.search(text) else ())
-    ]
+    found = _SETEXT_HEADING.finditer(text) if _SETEXT_UNDERLINE.search(text) else ()
+    setext = [heading for m in found if (heading := _setext_heading(text, m)) is not None]
     atx = [
         Heading(m.start(), len(m[1]), _title(plain(_strip_closing_hashes(m[2] or ""))))
         for m in _ATX_HEADING.finditer("\n" + text)
@@ -230,6 +229,20 @@ def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], out
         *find_html(text, fences),
     ]
     return sorted(_outside(hidden, [*atx, *setext]), key=lambda h: h.start)
+
+
+def _setext_heading(text: str, match: re.Match[str]) -> Heading | None:
+    """The heading of an underlined line and the lines above it, which belong to it (CommonMark 4.3).
+
+    None if they are so many that they are a paragraph above a rule.
+    """
+    start, lines = match.start(), [match[1]]
+    while start and (above := _LINE_OF_PARAGRAPH.match(text, text.rfind("\n", 0, start - 1) + 1, start - 1)):
+        start = above.start()
+        lines.insert(0, above[1])
+        if len(lines) > _MAX_SETEXT_LINES:
+            return None
+    return Heading(start, 1 if match[2][0] == "=" else 2, _title(plain(" ".join(lines))))
 
 
 def _outside(hidden: Sequence[tuple[int, int]], headings: Sequence[Heading]) -> Iterator[Heading]:

@@ -115,3 +115,18 @@ def test_a_fence_goes_on_in_the_next_section() -> None:
     sections = list(iter_sections(text, "text/markdown"))
     assert len(text) > MAX_SECTION_CHARACTERS and len(sections) > 1 and "".join(s.text for s in sections) == text
     assert [section.open_fence for section in sections] == [""] + ["```"] * (len(sections) - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Long title\nof two lines\n====\n\nx", [(0, 1, "Long title of two lines")]),
+        ("Words.\n\nTitle\nmore\n---\nx", [(8, 2, "Title more")]),
+        ("- item\nTitle\n---\n", [(7, 2, "Title")]),
+        ("# One\nTwo\n===\n", [(0, 1, "One"), (6, 1, "Two")]),
+        ("a\nb\nc\nd\n---\nmore", []),
+    ],
+)
+def test_setext_headings_of_several_lines(text: str, expected: list[tuple[int, int, str]]) -> None:
+    found = find_headings(text, "text/markdown")
+    assert [(heading.start, heading.depth, heading.title) for heading in found] == expected

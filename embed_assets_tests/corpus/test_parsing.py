@@ -116,7 +116,6 @@ def test_other_encodings_are_detected_and_named(tmp_path: Path, encoding: str, s
         (b"\xef\xbb\xbf", "empty"),
         (bytes(range(256)) * 4, "undecodable"),
         (bytes(range(128)), "undecodable"),
-        ("plain text\n".encode("utf-16-le"), "undecodable"),
         ("Привет, мир".encode("utf-16-le"), "undecodable"),
         ("Die Straße führt über die Brücke. ".encode() * 20 + b"\xff", "undecodable"),
         (b"\xff\xfeabc", "undecodable"),
@@ -205,6 +204,16 @@ def test_jsonl_rows_are_documents(tmp_path: Path) -> None:
 def read_file(root: Path, name: str, data: bytes, options: ParseOptions = OPTIONS) -> dict[str, Document | Rejection]:
     (root / name).write_bytes(data)
     return read(root, options)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark(tmp_path: Path, encoding: str) -> None:
+    assert text(one(tmp_path, "a.txt", "Größe und Maß\r\nnext".encode(encoding))) == "Größe und Maß\nnext"
+    (tmp_path / "a.txt").unlink()
+    items = read_file(tmp_path, "a.jsonl", '{"id": 1, "text": "Größe"}\n{"id": 2, "text": "Maß"}\n'.encode(encoding))
+    assert [text(item) for item in items.values()] == ["Größe", "Maß"]
+    (tmp_path / "a.jsonl").unlink()
+    assert text(read_file(tmp_path, "a.csv", "id,text\n1,Größe\n".encode(encoding))["a.csv#1"]) == "Größe"
 
 
 def test_bad_jsonl_lines_are_rejected_one_by_one(tmp_path: Path) -> None:
