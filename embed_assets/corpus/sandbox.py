@@ -137,7 +137,9 @@ def _parse(suffix: str, data: bytes) -> tuple[list[object], bytes]:
         return ["bad", error.row.reason, error.row.detail], b""
     except MemoryError:
         return ["bad", "too_costly", f"parsing it took more than {MEMORY_BYTES >> 30} GB of memory; split it"], b""
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in a library's Rust code is no Exception
         return ["bad", "broken_file", f"it could not be parsed: {type(error).__name__}: {error}"], b""
     lost = [[row.key, row.reason, row.detail] for row in parsed.lost]
     answer: list[object] = [
