@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,8 +70,8 @@ def iter_delta(location: str, options: ParseOptions) -> Iterator[Row | BadRow]:
     except (DeltaError, ValueError) as error:
         yield BadRow("", "broken_file", f"the Delta table can't be opened: {error}")
         return
-    inside = f"{Path(location).resolve()}/"
-    foreign = next((uri for uri in files if not str(Path(uri).resolve()).startswith(inside)), None)
+    folder = Path(location).resolve()
+    foreign = next((uri for uri in files if not Path(unquote(uri)).resolve().is_relative_to(folder)), None)
     if foreign is not None:
         yield BadRow("", "broken_file", f"the Delta table has rows in a file outside of its folder: {foreign!r}")
     elif problem := missing_column(names, options):

@@ -16,7 +16,7 @@ _LOG = re.compile(r"((?:.*?/)??)_delta_log/\d{20}\.(?:json|checkpoint\.)")
 def with_tables(files: Iterable[SourceFile], root_name: str, can_read_tables: bool) -> Iterator[SourceFile]:
     """The files, with one in place of all those of each Delta table: a folder that has a folder _delta_log."""
     every = list(files)
-    folders = {log[1] for file in every if (log := _LOG.match(file.path)) is not None}
+    folders = {log[1] for file in every if "_delta_log/" in file.path and (log := _LOG.match(file.path))}
     members: dict[str, list[SourceFile]] = {
         folder: [] for folder in folders if not any(folder != o and folder.startswith(o) for o in folders)
     }

@@ -123,6 +123,23 @@ def test_a_delta_table_changes_its_partitions_version_with_each_commit(tmp_path:
     assert source.partitions()["faq"].version != before
 
 
+def test_delta_tables_with_odd_names_and_partitions(tmp_path: Path) -> None:
+    place = tmp_path / "my table é 100%"
+    rows = pa.table({"id": ["a", "b"], "text": ["x", "y"], "city": ["New York", "Zü%20rich"]})
+    write_deltalake(str(place), rows, partition_by=["city"])
+    assert {text(item) for item in read(tmp_path).values()} == {"x", "y"}
+
+
+def test_a_delta_table_with_files_elsewhere_is_a_rejection(tmp_path: Path) -> None:
+    table(tmp_path / "outside", {"id": ["s"], "text": ["secret"]})
+    table(tmp_path / "source/faq", {"id": ["a"], "text": ["one"]})
+    [data] = (tmp_path / "source/faq").glob("*.parquet")
+    data.unlink()
+    data.symlink_to(next((tmp_path / "outside").glob("*.parquet")))
+    [item] = read(tmp_path / "source").values()
+    assert reason(item) == "broken_file"
+
+
 def test_a_folder_that_is_only_named_like_a_log_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "a/_delta_log").mkdir(parents=True)
     (tmp_path / "a/_delta_log/note.txt").write_text("Just a name.")
