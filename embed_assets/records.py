@@ -166,7 +166,7 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "rejected_at": "when it was rejected, UTC",
     "chunk_id": "blake2b-128 hex of (document_id, text_hash, occurrence): stable when text is inserted above",
     "chunk_index": "position of the chunk in its document, from 0",
-    "heading_path": "headings above the start of the chunk, outermost first, joined by ' > '",
+    "heading_path": "headings above the chunk's text, outermost first, joined by ' > '",
     "char_start": "start of the chunk in the document's text, in code points",
     "char_end": "end of the chunk in the document's text, in code points, exclusive",
     "token_count": "length in tokens of the embedding model's tokenizer, special tokens included",

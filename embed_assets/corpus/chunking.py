@@ -3,8 +3,9 @@
 1. The text is tokenized once, in segments, to learn the code points where each token starts and ends.
 2. `structure` says where the text may be cut. Where that leaves a piece over the limit, the starts of lines, then of
    words and then of tokens are added.
-3. A shortest path from start to end, whose steps hold at most the limit of tokens, chooses among the cuts. That keeps
-   chunks few, cuts good and the effect of an edit local.
+3. No chunk spans a heading, so that `heading_path` is that of all its text. In each section, a shortest path from start
+   to end, whose steps hold at most the limit of tokens, chooses among the cuts. That keeps chunks few, cuts good and
+   the effect of an edit local.
 4. A chunk whose edges may have changed its tokens is tokenized again, and split while it is over the limit.
 
 Property tests check these invariants: ``text[char_start:char_end] == chunk.text``; chunks are in order; only whitespace
@@ -229,9 +230,10 @@ class _Splitter:
         """The section's chunks, in order; positions are relative to the section."""
         if not self._text.strip():
             return []
-        # With room for all of it, the cheapest path is a single step: every cut has a cost.
-        fits = len(self._tokens.ids) <= self._limit - self._overlap
-        bounds = [0, len(self._text)] if fits else self._cheapest_path(*self._cuts())
+        bounds = [0, *self._structure.section_starts, len(self._text)]
+        # With room for all of a section, the cheapest path is a single step: every cut has a cost.
+        if np.diff(self._tokens.index(np.array(bounds))).max() > self._limit - self._overlap:
+            bounds = self._cheapest_path(*self._cuts(), frozenset(bounds))
         cores = [s for s in (_strip(self._text, *span) for span in pairwise(bounds)) if s[0] < s[1]]
         found = self._with_overlap(self._split_oversize(cores))
         paths = self._structure.heading_paths([start for (start, _), _ in found])
@@ -286,8 +288,8 @@ class _Splitter:
         usable = starts[ends <= starts]
         return list(usable[np.diff(usable, prepend=-1) > 0].tolist())
 
-    def _cheapest_path(self, cuts: np.ndarray, costs: np.ndarray) -> list[int]:
-        """Bounds of the chunks, with 0 and the end: a shortest path over the cuts.
+    def _cheapest_path(self, cuts: np.ndarray, costs: np.ndarray, needed: frozenset[int]) -> list[int]:
+        """Bounds of the chunks, with 0 and the end: a shortest path over the cuts, by way of those that are needed.
 
         A step is a chunk, has at most the limit of tokens (or is a single piece that can't be cut), and costs what
         the cut at its end costs. Takes linear time.
@@ -308,6 +310,8 @@ class _Splitter:
                 candidates.popleft()
             previous[i] = candidates[0]
             best[i] = best[candidates[0]] + step_costs[i]
+            if bounds[i] in needed:
+                candidates.clear()
         path = [len(bounds) - 1]
         while path[-1] > 0:
             path.append(previous[path[-1]])

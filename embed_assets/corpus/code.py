@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,11 +95,23 @@ def has_grammar(media_type: str) -> bool:
     return True
 
 
-def definitions(text: str, media_type: str) -> list[tuple[int, int, str]]:
-    """(code point, depth from 1, name) of each class and function, in order, with the comments above it.
+class Definition(NamedTuple):
+    """A class or function, or what follows the last one of a block."""
 
-    What follows the last definition of a block has the name ''. Empty for code without a grammar. Raises
-    ``SettingsError`` if the grammar is not installed.
+    start: int
+    """Code point of the start of its line, or of the comments above it."""
+    depth: int
+    """1 is outermost."""
+    name: str
+    """'' of what follows a block's last definition."""
+    body: int
+    """Code point where its body begins."""
+
+
+def definitions(text: str, media_type: str) -> list[Definition]:
+    """The classes and functions of source code, in order; none for code without a grammar.
+
+    Raises ``SettingsError`` if the grammar is not installed.
     """
     if media_type not in _GRAMMARS:
         return []
@@ -110,7 +122,7 @@ def definitions(text: str, media_type: str) -> list[tuple[int, int, str]]:
         return found
     first_bytes = np.frombuffer(data, np.uint8) & 0xC0 != 0x80
     code_points = np.concatenate([[0], np.cumsum(first_bytes)])
-    return [(int(code_points[start]), depth, name) for start, depth, name in found]
+    return [d._replace(start=int(code_points[d.start]), body=int(code_points[d.body])) for d in found]
 
 
 @lru_cache
@@ -126,7 +138,7 @@ def _parser(media_type: str) -> Any:
         ) from None
 
 
-def _found(nodes: Sequence[Any], depth: int) -> Iterator[tuple[int, int, str]]:
+def _found(nodes: Sequence[Any], depth: int) -> Iterator[Definition]:
     """Definitions among the nodes of a block, with byte offsets of the starts of their lines."""
     above = None
     is_open = False
@@ -136,7 +148,7 @@ def _found(nodes: Sequence[Any], depth: int) -> Iterator[tuple[int, int, str]]:
         start = _line_start(node) if above is None else above[0]
         definition = _definition(node)
         if definition is not None:
-            yield start, depth, _name(definition)
+            yield Definition(start, depth, _name(definition), _body_start(definition))
             is_open = True
             if definition.type in _CONTAINERS and depth < _MAX_DEPTH:
                 yield from _found(_body(definition), depth + 1)
@@ -146,7 +158,7 @@ def _found(nodes: Sequence[Any], depth: int) -> Iterator[tuple[int, int, str]]:
             above = start, node.end_point[0]
             continue
         elif is_open:
-            yield start, depth, ""
+            yield Definition(start, depth, "", start)
             is_open = False
         above = None
 
@@ -173,6 +185,14 @@ def _definition(node: Any) -> Any:
             return inner if value is not None and "function" in value.type else None
         node = inner
     return None
+
+
+def _body_start(definition: Any) -> int:
+    """Where the body begins, after its brace."""
+    body = definition.child_by_field_name("body")
+    if body is None:
+        return int(definition.start_byte)
+    return int(body.start_byte) + int(body.text[:1] == b"{")
 
 
 def _body(definition: Any) -> Sequence[Any]:

@@ -37,7 +37,7 @@ class Section:
 
 def iter_sections(text: str, media_type: str, root: str = "") -> Iterator[Section]:
     """The sections of a document, in order. Most documents are a single one. `root` is above all its headings."""
-    outline, start, fence = Outline([Heading(0, 0, root)] if root else []), 0, ""
+    outline, start, fence = Outline([Heading(0, 0, root, 0)] if root else []), 0, ""
     has_fences = media_type == "text/markdown"
     while len(text) - start > MAX_SECTION_CHARACTERS:
         part = text[start : start + MAX_SECTION_CHARACTERS]

@@ -75,6 +75,8 @@ class Heading:
     depth: int
     """1 is outermost."""
     title: str
+    end: int
+    """Code point after its own lines."""
 
 
 @dataclass(slots=True)
@@ -112,6 +114,22 @@ class Structure:
         return self._cuts_and_costs[1]
 
     @cached_property
+    def section_starts(self) -> list[int]:
+        """Code points, in ascending order, where a heading, or several without text between, begin; not 0."""
+        firsts = {0, *(last + 1 for last in self._last_of_runs)}
+        starts = [heading.start for i, heading in enumerate(self.headings) if i in firsts]
+        return starts[1:] if starts and not self.text[: starts[0]].strip() else starts
+
+    @cached_property
+    def _last_of_runs(self) -> list[int]:
+        """For each heading, the index of the last one that follows without text between."""
+        last = list(range(len(self.headings)))
+        for i in reversed(range(len(last) - 1)):
+            if not self.text[self.headings[i].end : self.headings[i + 1].start].strip():
+                last[i] = last[i + 1]
+        return last
+
+    @cached_property
     def _cuts_and_costs(self) -> tuple[np.ndarray, np.ndarray]:
         """Found only when they are asked for: a text that fits into one chunk needs none."""
         text = self.text
@@ -132,11 +150,13 @@ class Structure:
     def heading_paths(self, positions: Sequence[int]) -> list[str]:
         """For each position, the headings above it, outermost first, joined by ' > '.
 
-        Positions must ascend. Works once: it advances `outline` past the last heading.
+        Headings that follow one another, without text between, are above a position at the first of them. Positions
+        must ascend. Works once: it advances `outline` past the last heading.
         """
         paths: list[str] = []
         path = self.outline.path
         following = deque(self.headings)
+        last_of_run = {h.start: self.headings[i].start for h, i in zip(self.headings, self._last_of_runs, strict=True)}
 
         def descend(until: int) -> None:
             while following and following[0].start <= until:
@@ -146,6 +166,8 @@ class Structure:
 
         for position in positions:
             descend(position)
+            if path and not self.text[path[-1].start : position].strip():  # it begins with a heading, or several
+                descend(last_of_run.get(path[-1].start, position))
             paths.append(" > ".join(h.title for h in path if h.title))
         if following:
             descend(following[-1].start)
@@ -213,13 +235,13 @@ def _headings(text: str, media_type: str, fences: Sequence[tuple[int, int]], out
     if media_type == "text/x-rst":
         return _rst_headings(text, outline.styles)
     if is_code(media_type):
-        return [Heading(start, depth, _title(name)) for start, depth, name in definitions(text, media_type)]
+        return [Heading(d.start, d.depth, _title(d.name), d.body) for d in definitions(text, media_type)]
     if media_type != "text/markdown":
         return []
     found = _SETEXT_HEADING.finditer(text) if _SETEXT_UNDERLINE.search(text) else ()
     setext = [heading for m in found if (heading := _setext_heading(text, m)) is not None]
     atx = [
-        Heading(m.start(), len(m[1]), _title(plain(_strip_closing_hashes(m[2] or ""))))
+        Heading(m.start(), len(m[1]), _title(plain(_strip_closing_hashes(m[2] or ""))), m.end() - 1)
         for m in _ATX_HEADING.finditer("\n" + text)
     ]
     front_matter = _FRONT_MATTER.match(text)
@@ -242,7 +264,7 @@ def _setext_heading(text: str, match: re.Match[str]) -> Heading | None:
         lines.insert(0, above[1])
         if len(lines) > _MAX_SETEXT_LINES:
             return None
-    return Heading(start, 1 if match[2][0] == "=" else 2, _title(plain(" ".join(lines))))
+    return Heading(start, 1 if match[2][0] == "=" else 2, _title(plain(" ".join(lines))), match.end())
 
 
 def _outside(hidden: Sequence[tuple[int, int]], headings: Sequence[Heading]) -> Iterator[Heading]:
@@ -282,6 +304,6 @@ def _rst_headings(text: str, styles: dict[tuple[str, bool], int]) -> list[Headin
         is_long = len(line) >= min(len(title), _RST_MIN_UNDERLINE)
         if stands_alone and is_long and re.search(r"\w", title) and not _RST_NO_TITLE.match(title):
             depth = styles.setdefault((line[0], m[1] is not None), len(styles) + 1)
-            found.append(Heading(m.start(), depth, _title(title)))
+            found.append(Heading(m.start(), depth, _title(title), m.end()))
             end = m.end()
     return found

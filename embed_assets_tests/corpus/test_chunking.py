@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from embed_assets.corpus.chunking import ChunkOptions, PlacedTokens, split_document
 from embed_assets.corpus.chunking import Tokenizer as ChunkTokenizer
 from embed_assets.corpus.sections import MAX_SECTION_CHARACTERS
+from embed_assets.corpus.structure import find_headings
 from embed_assets.engine.tokenization import ModelTokenizer, word_tokenizer_json
 from embed_assets.records import Chunk
 from embed_assets_tests.conftest import SAMPLE_MODEL, resolve_space, topic
@@ -245,6 +246,32 @@ def test_an_edited_word_changes_its_own_chunk() -> None:
         changes.append(sum(c.text not in before for c in after))
     assert min(changes) == 1
     assert sum(changes) / len(changes) <= 1.1
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "words"])
+@pytest.mark.parametrize(("page", "overlap"), [("types", 0), ("specialnames", 0), ("try", 20)])
+def test_no_chunk_spans_a_heading(name: str, page: str, overlap: int) -> None:
+    text = topic(page)
+    headings = find_headings(text, RST)
+    assert len(headings) > 2
+    for chunk in split_document(text, RST, tokenizer(name), ChunkOptions(200, overlap)):
+        inside = [h for h in headings if chunk.char_start < h.start < chunk.char_end]
+        # Only several headings without text between begin a chunk together.
+        run = [h for h in headings if chunk.char_start <= h.start < chunk.char_end]
+        assert not inside or not text[run[0].end : inside[0].start].strip()
+        above = [h.title for h in headings if h.start <= (run[-1].start if run else chunk.char_start)]
+        assert not above or chunk.heading_path.split(" > ")[-1] == above[-1]
+
+
+def test_small_sections_have_chunks_of_their_own() -> None:
+    text = "Before.\n\n# One\n\nFirst.\n\n# Two\n\n## Deeper\n\nSecond.\n\n# Three\n"
+    found = [(c.text, c.heading_path) for c in split_document(text, MARKDOWN, tokenizer("words"), ChunkOptions(100))]
+    assert found == [
+        ("Before.", ""),
+        ("# One\n\nFirst.", "One"),
+        ("# Two\n\n## Deeper\n\nSecond.", "Two > Deeper"),
+        ("# Three", "Three"),
+    ]
 
 
 def test_a_paragraph_marked_as_heading_does_not_bloat_heading_paths() -> None:
