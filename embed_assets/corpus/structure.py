@@ -158,16 +158,20 @@ class Structure:
         following = deque(self.headings)
         last_of_run = {h.start: self.headings[i].start for h, i in zip(self.headings, self._last_of_runs, strict=True)}
 
+        here: int | None = None
+
         def descend(until: int) -> None:
+            nonlocal here
             while following and following[0].start <= until:
                 while path and path[-1].depth >= following[0].depth:
                     path.pop()
+                here = following[0].start
                 path.append(following.popleft())
 
         for position in positions:
             descend(position)
-            if path and not self.text[path[-1].start : position].strip():  # it begins with a heading, or several
-                descend(last_of_run.get(path[-1].start, position))
+            if here is not None and not self.text[here:position].strip():  # it begins with a heading, or several
+                descend(last_of_run[here])
             paths.append(" > ".join(h.title for h in path if h.title))
         if following:
             descend(following[-1].start)
