@@ -253,7 +253,7 @@ def test_an_edited_word_changes_its_own_chunk() -> None:
 def test_no_chunk_spans_a_heading(name: str, page: str, overlap: int) -> None:
     text = topic(page)
     headings = find_headings(text, RST)
-    assert len(headings) > 2
+    assert headings
     for chunk in split_document(text, RST, tokenizer(name), ChunkOptions(200, overlap)):
         inside = [h for h in headings if chunk.char_start < h.start < chunk.char_end]
         # Only several headings without text between begin a chunk together.
