@@ -243,7 +243,7 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     totals = {name: result.total(name) for name in ("embedded", "reused", "dropped", "tokens")}
     tables = Snapshot(pipeline.lake)
     rejections = rejections_by_reason(tables)
-    unknown = unknown_tokens(tables, [key for key, r in result.partitions.items() if r.state == "materialized"])
+    unknown = unknown_tokens(tables, {key for key, r in result.partitions.items() if r.state == "materialized"})
     if not as_json:
         print_sync({key: r.as_json() for key, r in result.partitions.items()}, totals, result.seconds)
         print_rejections(rejections)

@@ -15,7 +15,7 @@ from deltalake.exceptions import DeltaError
 
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import build_row, missing_column, text_of_value, value_of
+from embed_assets.corpus.rows import build_row, missing_column, text_bytes
 from embed_assets.errors import SourceError
 
 _BATCH_ROWS = 256
@@ -128,8 +128,7 @@ def _parquet_row(names: list[str], batch: pa.RecordBatch, i: int, key: str, opti
         fields = {
             name: _python_value(batch.column(at)[i], name == options.text_column) for at, name in enumerate(names)
         }
-        text = text_of_value(value_of(fields, options.text_column))
-        size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+        size = text_bytes(fields, options)
         row = build_row(fields, key, size, options) if size <= options.max_file_bytes else None
     except MemoryError:
         return BadRow(key, "too_large", "there is not enough memory for it")

@@ -86,13 +86,11 @@ def is_code(media_type: str) -> bool:
     return media_type in _CODE_TYPES
 
 
-def has_grammar(media_type: str) -> bool:
-    """Whether code of this type can be split at its functions here. Raises ``ImportError`` if the extra is missing."""
-    if media_type not in _GRAMMARS:
-        return False
-    import_module("tree_sitter")
-    import_module(_GRAMMARS[media_type][0])
-    return True
+def require_grammar(media_type: str) -> None:
+    """Raise ``ImportError`` if code of this type has a grammar that is not installed here."""
+    if media_type in _GRAMMARS:
+        import_module("tree_sitter")
+        import_module(_GRAMMARS[media_type][0])
 
 
 class Definition(NamedTuple):

@@ -12,7 +12,7 @@ from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.items import BadRow, Row
 from embed_assets.corpus.line_files import SAMPLE_BYTES, PrefixedStream, encoding_of, text_of
 from embed_assets.corpus.options import ParseOptions
-from embed_assets.corpus.rows import build_row, text_of_value, value_of
+from embed_assets.corpus.rows import build_row, text_bytes, value_of
 
 _MAX_BRACKETS = 3_000_000
 """Opening brackets in a JSON line. An empty list takes 56 bytes of memory, thirty times its text: 170 MB in all."""
@@ -69,9 +69,7 @@ def iter_json(stream: IO[bytes], options: ParseOptions) -> Iterator[Row | BadRow
     rows = _rows_of_json(value, options)
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
-            text = text_of_value(value_of(row, options.text_column))
-            size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
-            yield build_row(row, f"row{number}", size, options)
+            yield build_row(row, f"row{number}", text_bytes(row, options), options)
         else:
             yield BadRow(f"row{number}", "invalid_json", f"row {number} is a JSON {type(row).__name__}, not an object")
 

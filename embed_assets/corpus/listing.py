@@ -100,7 +100,7 @@ class SourceFile:
 def walk(folder: Path, excluded: Path | None, is_ignored: Ignored, hidden: list[str]) -> Iterator[SourceFile]:
     """The files below a local folder, without those in the folder `excluded`.
 
-    Files and folders whose names begin with a dot or are ignored are skipped, and appended to `hidden`.
+    Ignored files and folders are skipped, and appended to `hidden`.
     Raises ``SourceError`` for a folder that can't be listed.
     """
     root = folder.resolve()
@@ -117,7 +117,7 @@ def walk(folder: Path, excluded: Path | None, is_ignored: Ignored, hidden: list[
             ) from None
         for entry in entries:
             relative = prefix + entry.name
-            if _is_dot_name(entry.name) or is_ignored(entry.name):
+            if is_ignored(entry.name):
                 hidden.append(relative)
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -163,7 +163,7 @@ def _file_rejection(path: str, mode: int) -> str:
 def find(filesystem: Any, base: str, is_ignored: Ignored, hidden: list[str]) -> Iterator[SourceFile]:
     """The files below the folder `base` of an fsspec file system.
 
-    Files and folders whose names begin with a dot or are ignored are skipped, and appended to `hidden`. Files that the
+    Ignored files and folders are skipped, and appended to `hidden`. Files that the
     listing gives without a checksum or time are looked up one by one.
     """
     listing: dict[str, dict[str, Any]] = filesystem.find(base, detail=True)
@@ -267,21 +267,24 @@ def _parse_time(text: str) -> datetime:
 
 
 def _hidden_part(relative: str, is_ignored: Ignored) -> str | None:
-    """The path up to its first hidden or ignored part, a folder or the file itself; None if it has none."""
+    """The path up to its first ignored part, a folder or the file itself; None if it has none."""
     parts = relative.split("/")
     for i, part in enumerate(parts):
-        if _is_dot_name(part) or is_ignored(part):
+        if is_ignored(part):
             return "/".join(parts[: i + 1])
     return None
 
 
 def ignored_names(patterns: str) -> Ignored:
-    """Whether a name matches one of the patterns, which have * and ? and are separated by commas, in any case."""
+    """Whether a name begins with a dot or matches one of the patterns, in any case.
+
+    The patterns have * and ? and are separated by commas.
+    """
     expressions = [fnmatch.translate(pattern.strip()) for pattern in patterns.split(",") if pattern.strip()]
     if not expressions:
-        return lambda name: False
+        return _is_dot_name
     matcher = re.compile("|".join(expressions), re.IGNORECASE)
-    return lambda name: matcher.fullmatch(name) is not None
+    return lambda name: _is_dot_name(name) or matcher.fullmatch(name) is not None
 
 
 def _is_dot_name(name: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from embed_assets.corpus.arrow_rows import iter_delta, iter_parquet
-from embed_assets.corpus.code import CODE_FORMATS, has_grammar, is_code
+from embed_assets.corpus.code import CODE_FORMATS, is_code, require_grammar
 from embed_assets.corpus.compression import decompressed, inner_name
 from embed_assets.corpus.csv_rows import iter_csv
 from embed_assets.corpus.encoding import Undecodable, decode
@@ -59,13 +59,13 @@ REASONS: dict[str, str] = {
 
 _NOT_FOR_GOOD = frozenset({"too_costly", "missing_extra"})
 """Reasons that depend on more than the file, so that it is read again although it did not change."""
-_ROW_FORMATS: dict[str, tuple[str, Callable[[IO[bytes], ParseOptions], Iterator[Row | BadRow]]]] = {
-    ".json": ("application/json", iter_json),
-    ".jsonl": ("application/jsonl", iter_jsonl),
-    ".ndjson": ("application/jsonl", iter_jsonl),
-    ".csv": ("text/csv", iter_csv),
-    ".tsv": ("text/csv", iter_csv),
-    ".parquet": ("application/vnd.apache.parquet", iter_parquet),
+_ROW_FORMATS: dict[str, Callable[[IO[bytes], ParseOptions], Iterator[Row | BadRow]]] = {
+    ".json": iter_json,
+    ".jsonl": iter_jsonl,
+    ".ndjson": iter_jsonl,
+    ".csv": iter_csv,
+    ".tsv": iter_csv,
+    ".parquet": iter_parquet,
 }
 _TEXT_FORMATS = {
     ".txt": "text/plain",
@@ -207,7 +207,7 @@ def _open_rows(
         yield iter_delta(source.table(file), options)
     else:
         with _open(source, file) as stream:
-            yield _ROW_FORMATS[suffix][1](stream, options)
+            yield _ROW_FORMATS[suffix](stream, options)
 
 
 @contextlib.contextmanager
@@ -270,7 +270,7 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
 def _require_grammar(suffix: str) -> None:
     """Raise ``MissingExtra`` if source code with this suffix could be split at its functions, but not here."""
     try:
-        has_grammar(CODE_FORMATS[suffix])
+        require_grammar(CODE_FORMATS[suffix])
     except ImportError:
         raise MissingExtra(suffix, "code") from None
 

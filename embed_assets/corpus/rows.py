@@ -21,7 +21,7 @@ def build_row(fields: dict[str, Any], position: str, size: int, options: ParseOp
     identity = _take(fields, options.id_column)
     has_id = identity is not None and str(identity) != ""
     key = _key(identity) if has_id else position
-    text = text_of_value(_take(fields, options.text_column))
+    text = _text_of_value(_take(fields, options.text_column))
     title = _take(fields, options.title_column)
     if problem is None and text is None:
         problem = "empty", f"its column {options.text_column!r} is null"
@@ -65,7 +65,13 @@ def _take(fields: dict[str, Any], column: str) -> Any:
     return inside.pop(name, None) if isinstance(inside, dict) else None
 
 
-def text_of_value(value: Any) -> Any:
+def text_bytes(fields: dict[str, Any], options: ParseOptions) -> int:
+    """Size of a row's text in UTF-8; 0 if it has none."""
+    text = _text_of_value(value_of(fields, options.text_column))
+    return len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0
+
+
+def _text_of_value(value: Any) -> Any:
     """A text as such, bytes of UTF-8 as text, a list of texts as paragraphs, and anything else as it is."""
     if isinstance(value, bytes):
         try:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import CHUNK_TABLE, REJECTED, quoted
+from embed_assets.lake.tables import CHUNK_TABLE, MOST_VALUES, REJECTED, is_one_of, quoted
 
 EXAMPLES = 3
 """Names that a summary has of each reason: enough to recognise what it is about."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RejectedReason:
     """All rejections of one reason."""
 
     reason: str
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
+    count: int
+    examples: list[str]
     """The first names, as '<partition>/<document id>'."""
-    detail: str = ""
+    detail: str
     """What was found in the first of them, and how to fix it."""
 
 
@@ -47,25 +48,25 @@ def iter_rejections(tables: Snapshot, reason: str | None = None) -> Iterator[Rej
 
 def rejections_by_reason(tables: Snapshot) -> list[RejectedReason]:
     """The rejected documents by reason, the most frequent first. Raises ``LakeError``."""
-    found: dict[str, RejectedReason] = {}
-    first: dict[str, list[tuple[str, str]]] = {}
+    counts: Counter[str] = Counter()
+    first: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in iter_rejections(tables):
-        summary = found.setdefault(row.reason, RejectedReason(row.reason))
-        summary.count += 1
-        names = first.setdefault(row.reason, [])
-        if len(names) < EXAMPLES or (f"{row.partition_key}/{row.document_id}", "") < names[-1]:
-            names[:] = sorted([*names, (f"{row.partition_key}/{row.document_id}", row.detail)])[:EXAMPLES]
-    for reason, summary in found.items():
-        summary.examples = [name for name, _ in first[reason]]
-        summary.detail = first[reason][0][1]
-    return sorted(found.values(), key=lambda summary: (-summary.count, summary.reason))
+        counts[row.reason] += 1
+        named = (f"{row.partition_key}/{row.document_id}", row.detail)
+        first[row.reason] = sorted([*first[row.reason], named])[:EXAMPLES]
+    return [
+        RejectedReason(reason, count, [name for name, _ in first[reason]], first[reason][0][1])
+        for reason, count in sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+    ]
 
 
 def unknown_tokens(tables: Snapshot, keys: Collection[str]) -> dict[str, tuple[int, int]]:
     """(tokens unknown to the model's tokenizer, all tokens) of each of these partitions. Raises ``LakeError``."""
     found: dict[str, tuple[int, int]] = {}
     columns = ["partition_key", "token_count", "unknown_tokens"]
-    for batch in tables.rows(CHUNK_TABLE, columns) if keys else ():
+    # Naming the partitions limits the read to their files.
+    where = is_one_of("partition_key", sorted(keys)) if 0 < len(keys) <= MOST_VALUES else None
+    for batch in tables.rows(CHUNK_TABLE, columns, where) if keys else ():
         sums = pa.table(batch).group_by("partition_key").aggregate([("token_count", "sum"), ("unknown_tokens", "sum")])
         for key, tokens, unknown in zip(*(sums.column(name).to_pylist() for name in sums.column_names), strict=True):
             if key in keys:

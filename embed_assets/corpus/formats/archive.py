@@ -7,14 +7,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 from embed_assets.corpus.formats.parsed import MissingExtra
 from embed_assets.corpus.items import BadRow
 
-MAX_XML_BYTES = 32 << 20
+_MAX_XML_BYTES = 32 << 20
 """XML in a document, unzipped: about five million elements, or three thousand pages."""
-_MAX_PART_BYTES = 8 * MAX_XML_BYTES
+_MAX_PART_BYTES = 8 * _MAX_XML_BYTES
 """Any one file in a document, unzipped. Images may exceed the XML's limit, but some libraries load them too."""
 OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
 """Start of a password-protected office document, which is an OLE file and not a zip, and of the old formats."""
@@ -73,7 +72,7 @@ class Archive:
             data = data.replace(strict, usual)
         try:
             return etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True))
-        except (etree.LxmlError, ParseError, ValueError) as error:
+        except (etree.LxmlError, ValueError) as error:
             raise self.broken(error) from error
 
     def related(self, name: str) -> dict[str, list[str]]:
@@ -115,8 +114,8 @@ def _check(entries: list[zipfile.ZipInfo], kind: str) -> None:
     if any(entry.flag_bits & 1 for entry in entries):
         raise BadRow.Error("encrypted", f"the {kind} is encrypted; save a copy without a password")
     size = sum(entry.file_size for entry in entries if entry.filename.lower().endswith(_XML_SUFFIXES))
-    if size > MAX_XML_BYTES:
-        raise BadRow.Error("too_large", f"it unzips to {size} bytes of XML, over {MAX_XML_BYTES}; split it")
+    if size > _MAX_XML_BYTES:
+        raise BadRow.Error("too_large", f"it unzips to {size} bytes of XML, over {_MAX_XML_BYTES}; split it")
     largest = max(entries, key=lambda entry: entry.file_size, default=None)
     if largest is not None and largest.file_size > _MAX_PART_BYTES:
         detail = f"its {largest.filename!r} unzips to {largest.file_size} bytes, over {_MAX_PART_BYTES}; remove it"

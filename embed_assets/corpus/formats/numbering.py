@@ -35,12 +35,12 @@ class Numbering:
         by_style: dict[str, str] = {}
         linked: dict[str, str] = {}
         for element in root.iterchildren(f"{WORD}abstractNum"):
-            key = _value(element, "abstractNumId", own=True)
+            key = str(element.get(f"{WORD}abstractNumId", ""))
             self._levels[key] = [_level(element, level) for level in range(_LEVELS)]
             by_style[_value(element, "styleLink")] = key
             linked[key] = _value(element, "numStyleLink")
         for element in root.iterchildren(f"{WORD}num"):
-            key, base = _value(element, "numId", own=True), _value(element, "abstractNumId")
+            key, base = str(element.get(f"{WORD}numId", "")), _value(element, "abstractNumId")
             base = by_style.get(linked.get(base, ""), base) if linked.get(base) else base
             overrides = element.findall(f"{WORD}lvlOverride")
             if overrides and base in self._levels:  # a list that is counted by itself
@@ -75,10 +75,8 @@ class Numbering:
         return _PLACE.sub(number, levels[at].text).strip()
 
 
-def _value(element: Any, name: str, own: bool = False) -> str:
-    """An attribute of the element itself, or the value of the child of that name; '' if there is none."""
-    if own:
-        return str(element.get(WORD + name, ""))
+def _value(element: Any, name: str) -> str:
+    """The value of the child of that name; '' if there is none."""
     child = element.find(WORD + name)
     return "" if child is None else str(child.get(f"{WORD}val", ""))
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from embed_assets.corpus.formats.archive import Archive
-from embed_assets.corpus.formats.parsed import Parsed, one_line, real_title, without_soft_hyphens
+from embed_assets.corpus.formats.parsed import Parsed, one_line, real_title, table, without_soft_hyphens
 from embed_assets.corpus.items import BadRow
 
 _OASIS = "urn:oasis:names:tc:opendocument:xmlns"
-_TEXT, _TABLE, _OFFICE = (f"{{{_OASIS}:{name}:1.0}}" for name in ("text", "table", "office"))
-_DRAW, _PRESENTATION = (f"{{{_OASIS}:{name}:1.0}}" for name in ("drawing", "presentation"))
+_TEXT, _TABLE, _OFFICE, _DRAW = (f"{{{_OASIS}:{name}:1.0}}" for name in ("text", "table", "office", "drawing"))
 _TITLE = "{http://purl.org/dc/elements/1.1/}title"
 _NO_TEXT = frozenset(
     {
@@ -85,17 +84,16 @@ def _items(listing: Any, indent: int = 0) -> Iterator[str]:
                 yield f"{'  ' * indent}- {' '.join(texts)}"
 
 
-def _table(table: Any) -> Iterator[str]:
+def _table(element: Any) -> Iterator[str]:
     """A line for each row; of a table with one column, which only frames its content, that content."""
-    rows = [[c for c in row if c.tag == f"{_TABLE}table-cell"] for row in _rows(table)]
+    rows = [[c for c in row if c.tag == f"{_TABLE}table-cell"] for row in _rows(element)]
     if all(len(row) <= 1 for row in rows):
         for row in rows:
             for cell in row:
                 yield from _blocks(cell)
         return
-    texts = ([one_line(_blocks(cell)) for cell in row] for row in rows)
-    if lines := [f"| {' | '.join(row)} |" for row in texts if any(row)]:
-        yield "\n".join(lines)
+    if text := table([one_line(_blocks(cell)) for cell in row] for row in rows):
+        yield text
 
 
 def _rows(parent: Any) -> Iterator[Any]:

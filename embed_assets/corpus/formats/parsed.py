@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from embed_assets.corpus.items import BadRow
@@ -60,6 +60,11 @@ def one_line(blocks: Iterable[str]) -> str:
         lines = [line.strip("| ") for line in block.split("\n")] if is_table else block.lstrip("# ").split()
         parts.append(("; " if is_table else " ").join(line for line in lines if line))
     return " ".join(part for part in parts if part)
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """A line for each row that has a value; '' if none has."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows if any(row))
 
 
 def without_soft_hyphens(text: str) -> str:

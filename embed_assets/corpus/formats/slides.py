@@ -7,7 +7,7 @@ from typing import Any
 
 from embed_assets.corpus.formats.archive import Archive
 from embed_assets.corpus.formats.equations import linear
-from embed_assets.corpus.formats.parsed import Parsed, real_title, without_soft_hyphens
+from embed_assets.corpus.formats.parsed import Parsed, real_title, table, without_soft_hyphens
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _SLIDE = "{http://schemas.openxmlformats.org/presentationml/2006/main}"
@@ -78,7 +78,7 @@ def _text(shape: Any) -> str:
         rows = (
             [" ".join(_text_of(c).split()) for c in row.iter(f"{_DRAWING}tc")] for row in shape.iter(f"{_DRAWING}tr")
         )
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows if any(row))
+        return table(rows)
     return _text_of(shape)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from embed_assets.corpus.formats.archive import Archive
 from embed_assets.corpus.formats.equations import linear
 from embed_assets.corpus.formats.numbering import WORD, Numbering
-from embed_assets.corpus.formats.parsed import Parsed, one_line, real_title, without_soft_hyphens
+from embed_assets.corpus.formats.parsed import Parsed, one_line, real_title, table, without_soft_hyphens
 from embed_assets.corpus.formats.symbols import from_private_use, symbol
 
 _MATH = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
@@ -192,16 +192,15 @@ class _Reader:
             return ("-", 0) if style.is_bullet and list_id != "0" else ("", 0)
         return label, int(level)
 
-    def _table(self, table: Any) -> Iterator[str]:
+    def _table(self, element: Any) -> Iterator[str]:
         """A line for each row; of a table with one column, which only frames its content, that content."""
-        rows = [list(_cells(row)) for row in _rows(table)]
+        rows = [list(_cells(row)) for row in _rows(element)]
         if all(len(row) <= 1 for row in rows):
             for cell in (cell for row in rows for cell in row):
                 yield from self.blocks(cell)
             return
-        texts = ([one_line(self.blocks(cell)) for cell in row] for row in rows)
-        if lines := [f"| {' | '.join(row)} |" for row in texts if any(row)]:
-            yield "\n".join(lines)
+        if text := table([one_line(self.blocks(cell)) for cell in row] for row in rows):
+            yield text
 
     def _inline(self, element: Any, font: str = "") -> str:
         """The text below an element. Its text boxes and notes go to `_below`."""
