@@ -7,7 +7,7 @@ ARG PYTHON=python:3.11-slim
 FROM ${PYTHON}
 
 ARG DEVICE=cpu
-ARG EXTRAS=sample-model,ui,documents,code,cpu,s3,postgres,k8s,plus
+ARG EXTRAS=sample-model,ui,documents,code,cpu,evaluation,s3,postgres,k8s,plus
 ARG MODEL=
 # PyPI's torch brings CUDA along, ten times the size; the one for CPUs is at PyTorch's own index.
 ARG CPU_INDEX=https://download.pytorch.org/whl/cpu

@@ -1,26 +1,21 @@
-"""The command line. Results go to stdout, progress and errors to stderr."""
+"""The commands that embed, search, check and measure."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
-import json
-import logging
-import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial, wraps
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from embed_assets import cli_spaces  # noqa: F401 (importing it adds its commands)
+from embed_assets.commands import CommandResult, HomePath, command, main, open_pipeline
 from embed_assets.console import (
-    WarningLines,
     escape,
     print_benchmark,
     print_hidden,
@@ -28,15 +23,16 @@ from embed_assets.console import (
     print_names,
     print_plan,
     print_rejections,
+    print_spaces_of_sync,
     print_sync,
     print_tuning,
     print_unknown,
     stderr,
     stdout,
-    visible,
 )
-from embed_assets.errors import SettingsError, UserError
+from embed_assets.errors import SettingsError
 from embed_assets.locations import local_path
+from embed_assets.records import COPY_KINDS, CopyKind
 from embed_assets.settings import load_settings
 
 if TYPE_CHECKING:
@@ -46,80 +42,8 @@ if TYPE_CHECKING:
 
 _TUNING_CHUNKS = 192
 """Chunks that `tune` embeds per budget: more make the measurement steadier, fewer make it faster."""
-_COLLECT_EVERY = 200_000
-"""New objects between two collections of garbage. More take more memory until then."""
 _SHORT_TOKENS = 64
 """Longest of the benchmark's short texts, in tokens."""
-
-
-class HomePath(click.Path):
-    """A path that may begin with ``~``, which shells do not expand in quotes."""
-
-    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (pathlib's raises for unknown users)
-        return Path(os.fsdecode(path))
-
-
-@dataclass(frozen=True, slots=True)
-class CommandResult:
-    """The result of a command."""
-
-    json: dict[str, object]
-    """The document that --json prints."""
-    exit_code: int = 0
-
-
-def command(function: Callable[..., CommandResult]) -> click.Command:
-    """Decorator: a sub-command with --json and --debug, which prints user errors as one line and exits with code 1.
-
-    The decorated function prints tables itself if `as_json` is False.
-    """
-
-    @wraps(function)
-    def wrapper(as_json: bool, debug: bool, **arguments: object) -> None:
-        warnings.filterwarnings("default" if debug else "ignore")
-        for name in ("dagster", "embed_assets"):
-            logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.CRITICAL)
-        # Always show warnings about rejected texts, retries and smaller batches, and what a sync waits for.
-        for name in ("embed_assets.engine", "embed_assets.lake", "embed_assets.defs.sync"):
-            logger = logging.getLogger(name)
-            logger.setLevel(logging.DEBUG if debug else logging.WARNING)
-            logger.handlers = [WarningLines()]
-        try:
-            load_settings()  # also for commands without settings, to report misspelt ones
-            result = function(as_json=as_json, **arguments)
-        except UserError as error:
-            if debug:
-                raise
-            stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-            if as_json:
-                click.echo(json.dumps({"error": str(error)}))
-            sys.exit(1)
-        except KeyboardInterrupt:
-            stderr.print("stopped; finished windows are kept and will be reused")
-            sys.exit(130)
-        if as_json:
-            click.echo(visible(json.dumps(result.json, ensure_ascii=False, indent=2)))
-        sys.exit(result.exit_code)
-
-    wrapper = click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else to stdout."
-    )(wrapper)
-    wrapper = click.option("--debug", is_flag=True, help="Show tracebacks, warnings and Dagster's own log.")(wrapper)
-    return main.command(function.__name__)(wrapper)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="embed-assets")
-def main() -> None:
-    """Keep a Delta table of embeddings in sync with a corpus.
-
-    Settings are environment variables (EMBED_SOURCE, EMBED_LAKE, EMBED_MODEL, ...), described in the README.
-    """
-    # Imports make a million objects that live on. Looking through them for garbage again and again, and once more at
-    # the end, took 1.1 of the 2.5 seconds of a sync without work, and 3 of the 9.3 of one that loads the model.
-    gc.set_threshold(_COLLECT_EVERY)
-    atexit.register(gc.freeze)
 
 
 @command
@@ -162,7 +86,7 @@ def discover(as_json: bool) -> CommandResult:
     from embed_assets.defs.names import Names
     from embed_assets.defs.staleness import load_history
 
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     pipeline.lake.check_owner()
     with open_instance() as instance, stderr.status("listing the source") as status:
         listing = pipeline.corpus.source.listing()
@@ -196,7 +120,7 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
         raise SettingsError("--devices and --price need a device, got none; name it with --device")
     if device is not None and not count:
         raise SettingsError(f"--device needs counted tokens, got --device {device} alone; add --count")
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     with open_instance() as instance, stderr.status("reading, chunking and counting" if count else "planning"):
         made = make_plan(instance, pipeline, count)
     rows, seconds = [_plan_row(p) for p in made.partitions], made.estimated_seconds
@@ -222,7 +146,7 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     """Discover, then materialize what is missing or stale. Exits 1 if any partition failed."""
     from embed_assets.stages.foresight import load_model_early
 
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     listing = load_model_early(pipeline)
 
     from embed_assets.definitions import definitions_over
@@ -230,6 +154,7 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     from embed_assets.defs.sync import SyncRequest, run_sync
     from embed_assets.lake.rejections import rejections_by_reason, unknown_tokens
     from embed_assets.lake.snapshot import Snapshot
+    from embed_assets.lake.spaces import recorded_spaces
     from embed_assets.progress import ConsoleSink
 
     if not pipeline.model.is_calibrated:
@@ -255,7 +180,11 @@ def sync(as_json: bool, partitions: Sequence[str], allow_empty: bool) -> Command
     answer = {"partitions": rows, **totals, "seconds": result.seconds, "space": pipeline.model.space.name}
     answer |= {"rejections": [asdict(each) for each in rejections], "hidden": list(result.hidden)}
     answer["unknown_tokens"] = sum(count for count, _ in unknown.values())
-    return CommandResult(answer, exit_code=int(bool(result.failed)))
+    active = recorded_spaces(pipeline.lake).active
+    answer |= {"active": active, "spaces": result.kept_totals()}
+    if not as_json:
+        print_spaces_of_sync(result.kept_totals(), result.promotion, active, pipeline.model.space.name)
+    return CommandResult(answer, exit_code=int(not result.is_good))
 
 
 @command
@@ -266,7 +195,7 @@ def rejected(as_json: bool, reason: str | None) -> CommandResult:
     from embed_assets.lake.snapshot import Snapshot
 
     rows = sorted(
-        iter_rejections(Snapshot(_pipeline().lake), reason), key=lambda row: (row.partition_key, row.document_id)
+        iter_rejections(Snapshot(open_pipeline().lake), reason), key=lambda row: (row.partition_key, row.document_id)
     )
     if not as_json:
         for row in rows:
@@ -283,7 +212,7 @@ def forget(as_json: bool, key: str) -> CommandResult:
     from embed_assets.defs.forget import forget as forget_partition
     from embed_assets.defs.instance import open_instance
 
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     with open_instance() as instance:
         emptied = forget_partition(instance, pipeline, key)
     if not as_json:
@@ -294,7 +223,7 @@ def forget(as_json: bool, key: str) -> CommandResult:
 @command
 def adopt(as_json: bool) -> CommandResult:
     """Assign the lake to the current EMBED_SOURCE and EMBED_NAME_PREFIX, after the documents moved."""
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     was_foreign = pipeline.lake.adopt()
     if not as_json:
         change = "now belongs" if was_foreign else "has no tables yet, or already belonged,"
@@ -305,16 +234,20 @@ def adopt(as_json: bool) -> CommandResult:
 @command
 @click.argument("query")
 @click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Number of results.")
-def search(as_json: bool, query: str, k: int) -> CommandResult:
-    """Find the chunks nearest to QUERY by cosine similarity, with an exact search."""
+@click.option("--space", metavar="NAME", help="The space to search; default: the active one.")
+@click.option("--using", type=click.Choice(COPY_KINDS), help="Find candidates in this copy, and score them exactly.")
+def search(as_json: bool, query: str, k: int, space: str | None, using: CopyKind | None) -> CommandResult:
+    """Find the chunks nearest to QUERY by cosine similarity, with an exact search unless --using names a copy."""
     from embed_assets.lake.search import search as search_table
     from embed_assets.lake.snapshot import Snapshot
+    from embed_assets.stages.generations import active_pipeline, pipeline_of
 
-    pipeline = _pipeline()
+    configured = open_pipeline()
+    pipeline = active_pipeline(configured) if space is None else pipeline_of(configured, space)
     pipeline.require_embeddings()
     with stderr.status("loading the model"):
         vector = pipeline.model.engine.embedder.embed_one(pipeline.model.space.query_prompt + query)
-    results = search_table(Snapshot(pipeline.lake), pipeline.embeddings_table, vector, k)
+    results = search_table(Snapshot(pipeline.lake), pipeline.embeddings_table, vector, k, using)
     if not as_json:
         for result in results:
             place = f"{result.partition_key}/{result.document_id}"
@@ -336,7 +269,7 @@ def verify(as_json: bool, repair: bool) -> CommandResult:
     from embed_assets.lake.snapshot import Snapshot
     from embed_assets.lake.verify import verify as verify_table
 
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     if repair:
         pipeline.lake.require_writable()
     pipeline.lake.check_readable(pipeline.embeddings_table)
@@ -375,13 +308,13 @@ def maintain(as_json: bool, dry_run: bool, spaces: Sequence[str]) -> CommandResu
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.maintenance_job import retention
     from embed_assets.lake.maintenance import maintain as maintain_lake
+    from embed_assets.lake.spaces import find_spaces
 
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     pipeline.lake.check_owner()
+    in_use = find_spaces(pipeline.lake, pipeline.model.space.name).in_use
     with open_instance() as instance, stderr.status("maintaining") as status:
-        done = maintain_lake(
-            pipeline.lake, pipeline.model.space.name, retention(instance), dry_run, spaces, status.update
-        )
+        done = maintain_lake(pipeline.lake, in_use, retention(instance), dry_run, spaces, status.update)
     if not as_json:
         print_maintenance(done, dry_run)
     return CommandResult({"dry_run": dry_run, **asdict(done)}, exit_code=int(bool(done.failed)))
@@ -397,7 +330,7 @@ def tune(as_json: bool, folder: Path | None, png: Path) -> CommandResult:
     """
     from embed_assets.plots import can_plot, check_writable, plot_tuning
 
-    pipeline = _pipeline()
+    pipeline = open_pipeline()
     if can_plot():
         check_writable(png)
     with stderr.status("reading documents") as status:
@@ -439,15 +372,6 @@ def benchmark(as_json: bool, folder: Path | None, rounds: int, chunks: int) -> C
     if not as_json:
         print_benchmark(report)
     return CommandResult(asdict(report))
-
-
-def _pipeline() -> Pipeline:
-    from embed_assets.arrow_startup import skip_pandas
-
-    skip_pandas()
-    from embed_assets.stages.pipeline import Pipeline
-
-    return Pipeline.from_settings(load_settings())
 
 
 @contextlib.contextmanager

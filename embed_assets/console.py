@@ -11,11 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from embed_assets.defs.generations import SpaceSummary
     from embed_assets.engine.benchmark import Report
     from embed_assets.engine.capacity import Capacity
     from embed_assets.engine.tuning import Tuning
+    from embed_assets.lake.generations import GateResult
     from embed_assets.lake.maintenance import Maintenance
     from embed_assets.lake.rejections import RejectedReason
+    from embed_assets.lake.spaces import Promotion, Spaces
+    from embed_assets.stages.evaluation import Evaluation
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _WIDTH_OF_PIPES = 200
@@ -166,6 +170,72 @@ def print_hidden(names: Sequence[str]) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def print_spaces(found: Sequence[SpaceSummary], spaces: Spaces) -> None:
+    """Print the spaces of a lake as a table, and what to do next if one waits to become active."""
+    shown = _table("space", "state", "model", numbers=("rows", "coverage", "MB"))
+    for each in found:
+        numbers = (f"{each.rows:,}", f"{100 * each.coverage:.1f} %", f"{each.bytes / 1e6:,.1f}")
+        shown.add_row(escape(each.space), each.state, escape(each.model), *numbers)
+    stdout.print(shown)
+    for each in found:
+        if each.space == spaces.configured and each.state == "ready":
+            stdout.print(f"{each.space} is complete: 'embed-assets promote' makes it active", markup=False)
+
+
+def print_spaces_of_sync(
+    kept: Mapping[str, Mapping[str, int]], promotion: Promotion | None, active: str | None, configured: str
+) -> None:
+    """Print what a sync did in other spaces than the configured one, and which one readers use if that is another."""
+    for space, counts in kept.items():
+        stdout.print(
+            f"{space}: {counts['embedded']:,} chunks embedded as well, because it is still in use", markup=False
+        )
+    if promotion is not None:
+        print_gates(promotion.gates)
+    if active not in (None, configured):
+        stdout.print(
+            f"readers use {active}, until {configured} is promoted: see 'embed-assets spaces'",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def print_gates(gates: Sequence[GateResult]) -> None:
+    """Print what each gate found."""
+    shown = _table("gate", "result", numbers=("value", "limit"))
+    shown.add_column("")
+    for gate in gates:
+        result = "passed" if gate.passed else "[red]failed[/red]"
+        shown.add_row(gate.name, result, _figure(gate.value), _figure(gate.limit), escape(gate.detail))
+    if gates:
+        stdout.print(shown)
+
+
+def print_evaluation(found: Evaluation | None) -> None:
+    """Print the metrics of each space, and how they differ from the first one's."""
+    if found is None:
+        stdout.print("no labelled queries: set EMBED_EVALUATION to compare spaces by them")
+        return
+    means = {space: scores.means for space, scores in found.scores.items()}
+    shown = _table("space", numbers=means[found.baseline])
+    for space, metrics in means.items():
+        shown.add_row(escape(space), *(f"{value:.3f}" for value in metrics.values()))
+    stdout.print(shown)
+    for space, change in found.differences():
+        stdout.print(
+            f"{space}: {change.metric} {change.mean:+.3f} against {found.baseline} (95 % from {change.low:+.3f} to "
+            f"{change.high:+.3f}); better for {change.wins:,} queries, worse for {change.losses:,}",
+            markup=False,
+            soft_wrap=True,
+        )
+    for note in found.labelled.notes:
+        stderr.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.6g}"
 
 
 def print_maintenance(done: Maintenance, dry_run: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from embed_assets.defs.active_asset import build_active_asset
 from embed_assets.defs.arrivals import build_arrivals_sensor
 from embed_assets.defs.assets import RETRIES, build_corpus_assets
 from embed_assets.defs.automation import build_automation_sensor
@@ -63,7 +64,7 @@ def definitions_over(
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         corpus = build_corpus_assets(pipeline, observer, retries, set(given), listed)
-        assets = dg.with_source_code_references([source_spec(pipeline), corpus])
+        assets = dg.with_source_code_references([source_spec(pipeline), corpus, build_active_asset(pipeline)])
         automation = [] if pipeline.settings.read_only else [build_automation_sensor(Names.of(pipeline))]
         sensors = [build_arrivals_sensor(pipeline), *automation]
     return dg.Definitions(

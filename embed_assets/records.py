@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,7 @@ ADDED_COLUMNS: dict[str, tuple[pa.Field, ...]] = {
     "rejected_documents": (FILE_VERSION,),
     "chunks": (*PAGES, UNKNOWN_TOKENS),
     "embeddings": PAGES,
+    "copies": (),
 }
 """By table, columns that older versions did not have. They are null in rows written before."""
 REJECTED_DOCUMENTS = _schema(
@@ -83,6 +84,18 @@ EMBEDDINGS = _schema(
     ("embedding", VECTOR),
     ("embedded_at", TIMESTAMP),
 )
+
+COPIES = _schema(
+    ("partition_key", pa.string()),
+    ("chunk_id", pa.string()),
+    ("code", pa.binary()),
+    ("scale", pa.float32()),
+    ("origin", pa.string()),
+)
+"""Codes of a space's vectors, as `lake.copies` makes them; `origin` tells of which files of the space they are."""
+
+CopyKind = Literal["binary", "int8"]
+COPY_KINDS: tuple[CopyKind, ...] = ("binary", "int8")
 
 SPLIT_CHUNKS = pa.schema(
     [
@@ -142,6 +155,7 @@ CONTENT_COLUMNS: dict[str, tuple[str, ...]] = {
         "page_start",
         "page_end",
     ),
+    "copies": ("chunk_id", "origin"),
 }
 """Per table, the columns that decide whether two rows are equal: all except times, texts and vectors. Texts and vectors
 are represented by their hashes. Those that can be null stand last, see `row_hashes`."""

@@ -149,6 +149,20 @@ class Settings(BaseSettings):
     max_duplicate_percent: float = Field(50.0, ge=0, le=100, description="Limit of the check duplicate_share (%).")
     max_truncated_percent: float = Field(5.0, ge=0, le=100, description="Limit of the check truncated_share (%).")
     max_unknown_percent: float = Field(5.0, ge=0, le=100, description="Limit of the check unknown_token_share (%).")
+    promote: Literal["manual", "auto"] = Field(
+        "manual", description="Whether a complete space that passes its gates becomes the active one by itself."
+    )
+    evaluation: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
+        None, description="File or folder of queries with their relevant documents, to evaluate spaces by."
+    )
+    max_mean_cosine: float = Field(0.95, ge=-1, le=1, description="Limit of the gate collapse.")
+    min_effective_rank_percent: float = Field(15.0, ge=0, le=100, description="Limit of the gate effective_rank (%).")
+    max_dead_dimensions_percent: float = Field(1.0, ge=0, le=100, description="Limit of the gate dead_dimensions (%).")
+    max_near_duplicate_percent: float = Field(20.0, ge=0, le=100, description="Limit of the gate near_duplicates (%).")
+    max_probe_loss_percent: float = Field(15.0, ge=0, le=100, description="Limit of the gate retrieval_probe (%).")
+    max_evaluation_loss: float = Field(
+        0.02, ge=0, le=1, description="Largest loss of nDCG@10 that lets a space become active."
+    )
     name_prefix: str = Field(
         "", pattern=r"^([A-Za-z]\w{0,60})?$", description="Prefix of the assets' names; tells several corpora apart."
     )

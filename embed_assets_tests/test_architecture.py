@@ -29,8 +29,12 @@ ALLOWED = {
     "engine": {"records", "scratch", "children", "arrow_startup", "settings", "locations", "errors"},
     "cluster": {"engine", "children", "errors"},
     "lake": {"records", "scratch", "settings", "locations", "errors"},
+    "quality": {"records", "errors"},
+    "report": {"records", "errors"},
     "stages": {
         "corpus",
+        "quality",
+        "report",
         "engine",
         "cluster",
         "lake",
@@ -43,6 +47,7 @@ ALLOWED = {
     },
     "pictures": set(),
     "defs": {
+        "report",
         "stages",
         "corpus",
         "engine",
@@ -57,15 +62,22 @@ ALLOWED = {
     },
     "definitions": {"defs", "stages", "settings"},
     "component": {"definitions", "defs", "settings", "spelling"},
-    "console": {"engine", "lake"},
+    "commands": {"console", "stages", "arrow_startup", "settings", "errors"},
+    "console": {"defs", "stages", "engine", "lake"},
     "plots": {"engine", "errors"},
     "progress": {"stages"},
+    "cli_spaces": {
+        *("commands", "console", "defs", "stages", "lake", "report", "arrow_startup", "records", "settings", "errors"),
+    },
     "cli": {
+        "cli_spaces",
+        "commands",
         "definitions",
         "defs",
         "stages",
         "engine",
         "lake",
+        "records",
         "sample",
         "console",
         "plots",
@@ -77,7 +89,7 @@ ALLOWED = {
     },
 }
 """The arrows: definitions, cli -> defs -> stages -> {corpus, cluster -> engine, lake} -> records."""
-HEAVY = {"torch", "sentence_transformers", "transformers", "ray", "openvino", "nncf", "matplotlib", "pynvml"}
+HEAVY = {"torch", "sentence_transformers", "transformers", "ray", "openvino", "nncf", "matplotlib", "pynvml", "sklearn", "pytrec_eval"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

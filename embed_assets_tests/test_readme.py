@@ -54,7 +54,7 @@ def test_every_setting_is_listed_and_exists() -> None:
         setting
         for page in (
             README,
-            *((REPOSITORY / "docs" / name).read_text("utf-8") for name in ("endpoints.md", "ray.md", "formats.md")),
+            *((REPOSITORY / "docs" / name).read_text("utf-8") for name in PAGES),
         )
         for setting in re.findall(r"^\| `EMBED_(\w+)` \| (?:`([^`]*)`)?", page, re.MULTILINE)
     ]
@@ -65,17 +65,20 @@ def test_every_setting_is_listed_and_exists() -> None:
         assert defaults[name] == str(Settings.model_fields[name].default)
 
 
+PAGES = ("endpoints.md", "ray.md", "formats.md", "dagster.md", "generations.md")
 README_ORDER = [
     *("source", "source_options", "lake", "lake_options", "partition_by"),
     *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
     *("max_batch_tokens", "compile", "prepare_processes", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
-    *("settle_seconds", "max_rejected_percent", "max_duplicate_percent", "max_truncated_percent"),
-    *("max_unknown_percent", "name_prefix"),
-    *("read_only", "compute", "trust_remote_code", "allow_pickled_weights"),
+    *("compute", "trust_remote_code", "allow_pickled_weights"),
     *("endpoint", "endpoint_concurrency", "endpoint_batch_texts", "endpoint_requests_per_minute"),
     *("endpoint_tokens_per_minute",),
     *("ray_address", "ray_replicas", "ray_gpus_per_replica", "ray_cpus_per_replica", "ray_wait_seconds"),
     *("text_column", "id_column", "title_column", "text_format", "ignore"),
+    *("settle_seconds", "name_prefix", "read_only"),
+    *("promote", "evaluation", "max_mean_cosine", "min_effective_rank_percent", "max_dead_dimensions_percent"),
+    *("max_near_duplicate_percent", "max_probe_loss_percent", "max_evaluation_loss"),
+    *("max_rejected_percent", "max_duplicate_percent", "max_truncated_percent", "max_unknown_percent"),
 ]
 
 

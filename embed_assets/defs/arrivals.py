@@ -16,13 +16,14 @@ import dagster as dg
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.active_asset import show_active
 from embed_assets.defs.discovery import KEYS_PER_ADD, list_partitions
 from embed_assets.defs.heartbeat import HeartbeatMonitor
 from embed_assets.defs.names import SOURCE, Names
 from embed_assets.defs.processes import end_dead_runs
 from embed_assets.defs.recording import observation
 from embed_assets.defs.staleness import Record, load_records
-from embed_assets.errors import SourceError
+from embed_assets.errors import LakeError, SourceError
 from embed_assets.records import slices
 from embed_assets.stages.pipeline import Pipeline
 
@@ -89,11 +90,15 @@ def build_arrivals_sensor(pipeline: Pipeline) -> dg.SensorDefinition:
         minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Lists the source, registers new partitions and observes new, changed and emptied ones. "
-        "Also marks runs as failed whose process is dead.",
+        "Also marks runs as failed whose process is dead, and shows which space is active.",
     )
     def arrivals(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         for run_id in end_dead_runs(context.instance, monitor):
             context.log.warning(f"run {run_id} is marked as failed: its process is dead")
+        try:
+            show_active(context.instance, pipeline)
+        except LakeError as error:
+            context.log.warning(f"the active space could not be shown: {error}")
         return observe_arrivals(context.instance, pipeline, context.cursor, time.time(), known)
 
     return arrivals

@@ -16,6 +16,7 @@ from embed_assets.defs.discovery import refuse_if_emptied
 from embed_assets.defs.ingest import describe
 from embed_assets.defs.metadata import MetadataWriter
 from embed_assets.defs.names import (
+    ACTIVE,
     ALLOW_EMPTY_TAG,
     ASSETS,
     AUTOMATED_TAG,
@@ -31,8 +32,11 @@ from embed_assets.defs.resources import engine_key
 from embed_assets.defs.specs import asset_specs
 from embed_assets.defs.staleness import load_history
 from embed_assets.defs.storage import kept_open
-from embed_assets.errors import PartitionError, UserError, is_retryable
+from embed_assets.defs.upkeep import keep_spaces
+from embed_assets.errors import ModelError, PartitionError, SettingsError, UserError, is_retryable
+from embed_assets.lake.copies import update_copies
 from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.spaces import activate_first, protect_active
 from embed_assets.lake.tables import RAW
 from embed_assets.stages.pipeline import DatedListing, Pipeline
 from embed_assets.stages.progress import LogSink, RunObserver
@@ -81,7 +85,7 @@ def build_corpus_assets(
                 run = _begin(context, own, observer or RunObserver(LogSink(context.log)), given)
                 with kept_open(context.instance), contextlib.closing(run.recorder):
                     if run.selected:
-                        run.materialize()
+                        _materialize(run)
                         if gates:
                             run.check_untouched()
                     else:
@@ -101,6 +105,24 @@ def build_corpus_assets(
         yield from _outputs_of_checks(context, specs)
 
     return embed_corpus
+
+
+def _materialize(run: CorpusRun) -> None:
+    """Bring the run's partitions up to date in the configured space, and in others that are still in use."""
+    if "embeddings" not in run.selected:
+        run.materialize()
+        return
+    lake, space, who = run.pipeline.lake, run.pipeline.model.space.name, f"run {run.run_id}"
+    protect_active(lake, space, who)
+    try:
+        run.materialize()
+    except (ModelError, SettingsError):  # a model that can't be loaded must not keep documents from readers
+        keep_spaces(run)
+        raise
+    keep_spaces(run)
+    update_copies(lake, (space, *run.history.spaces))
+    if not run.failures:
+        activate_first(lake, space, who)
 
 
 def _outputs_of_checks(
@@ -198,7 +220,8 @@ def _dropping_planned_evaluations(context: dg.AssetExecutionContext) -> Iterator
 
 def _has_assets_below(context: dg.AssetExecutionContext, names: Names) -> bool:
     """Whether the run also materializes assets of others."""
-    return not set(context.job_def.asset_layer.selected_asset_keys) <= {names.key(asset) for asset in (SOURCE, *ASSETS)}
+    own = {names.key(asset) for asset in (SOURCE, *ASSETS, ACTIVE)}
+    return not set(context.job_def.asset_layer.selected_asset_keys) <= own
 
 
 def _only_check(run: CorpusRun, gates: bool) -> None:

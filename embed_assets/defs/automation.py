@@ -150,6 +150,9 @@ class Unsynced(_PartitionCondition):
         statuses = self._reader.statuses(history, key)
         if statuses[asset].state != "fresh":
             return True
+        # Spaces that are kept up to date besides the configured one are part of the embeddings.
+        if asset == "embeddings" and any(s.state != "fresh" for a, s in statuses.items() if a not in ASSETS):
+            return True
         is_reading_due = asset != "raw_documents" and statuses["raw_documents"].state != "fresh"
         return is_reading_due and _has_new_documents(history, key)
 

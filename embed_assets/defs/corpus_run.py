@@ -27,6 +27,7 @@ from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.lake.writer import Provenance
 from embed_assets.scratch import ScratchFolder
+from embed_assets.stages.canaries import keep_canaries
 from embed_assets.stages.changes import ChangeFinder
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.embeddings import materialize_embeddings, stage_embeddings
@@ -65,6 +66,10 @@ class CorpusRun:
     """Names of the assets to materialize."""
     failures: dict[str, Exception] = field(default_factory=dict)
     """Errors of the partitions that failed, by key."""
+    documents: dict[str, str] = field(default_factory=dict)
+    """Data version of the documents of each partition that was ingested, by key."""
+    _has_embedded: bool = False
+    """Whether the model was used."""
     _elsewhere: ClusterWork | None = None
     """Where partitions are ingested and checked, if not here."""
 
@@ -115,14 +120,24 @@ class CorpusRun:
                     self._end_finished(under_way)
             while under_way:
                 self._end_finished(under_way)
+            self._keep_canaries()
         self.drain()
+
+    def _keep_canaries(self) -> None:
+        """Have what embedded a new space's chunks embed its canaries. Servers get no texts but the corpus's."""
+        if not self._has_embedded or self.pipeline.model.space.is_remote or self._lost() is not None:
+            return
+        try:
+            keep_canaries(self.pipeline, self.compute)
+        except UserError as error:
+            _log.warning("the canaries of %s could not be kept: %s", self.pipeline.model.space.name, error)
 
     def drain(self) -> None:
         """Wait until everything is recorded; a partition of which something could not be written has failed."""
         self.recorder.drain()
         for key, unwritten in self.recorder.errors.items():
             if key not in self.failures:
-                self._fail(key, unwritten)
+                self.fail(key, unwritten)
 
     def _lost(self) -> UserError | None:
         """The error that keeps the compute from embedding anything more; None while it is alive."""
@@ -158,9 +173,10 @@ class CorpusRun:
             if not isinstance(error, UserError):
                 trace = "".join(traceback.format_exception(error))
                 _log.error("partition %r failed unexpectedly\n%s", key, hide_secrets(trace))
-            self._fail(key, error)
+            self.fail(key, error)
 
-    def _fail(self, key: str, error: Exception) -> None:
+    def fail(self, key: str, error: Exception) -> None:
+        """Make a partition a failure of the run."""
         self.failures[key] = error
         self.observer.finished(PartitionOutcome(key, error=describe(error)))
 
@@ -280,6 +296,8 @@ class CorpusRun:
     def _begin(self, task: Task, lanes: Executor) -> Future[Task]:
         """Record and check what was prepared, and submit it for embedding if that is selected and due."""
         outcome = task.outcome
+        if (version := outcome.versions["raw_documents"]) is not None:
+            self.documents[outcome.key] = version
         try:
             for asset in outcome.replaced:
                 self._record(asset, task)
@@ -338,6 +356,7 @@ class CorpusRun:
 
     def _end(self, task: Task) -> None:
         """Record and check a partition's embeddings, and report it as finished."""
+        self._has_embedded |= task.outcome.embedded > 0
         with contextlib.closing(task):
             if "embeddings" in task.outcome.replaced:
                 self._record("embeddings", task)

@@ -12,6 +12,7 @@ from embed_assets.defs.names import Names
 from embed_assets.defs.staleness import tables_of
 from embed_assets.errors import LakeError, SettingsError
 from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.spaces import find_spaces, space_table
 from embed_assets.lake.tables import TableSpec
 from embed_assets.stages.pipeline import Pipeline
 
@@ -24,6 +25,8 @@ IO_MANAGER = "lake_io_manager"
 
 class EmbeddingLake(dg.ConfigurableResource[None]):
     """Reads the corpus's tables: `embeddings`, `chunks`, `raw_documents` and `rejected_documents`.
+
+    The embeddings are those of the active space, which is that of the settings once it was promoted.
 
     Every call reads the newest version of its table. Raises ``LakeError`` if it can't be read.
     """
@@ -62,7 +65,10 @@ class EmbeddingLake(dg.ConfigurableResource[None]):
         return found
 
     def _spec(self, table: str) -> TableSpec:
-        tables = tables_of(self.pipeline.refreshed())
+        pipeline = self.pipeline.refreshed()
+        tables = tables_of(pipeline)
+        if table == "embeddings" and (active := find_spaces(pipeline.lake, pipeline.model.space.name).active):
+            return space_table(active)
         if table not in tables:
             raise LakeError(f"the lake has no table {table!r}; it has {', '.join(tables)}")
         return tables[table]

@@ -13,6 +13,7 @@ from embed_assets.defs.names import Names
 from embed_assets.defs.processes import one_process_executor
 from embed_assets.errors import UserError
 from embed_assets.lake.maintenance import Maintenance, maintain
+from embed_assets.lake.spaces import find_spaces
 from embed_assets.stages.pipeline import Pipeline
 
 _MARGIN = timedelta(hours=24)
@@ -50,9 +51,9 @@ def build_maintenance_job(pipeline: Pipeline) -> dg.JobDefinition:
         """Compact, vacuum and checkpoint the tables, and remove files that killed runs left behind."""
         try:
             pipeline.lake.check_owner()
-            space = pipeline.refreshed().model.space.name
+            in_use = find_spaces(pipeline.lake, pipeline.refreshed().model.space.name).in_use
             age = retention(context.instance)
-            done = maintain(pipeline.lake, space, age, config.dry_run, config.remove_spaces)
+            done = maintain(pipeline.lake, in_use, age, config.dry_run, config.remove_spaces)
         except UserError as error:
             raise dg.Failure(description=str(error)) from None
         if done.failed:

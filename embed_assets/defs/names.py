@@ -13,6 +13,8 @@ from embed_assets.stages.pipeline import Pipeline
 SOURCE = "source_files"
 ASSETS = ("raw_documents", "chunks", "embeddings")
 """In the order in which they are materialized."""
+ACTIVE = "active_embeddings"
+"""The asset of the space that readers use."""
 DEPENDENCIES: Mapping[str, tuple[str, ...]] = {
     "raw_documents": (SOURCE,),
     "chunks": ("raw_documents",),
@@ -46,6 +48,10 @@ class Names:
     def key(self, asset: str) -> dg.AssetKey:
         """Asset key of `source_files` or of one of `ASSETS`."""
         return dg.AssetKey([self.prefix, asset] if self.prefix else [asset])
+
+    def space_key(self, space: str) -> dg.AssetKey:
+        """Key under which a space is recorded while it is not the configured one."""
+        return dg.AssetKey([*self.key("embeddings").path, space])
 
     def user_string(self, asset: str) -> str:
         """Asset key as Dagster writes it in tags and selections, such as `prefix/chunks`."""

@@ -25,7 +25,7 @@ from embed_assets.defs.dagster_internals import (
 )
 from embed_assets.defs.metadata import Metadata
 from embed_assets.defs.names import DEPENDENCIES, SOURCE, Names
-from embed_assets.defs.staleness import REPAIR_CODE_VERSION, History
+from embed_assets.defs.staleness import REPAIR_CODE_VERSION, History, Record
 from embed_assets.stages.outcome import PartitionOutcome
 
 Event = dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation
@@ -87,8 +87,11 @@ class Recorder:
         """Record that a partition of an asset was materialized from inputs of these data versions."""
         key, data_version = outcome.key, outcome.replaced[asset].data_version
         tags = {DATA_VERSION_TAG: data_version, CODE_VERSION_TAG: code_version, USER_PROVIDED_TAG: "true"}
+        before = self.history.record(asset, key)
 
         def record() -> None:
+            if asset == "embeddings" and before is not None and before.code_version != code_version:
+                self._keep_record(before, key)
             for dependency in DEPENDENCIES[asset]:
                 name = self.names.user_string(dependency)
                 tags[INPUT_VERSION_TAG + name] = input_versions.get(dependency, "")
@@ -100,6 +103,43 @@ class Recorder:
 
         self.recorded.add((asset, key))
         self._submit(key, record)
+
+    def materialized_in(self, space: str, outcome: PartitionOutcome, documents: str, metadata: Metadata) -> None:
+        """Record that a partition was embedded in a space other than the configured one, from these documents."""
+        made = dg.AssetMaterialization(
+            asset_key=self.names.space_key(space),
+            partition=outcome.key,
+            tags={
+                DATA_VERSION_TAG: outcome.replaced["embeddings"].data_version,
+                CODE_VERSION_TAG: space,
+                USER_PROVIDED_TAG: "true",
+                INPUT_VERSION_TAG + self.names.user_string("raw_documents"): documents,
+            },
+            metadata=metadata,
+        )
+        self._submit(outcome.key, lambda: self.log(made))
+
+    def _keep_record(self, record: Record, key: str) -> None:
+        """Write what is recorded of a partition in another space to that space's own log.
+
+        In the asset's log the record is about to be superseded, and the space's rows stay as they are.
+        """
+        space = record.code_version
+        kept = self.history.spaces[space].record("embeddings", key) if space in self.history.spaces else record
+        if space in ("", REPAIR_CODE_VERSION) or kept != record:
+            return
+        inputs = {INPUT_VERSION_TAG + self.names.user_string(d): v for d, v in record.input_versions.items()}
+        versions = {DATA_VERSION_TAG: record.data_version, CODE_VERSION_TAG: space, USER_PROVIDED_TAG: "true"}
+        texts = {"table_id": record.table_id, "data_files": record.data_files}
+        self.log(
+            dg.AssetMaterialization(
+                asset_key=self.names.space_key(space),
+                partition=key,
+                description="as it was before the partition was embedded in another space",
+                tags={**versions, **inputs},
+                metadata={**record.counts, **{name: text for name, text in texts.items() if text}},
+            )
+        )
 
     def damaged(self, asset: str, key: str) -> None:
         """Record that a partition's rows are damaged, which makes it stale."""

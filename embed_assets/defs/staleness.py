@@ -26,6 +26,7 @@ from embed_assets.defs.names import ASSETS, DEPENDENCIES, SOURCE, Names
 from embed_assets.errors import LakeError
 from embed_assets.lake.reader import PartitionFiles, TableState
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
+from embed_assets.lake.spaces import find_spaces, space_table
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
 from embed_assets.locations import canonical_location
 from embed_assets.records import ContentVersion
@@ -34,6 +35,8 @@ from embed_assets.stages.pipeline import Pipeline
 
 State = Literal["missing", "stale", "fresh"]
 
+SPACE_LOG = "embeddings/"
+"""Before the name of a space: its embeddings while it is not the configured one."""
 REPAIR_CODE_VERSION = "needs-repair"
 """Code version recorded for damaged partitions: no code has it, so they are stale."""
 READ_EACH_TIME = "its source tells neither checksums nor times, so it is read each time"
@@ -119,6 +122,8 @@ class History:
     names: Names = field(default_factory=Names)
     source: str = ""
     """Location that documents are read from now."""
+    spaces: Mapping[str, History] = field(default_factory=dict)
+    """Of embeddings alone: the spaces that are kept up to date besides the configured one, by name."""
 
     def record(self, asset: str, key: str) -> Record | None:
         """The latest record of a partition of an asset; None if there is none."""
@@ -158,7 +163,7 @@ class History:
         """The part of it that is about one partition. Can be pickled; reads no rows."""
         records = {asset: {key: known[key]} if key in known else {} for asset, known in self.records.items()}
         tables = {kind: table and table.only(key) for kind, table in self.tables.items()}
-        return replace(self, records=records, tables=tables, contents=None)
+        return replace(self, records=records, tables=tables, contents=None, spaces={})
 
     def outcome(self, key: str, source_version: str | None) -> PartitionOutcome:
         """The outcome of leaving a partition as it is: its recorded versions and counts."""
@@ -203,6 +208,13 @@ class History:
             if version is not None and record.input_versions.get(dependency) != version
         ]
         return Status("stale", tuple(reasons)) if reasons else Status("fresh")
+
+    def status_of_space(self, space: str, key: str, documents: str | None) -> Status:
+        """The status of a partition in another space, of which this is the history: whether it has these `documents`.
+
+        Its chunks are its own, made of the documents with the space's settings, so those of the table do not matter.
+        """
+        return self.status("embeddings", key, space, {"raw_documents": documents})
 
     def _is_from_elsewhere(self, record: Record) -> bool:
         """Whether documents were read from another location than they are now."""
@@ -280,18 +292,55 @@ def load_history(
     specs = tables_of(pipeline)
     tables = tables or Snapshot(pipeline.lake)
     states = {kind: tables.state(spec) for kind, spec in specs.items()}
-    contents = ContentReader(tables, specs, earlier.contents.known if earlier and earlier.contents else {})
-    return History(records, states, contents, names, pipeline.corpus.source.root)
+    contents = ContentReader(tables, specs, _known_contents(earlier))
+    history = History(records, states, contents, names, pipeline.corpus.source.root)
+    before = earlier.spaces if earlier else {}
+    live = find_spaces(pipeline.lake, pipeline.model.space.name).live
+    return replace(history, spaces={s: space_history(instance, history, s, tables, keys, before.get(s)) for s in live})
+
+
+def space_history(
+    instance: DagsterInstance,
+    history: History,
+    space: str,
+    tables: Snapshot,
+    keys: Collection[str] | None = None,
+    earlier: History | None = None,
+) -> History:
+    """The history of the embeddings of a space other than the configured one, as `load_history`.
+
+    What was recorded of it while it was the configured one is in the log of the asset, the rest in one of its own.
+    """
+    known = earlier.records["embeddings"] if earlier else {}
+    records = load_records(instance, history.names, SPACE_LOG + space, keys, known)
+    for key, record in history.records["embeddings"].items():
+        is_newer = key not in records or record.storage_id > records[key].storage_id
+        if record.code_version == space and is_newer:
+            records[key] = record
+    spec = space_table(space)
+    contents = ContentReader(tables, {"embeddings": spec}, _known_contents(earlier))
+    return History({"embeddings": records}, {"embeddings": tables.state(spec)}, contents, history.names)
+
+
+def _known_contents(earlier: History | None) -> dict[tuple[str, str, str], str]:
+    return earlier.contents.known if earlier and earlier.contents else {}
 
 
 def partition_statuses(
     history: History, key: str, source_version: str | None, code_versions: Mapping[str, str]
 ) -> dict[str, Status]:
-    """Statuses of the three assets of a partition, each judged by its direct dependencies, as in Dagster."""
+    """Statuses of the three assets of a partition, each judged by its direct dependencies, as in Dagster.
+
+    Also those of its embeddings in other spaces that are kept up to date, as `embeddings/<space>`.
+    """
     versions = {asset: history.version(asset, key) for asset in ASSETS} | {SOURCE: source_version}
-    return {
+    statuses = {
         asset: history.status(asset, key, code_versions[asset], {d: versions[d] for d in DEPENDENCIES[asset]})
         for asset in ASSETS
+    }
+    documents = versions["raw_documents"]
+    return statuses | {
+        SPACE_LOG + space: kept.status_of_space(space, key, documents) for space, kept in history.spaces.items()
     }
 
 
@@ -310,7 +359,8 @@ def load_records(
     narrow = set(keys) if keys is not None and len(keys) <= _KEYS_PER_QUERY else None
     if narrow is not None and not narrow:
         return {}
-    latest = latest_event_ids(instance, names.key(asset), narrow, observations=asset == SOURCE)
+    key = names.space_key(asset.removeprefix(SPACE_LOG)) if asset.startswith(SPACE_LOG) else names.key(asset)
+    latest = latest_event_ids(instance, key, narrow, observations=asset == SOURCE)
     records = {key: known[key] for key, id in latest.items() if key in known and known[key].storage_id == id}
     new = sorted(id for key, id in latest.items() if key not in records)
     return records | {event.partition: _record(event, names) for event in read_events(instance, new)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import dagster as dg
 from dagster import DagsterInstance
 
 from embed_assets.corpus.source import SourcePartition
+from embed_assets.defs.active_asset import show_active
 from embed_assets.defs.dagster_internals import (
     RANGE_END_TAG,
     RANGE_START_TAG,
@@ -25,14 +26,16 @@ from embed_assets.defs.discovery import (
     refuse_if_emptied,
     with_emptied_partitions,
 )
+from embed_assets.defs.generations import Survey
 from embed_assets.defs.heartbeat import heartbeat
-from embed_assets.defs.names import ALLOW_EMPTY_TAG, Names
+from embed_assets.defs.names import ALLOW_EMPTY_TAG, ASSETS, Names
 from embed_assets.defs.processes import PROCESS_TAG, this_process, wait_for_pool
 from embed_assets.defs.ranges import run_ranges
 from embed_assets.defs.staleness import History, Status, load_history, partition_statuses
 from embed_assets.defs.storage import kept_open
 from embed_assets.errors import PartitionError, UserError
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
+from embed_assets.lake.spaces import Promotion, Signature, space_table, this_user
 from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
 from embed_assets.stages.changes import ChangeFinder
@@ -40,6 +43,7 @@ from embed_assets.stages.foresight import remember_synced
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.pipeline import DatedListing, Estimate, Estimator, Pipeline
 from embed_assets.stages.progress import RunObserver, Sink
+from embed_assets.stages.promotion import promote
 
 _log = logging.getLogger(__name__)
 
@@ -85,11 +89,28 @@ class SyncResult:
     """Wall-clock time of the whole sync."""
     hidden: Sequence[str]
     """Files and folders that were skipped because their names begin with a dot."""
+    kept: Mapping[str, Mapping[str, PartitionOutcome]] = field(default_factory=dict)
+    """Outcomes of partitions that were brought up to date in other spaces that are still in use, by space and key."""
+    promotion: Promotion | None = None
+    """The result of promoting the space; None if that was not tried."""
 
     @property
     def failed(self) -> list[str]:
         """Keys of the partitions that failed."""
         return [key for key, result in self.partitions.items() if result.state == "failed"]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing failed: no partition, and no gate of a promotion."""
+        return not self.failed and not (self.promotion and self.promotion.failed)
+
+    def kept_totals(self) -> dict[str, dict[str, int]]:
+        """Sums of what was done in other spaces, by space and name of a count."""
+        names = ("embedded", "reused", "dropped", "tokens")
+        return {
+            space: {name: sum(int(getattr(outcome, name)) for outcome in found.values()) for name in names}
+            for space, found in self.kept.items()
+        }
 
     def total(self, name: str) -> int:
         """Sum of a count of `PartitionOutcome`, by its attribute name, over all partitions."""
@@ -227,17 +248,36 @@ def run_sync(
         for first, last, keys in run_ranges(registered, due, fresh):
             run = job.execute_in_process(
                 instance=instance,
+                asset_selection=[Names.of(pipeline).key(asset) for asset in ASSETS],
                 raise_on_error=False,
                 run_config=_SILENT_CONSOLE,
                 tags={RANGE_START_TAG: first, RANGE_END_TAG: last, **tags},
             )
             _check_complete(observer, keys, run)
-    remove_windows(pipeline.lake, stale_windows(pipeline.lake, pipeline.embeddings_table))
+    for table in (pipeline.embeddings_table, *(space_table(space) for space in history.spaces)):
+        remove_windows(pipeline.lake, stale_windows(pipeline.lake, table))
+    if not pipeline.settings.read_only:
+        show_active(instance, pipeline)
     results = fresh | observer.outcomes
     if not only and all(outcome.error is None for outcome in results.values()):
         remember_synced(pipeline, listing.partitions)
+    promotion = None if only or pipeline.settings.promote != "auto" else promote_if_ready(instance, pipeline, sink)
     seconds = round(time.perf_counter() - started, 3)
-    return SyncResult({key: results[key] for key in sorted(results)}, seconds, listing.hidden)
+    outcomes = {key: results[key] for key in sorted(results)}
+    return SyncResult(outcomes, seconds, listing.hidden, observer.kept, promotion)
+
+
+def promote_if_ready(instance: DagsterInstance, pipeline: Pipeline, sink: Sink) -> Promotion | None:
+    """Promote the configured space if it is complete and not active yet; None if there is nothing to do."""
+    survey = Survey.of(instance, pipeline)
+    space = survey.spaces.configured
+    if survey.spaces.active in (None, space) or not survey.coverage(space).is_complete:
+        return None
+    signed = Signature(this_user(), "EMBED_PROMOTE=auto")
+    done = promote(pipeline.lake, survey.spaces, survey.trial(space), signed, lambda name: sink.news(f"gate {name}"))
+    if not done.failed:
+        show_active(instance, pipeline)
+    return done
 
 
 def _plans(
@@ -250,7 +290,7 @@ def _plans(
 
 
 def _estimate(estimator: Estimator, history: History, plan: PartitionPlan) -> Estimate:
-    stale = frozenset(asset for asset, status in plan.statuses.items() if status.state != "fresh")
+    stale = frozenset(asset for asset in ASSETS if plan.statuses[asset].state != "fresh")
     is_damaged = history.is_marked_for_repair("embeddings", plan.partition.key)
     return estimator.estimate(plan.partition, stale, is_damaged)
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from embed_assets.lake.staging import remove_windows, stale_windows
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, Lake, TableSpec, lake_errors
 from embed_assets.lake.writer import TARGET_FILE_BYTES, writer_properties
 from embed_assets.locations import local_path
-from embed_assets.records import slices, utc_now
+from embed_assets.records import COPY_KINDS, slices, utc_now
 
 RETENTION = timedelta(hours=168)
 """How long unreferenced files are kept for readers and runs that still use them. It is Delta's own default.
@@ -39,7 +39,7 @@ hold a whole one. A higher ratio makes them smaller than necessary, a lower one 
 _ABANDONED = re.compile(r"\.(parquet|json|arrow|crc)#\d+$")
 """Names of temporary files that object_store leaves on a local disk when its process is killed; neither it nor vacuum
 removes them: https://github.com/apache/arrow-rs-object-store/issues/137"""
-_FOLDERS = ("raw_documents", "rejected_documents", "chunks", "embeddings", "models")
+_FOLDERS = ("raw_documents", "rejected_documents", "chunks", "embeddings", "models", "generations", "copies")
 """Folders to sweep. Nothing else below the lake's root belongs to the lake: the documents may be stored there too."""
 
 
@@ -70,7 +70,7 @@ class Space:
     bytes: int
     """Size of all files of its table, old versions included."""
     is_current: bool
-    """Whether it is the space of the current settings."""
+    """Whether it is in use: by the current settings, by readers, or for a rollback."""
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class Maintenance:
 
 def maintain(
     lake: Lake,
-    current: str,
+    in_use: Collection[str],
     retention: timedelta,
     dry_run: bool,
     remove: Sequence[str] = (),
@@ -105,7 +105,7 @@ def maintain(
 ) -> Maintenance:
     """Compact, vacuum and checkpoint all tables, and remove leftover files and the spaces named in `remove`.
 
-    With `dry_run` nothing is changed and the result lists what there is to do. `current` is the space in use, which
+    With `dry_run` nothing is changed and the result lists what there is to do. The spaces `in_use`
     can't be removed. `retention` is raised to `RETENTION` if it is less, and must be longer than the longest run.
     `on_table` is called with each table's path. Raises ``LakeError`` if a space to remove does not exist or is in use.
     """
@@ -113,7 +113,7 @@ def maintain(
         lake.require_writable()
     retention = max(retention, RETENTION)
     spaces = lake.spaces()
-    _check_removable(lake, spaces, current, remove)
+    _check_removable(lake, spaces, in_use, remove)
     done = Maintenance(retention.total_seconds() / 3600)
     kept = [space for space in spaces if space not in remove]
     for table in (RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in kept)):
@@ -126,20 +126,23 @@ def maintain(
             work.error = str(error)
             done.tables.append(work)
     done.abandoned_files = list(_abandoned_files(lake, retention))
-    done.spaces = [Space(space, _size(lake, space), space == current) for space in spaces]
+    done.spaces = [Space(space, space_bytes(lake, space), space in in_use) for space in spaces]
     if not dry_run:
         for name in done.abandoned_files:
             Path(name).unlink(missing_ok=True)
         for space in remove:
-            _remove_space(lake, space)
+            remove_space(lake, space)
             done.removed_spaces.append(space)
     return done
 
 
-def _check_removable(lake: Lake, spaces: Sequence[str], current: str, names: Sequence[str]) -> None:
+def _check_removable(lake: Lake, spaces: Sequence[str], in_use: Collection[str], names: Sequence[str]) -> None:
     for name in names:
-        if name == current:
-            raise LakeError(f"the space {name!r} is in use and can't be removed; change EMBED_MODEL first")
+        if name in in_use:
+            raise LakeError(
+                f"a space to remove must not be in use, {name!r} is: it is active, would be after a rollback, or is "
+                "that of EMBED_MODEL; see 'embed-assets spaces'"
+            )
         if name not in spaces:
             raise LakeError(f"there is no space {name!r} in the lake {lake.root!r}, only {', '.join(spaces) or 'none'}")
 
@@ -240,15 +243,22 @@ def _abandoned_files(lake: Lake, age: timedelta) -> Iterator[str]:
                         yield str(path)
 
 
-def _size(lake: Lake, space: str) -> int:
+def space_bytes(lake: Lake, space: str) -> int:
+    """Size of all files of a space's table, old versions included. Raises ``LakeError``."""
     with lake_errors(f"the files of the space {space!r} can't be listed", lake.root):
         return sum(file.size for file in lake.storage.files(f"embeddings/{space}"))
 
 
-def _remove_space(lake: Lake, space: str) -> None:
-    """Remove the space's table, its log first: without a log, leftover data files are not read as a table."""
-    folder = f"embeddings/{space}"
-    with lake_errors(f"the space {space!r} can't be removed", lake.root):
+def remove_space(lake: Lake, space: str) -> None:
+    """Remove a space's table and the copies made of it. Raises ``LakeError``."""
+    lake.require_writable()
+    for folder in (f"embeddings/{space}", *(f"copies/{space}-{kind}" for kind in COPY_KINDS)):
+        _remove_table(lake, folder)
+
+
+def _remove_table(lake: Lake, folder: str) -> None:
+    """Remove a table, its log first: without a log, leftover data files are not read as a table."""
+    with lake_errors(f"the table {folder!r} can't be removed", lake.root):
         for part in (f"{folder}/_delta_log", folder):
             for file in list(lake.storage.files(part)):
                 lake.storage.delete(file.path)

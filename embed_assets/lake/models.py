@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
-from deltalake import write_deltalake
+from deltalake import CommitProperties, write_deltalake
 
 from embed_assets.errors import LakeError
 from embed_assets.lake.tables import Lake, lake_errors
@@ -44,8 +44,11 @@ def keep_model(lake: Lake, name: str, files: Mapping[str, bytes]) -> dict[str, b
     try:
         with lake_errors(f"the model {_path(name)!r} can't be written", lake.root):
             reader = pa.RecordBatchReader.from_batches(_SCHEMA, _parts(files))
-            # Only one process can commit version 0 of a table.
-            write_deltalake(uri, reader, mode="error", name=_path(name), storage_options=lake.options or None)
+            # Only one process can commit version 0 of a table; tried again, the commit would be a later version.
+            once, options = CommitProperties(max_commit_retries=0), lake.options or None
+            write_deltalake(
+                uri, reader, mode="error", name=_path(name), storage_options=options, commit_properties=once
+            )
     except LakeError:
         if (kept := read_model(lake, name)) is None:
             raise

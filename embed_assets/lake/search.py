@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour search: scan all vectors in batches and keep the best `k`."""
+"""Nearest-neighbour search: exact, or exact among the candidates of a copy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embed_assets.lake.copies import search_copy
+from embed_assets.lake.nearest import nearest_chunks
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import TableSpec, is_one_of
+from embed_assets.records import CopyKind
+
+_COLUMNS = ("partition_key", "document_id", "chunk_id", "uri", "heading_path", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +29,25 @@ class SearchResult:
     text: str
 
 
-def search(tables: Snapshot, table: TableSpec, query: np.ndarray, k: int) -> list[SearchResult]:
+def search(
+    tables: Snapshot, table: TableSpec, query: np.ndarray, k: int, using: CopyKind | None = None
+) -> list[SearchResult]:
     """The `k` chunks nearest to the unit-norm vector `query`, shape (dimension,), best first.
 
-    One pass reads ids and vectors; texts are then fetched for the results only, from the same version of the table.
-    Ties are ordered by chunk id. Returns an empty list if the space has no table.
+    With `using`, candidates are found in that copy of the space. One pass reads ids and vectors; texts are then fetched
+    for the results only, from the same version of the table. Ties are ordered by chunk id. Returns an empty list if
+    the space has no table. Raises ``LakeError`` if a table can't be read, or there is no such copy.
     """
-    best: list[tuple[float, str, str]] = []
-    for batch in tables.rows(table, ["chunk_id", "partition_key", "embedding"]):
-        vectors = batch.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
-        scores = vectors @ query
-        top = np.argpartition(-scores, k - 1)[:k] if len(scores) > k else np.arange(len(scores))
-        ids, keys = batch.column("chunk_id"), batch.column("partition_key")
-        best += [(float(scores[i]), ids[int(i)].as_py(), keys[int(i)].as_py()) for i in top]
-        best = sorted(best, key=lambda hit: (-hit[0], hit[1], hit[2]))[:k]
-    if not best:
+    if using is None:
+        [hits] = nearest_chunks(tables, table, query[None], k, [])
+    else:
+        hits = search_copy(tables, table.space, using, query, k, [])
+    if not hits:
         return []
+    places = [(str(hit.row["partition_key"]), str(hit.row["chunk_id"])) for hit in hits]
     # Naming the partitions limits the second read to their files.
-    keys_of_best, ids_of_best = {key for _, _, key in best}, {chunk_id for _, chunk_id, _ in best}
-    wanted = f"{is_one_of('partition_key', sorted(keys_of_best))} AND {is_one_of('chunk_id', sorted(ids_of_best))}"
-    columns = ["chunk_id", "partition_key", "document_id", "uri", "heading_path", "text"]
-    found = (row for batch in tables.rows(table, columns, wanted) for row in batch.to_pylist())
-    rows = {(row["chunk_id"], row["partition_key"]): row for row in found}
-    return [_result(score, rows[chunk_id, key]) for score, chunk_id, key in best]
-
-
-def _result(score: float, row: dict[str, str]) -> SearchResult:
-    return SearchResult(
-        score, row["partition_key"], row["document_id"], row["chunk_id"], row["uri"], row["heading_path"], row["text"]
-    )
+    keys, ids = (sorted({place[i] for place in places}) for i in (0, 1))
+    wanted = f"{is_one_of('partition_key', keys)} AND {is_one_of('chunk_id', ids)}"
+    found = (row for batch in tables.rows(table, _COLUMNS, wanted) for row in batch.to_pylist())
+    rows = {(row["partition_key"], row["chunk_id"]): row for row in found}
+    return [SearchResult(hit.score, **rows[place]) for hit, place in zip(hits, places, strict=True)]

@@ -20,7 +20,7 @@ from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orp
 from embed_assets.lake.owner import Owner
 from embed_assets.lake.storage import Storage
 from embed_assets.locations import local_path
-from embed_assets.records import ADDED_COLUMNS, CHUNKS, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
+from embed_assets.records import ADDED_COLUMNS, CHUNKS, COPIES, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
 from embed_assets.settings import Settings
 
 SCHEMAS: dict[str, pa.Schema] = {
@@ -28,12 +28,16 @@ SCHEMAS: dict[str, pa.Schema] = {
     "rejected_documents": REJECTED_DOCUMENTS,
     "chunks": CHUNKS,
     "embeddings": EMBEDDINGS,
+    "copies": COPIES,
 }
+_STATS = {kind: "chunk_id" if kind == "copies" else "document_id" for kind in SCHEMAS}
+"""The column of each table whose range the log keeps for each file."""
 MOST_VALUES = 1000
 """Values that a predicate may list. Looking up 1,000 takes 0.02 s, 5,000 take 0.14 s; at about 24,000 delta-rs runs out
 of stack, which ends the process."""
 _SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az", "azure", "adl")
 _DIMENSION_PROPERTY = "embed_assets.dimension"
+_SETTINGS_PROPERTY = "embed_assets.settings"
 _TREE_MARKUP = re.compile("\x1b\\[[0-9;]*m|↳")
 _DISK_FULL = ("No space left on device", "File too large", "Disk quota exceeded")
 _ALTER_ATTEMPTS = 20
@@ -59,6 +63,8 @@ class TableSpec:
     """Name of the embedding space; empty except for embeddings."""
     properties: Mapping[str, str] = field(default_factory=dict)
     """Delta table properties, written when the table is created."""
+    settings: str = ""
+    """The settings that make an embedding space, as JSON; kept in its table, so that it can be made without them."""
     extra: tuple[pa.Field, ...] = ()
     """Columns in addition to those of `kind`, of the same sort as `added`."""
 
@@ -225,7 +231,13 @@ class Lake:
         ``LakeError`` if the table can't be created or belongs to another corpus.
         """
         self.require_writable()
-        configuration = {"delta.dataSkippingStatsColumns": "document_id", **table.properties, **self.owner.properties}
+        configuration = {
+            "delta.dataSkippingStatsColumns": _STATS[table.kind],
+            **table.properties,
+            **self.owner.properties,
+        }
+        if table.settings:
+            configuration[_SETTINGS_PROPERTY] = table.settings
         if dimension is not None:
             # Constraints need writer version 3. Setting them at creation avoids a race with other writers.
             configuration |= {
@@ -285,6 +297,7 @@ class Lake:
             self._claim()
         for table in (RAW, REJECTED, CHUNK_TABLE, embeddings):
             self._add_columns(table)
+        self._keep_settings(embeddings)
 
     def check_tables(self, embeddings: TableSpec) -> None:
         """Raise ``LakeError`` if a table lacks columns, has an empty commit, or is of another embedding space."""
@@ -331,6 +344,14 @@ class Lake:
                 delta.alter.add_columns(added)
 
         self._alter(delta, f"the columns of {table.path!r} can't be added", add_missing)
+
+    def _keep_settings(self, table: TableSpec) -> None:
+        """Record the settings of a space again if they changed, or an older version did not record them."""
+        delta = self.open(table)
+        if delta is None or settings_of(delta) == table.settings:
+            return
+        change = functools.partial(delta.alter.set_table_properties, {_SETTINGS_PROPERTY: table.settings}, False)
+        self._alter(delta, f"the settings of {table.path!r} can't be recorded", change)
 
     def check_owner(self) -> None:
         """Raise ``LakeError`` if the lake belongs to another corpus."""
@@ -425,6 +446,11 @@ def dimension_of(table: DeltaTable) -> int | None:
     """Vector length of an embeddings table; None if the table does not record it."""
     value = table.metadata().configuration.get(_DIMENSION_PROPERTY)
     return int(value) if value is not None else None
+
+
+def settings_of(table: DeltaTable) -> str:
+    """The settings recorded in an embeddings table, as JSON; empty if an older version created it."""
+    return str(table.metadata().configuration.get(_SETTINGS_PROPERTY, ""))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from embed_assets.records import NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_det
 from embed_assets.stages.chunk_rows import ROWS, ChunkInputs, ChunkRows
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.elsewhere import Elsewhere
+from embed_assets.stages.longer_vectors import LongerVectors
 from embed_assets.stages.outcome import PartitionOutcome, Sample
 from embed_assets.stages.rejections import Rejections
 
@@ -33,6 +34,8 @@ class Target:
     """Exact string before every chunk."""
     elsewhere: Elsewhere | None = None
     """Vectors of the whole table; None to reuse only those of the partition."""
+    longer: LongerVectors | None = None
+    """Vectors whose first dimensions are those of the space; None if there are none."""
 
 
 @dataclass(slots=True)
@@ -80,6 +83,9 @@ class PartitionVectors:
                 raise
         for batch in staging.read():
             self._store.add(batch)
+        if self.target.longer is not None and len(self._store) < self.chunks.count:
+            for batch in self.target.longer.rows(self.partition.only(changed)):
+                self._store.add(batch)
         missing = self.chunks.count - len(self._store) if changed is None else self._look_up_others()
         self.max_missing = max(1, missing)
 

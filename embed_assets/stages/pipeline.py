@@ -22,8 +22,10 @@ from embed_assets.stages.changes import Changes, is_known
 from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
 from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.embeddings import known_inputs
+from embed_assets.stages.longer_vectors import LongerVectors, find_longer
 from embed_assets.stages.model import Model
 from embed_assets.stages.partition_vectors import Target
+from embed_assets.stages.recipe import recipe_of
 
 _CHUNK_COLUMNS = ("chunk_id", "text", "token_count", "unknown_tokens")
 
@@ -91,16 +93,19 @@ class Pipeline:
     @property
     def embeddings_table(self) -> TableSpec:
         """The embeddings table of the configured space."""
-        return TableSpec("embeddings", self.model.space.name, self.model.space.describe())
+        space = self.model.space
+        return TableSpec("embeddings", space.name, space.describe(), recipe_of(self.settings))
 
     @cached_property
     def target(self) -> Target:
         """Where vectors are stored, and where else they may be reused from: in the lake as it is at first access."""
+        table, space = self.embeddings_table, self.model.space
+        longer = find_longer(Snapshot(self.lake), table, space.truncate_dim)
         if self.settings.reuse != "table":
-            return Target(self.embeddings_table, self.model.space.prompt)
+            return Target(table, space.prompt, longer=longer)
         at_start = Snapshot(self.lake)
-        at_start.version(self.embeddings_table)
-        return Target(self.embeddings_table, self.model.space.prompt, Elsewhere(at_start, self.embeddings_table))
+        at_start.version(table)
+        return Target(table, space.prompt, Elsewhere(at_start, table), longer)
 
     @cached_property
     def code_versions(self) -> dict[str, str]:
@@ -163,7 +168,10 @@ class Estimator:
         if not stale:
             return Estimate(0, self._stored_rows.get(partition.key, 0), 0, 0)
         table, space = self.pipeline.embeddings_table, self.pipeline.model.space
-        known, ids = known_inputs(self.tables.partition(partition.key), table, is_damaged)
+        rows = self.tables.partition(partition.key)
+        known, ids = known_inputs(rows, table, is_damaged)
+        for batch in self._longer.rows(rows) if self._longer else ():
+            known.update(batch.column("input_hash").to_pylist())
         to_embed: dict[str, tuple[int, int]] = {}
         kept = chunks = 0
         for chunk_id, text, token_count, unknown in self._future_chunks(partition, stale):
@@ -187,6 +195,11 @@ class Estimator:
         """Vectors of the whole table and of the partitions estimated before, if those are reused."""
         is_wide = self.pipeline.settings.reuse == "table"
         return Elsewhere(self.tables, self.pipeline.embeddings_table) if is_wide else None
+
+    @cached_property
+    def _longer(self) -> LongerVectors | None:
+        """Vectors that the space's are the first dimensions of."""
+        return find_longer(self.tables, self.pipeline.embeddings_table, self.pipeline.model.space.truncate_dim)
 
     @cached_property
     def _stored_rows(self) -> dict[str, int]:

@@ -38,6 +38,8 @@ class RunObserver:
     def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
         self.outcomes: dict[str, PartitionOutcome] = {}
         """Outcomes of the partitions that finished or failed so far, by key."""
+        self.kept: dict[str, dict[str, PartitionOutcome]] = {}
+        """Outcomes of partitions that were brought up to date in other spaces, by space and key."""
         self._sink, self._clock = sink, clock
         self._sizes: Mapping[str, int] | None = None
         self._total = 0
@@ -79,6 +81,10 @@ class RunObserver:
         if outcome.state != "fresh" or outcome.key not in self.outcomes:
             self.outcomes[outcome.key] = outcome
         self._sink.finished(outcome, self.share)
+
+    def finished_in(self, space: str, outcome: PartitionOutcome) -> None:
+        """Keep the outcome of a partition that was brought up to date in another space than the configured one."""
+        self.kept.setdefault(space, {})[outcome.key] = outcome
 
     @property
     def share(self) -> float:

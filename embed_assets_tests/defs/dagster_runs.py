@@ -68,4 +68,4 @@ def we_say(instance: dg.DagsterInstance, *keys: str) -> dict[str, dict[str, str]
     pipeline = Pipeline.from_settings(load_settings())
     history = load_history(instance, pipeline)
     states = {k: partition_statuses(history, k, history.version(SOURCE, k), pipeline.code_versions) for k in keys}
-    return {key: {asset: status.state for asset, status in found.items()} for key, found in states.items()}
+    return {key: {asset: found[asset].state for asset in ASSETS} for key, found in states.items()}

@@ -15,6 +15,7 @@ from embed_assets.defs.instance import open_instance
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, TableSpec, partition_predicate
 from embed_assets.stages.checks import CHECKS
+from embed_assets.stages.gates import GATES
 from embed_assets_tests.conftest import Project, Shelf, topic
 from embed_assets_tests.defs.dagster_runs import definitions, run, run_range
 
@@ -224,7 +225,7 @@ def test_a_check_planned_by_a_dead_run_is_evaluated_by_the_next_run(
 def test_manually_executed_checks_are_always_recorded(instance: dg.DagsterInstance) -> None:
     before = recorded(instance)
     ask(instance, "a")
-    assert recorded(instance) == before + len(ALL)
+    assert recorded(instance) == before + len(ALL) + len(GATES)
 
 
 def test_a_failed_run_keeps_the_previous_results(instance: dg.DagsterInstance, project: Project) -> None:
