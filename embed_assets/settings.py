@@ -155,11 +155,11 @@ class Settings(BaseSettings):
     evaluation: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
         None, description="File or folder of queries with their relevant documents, to evaluate spaces by."
     )
-    max_mean_cosine: float = Field(0.95, ge=-1, le=1, description="Limit of the gate collapse.")
-    min_effective_rank_percent: float = Field(15.0, ge=0, le=100, description="Limit of the gate effective_rank (%).")
+    max_mean_cosine: float = Field(0.9, ge=-1, le=1, description="Limit of the gate collapse.")
+    min_effective_rank_percent: float = Field(20.0, ge=0, le=100, description="Limit of the gate effective_rank (%).")
     max_dead_dimensions_percent: float = Field(1.0, ge=0, le=100, description="Limit of the gate dead_dimensions (%).")
-    max_near_duplicate_percent: float = Field(20.0, ge=0, le=100, description="Limit of the gate near_duplicates (%).")
-    max_probe_loss_percent: float = Field(15.0, ge=0, le=100, description="Limit of the gate retrieval_probe (%).")
+    max_near_duplicate_percent: float = Field(10.0, ge=0, le=100, description="Limit of the gate near_duplicates (%).")
+    max_probe_loss_percent: float = Field(10.0, ge=0, le=100, description="Limit of the gate retrieval_probe (%).")
     max_evaluation_loss: float = Field(
         0.02, ge=0, le=1, description="Largest loss of nDCG@10 that lets a space become active."
     )

@@ -89,7 +89,10 @@ ALLOWED = {
     },
 }
 """The arrows: definitions, cli -> defs -> stages -> {corpus, cluster -> engine, lake} -> records."""
-HEAVY = {"torch", "sentence_transformers", "transformers", "ray", "openvino", "nncf", "matplotlib", "pynvml", "sklearn", "pytrec_eval"}
+HEAVY = {
+    *("torch", "sentence_transformers", "transformers", "ray", "openvino", "nncf", "matplotlib", "pynvml"),
+    *("sklearn", "pytrec_eval"),
+}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

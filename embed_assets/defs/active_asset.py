@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import dagster as dg
 from dagster import DagsterInstance
 
-from embed_assets.defs.dagster_internals import RANGE_START_TAG
+from embed_assets.defs.automation import build_promotion_condition
+from embed_assets.defs.dagster_internals import RANGE_START_TAG, drop_planned_evaluations
 from embed_assets.defs.generations import Survey
 from embed_assets.defs.names import ACTIVE, POOL, Names
 from embed_assets.defs.resources import engine_key
@@ -29,6 +30,7 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
     """Build the asset over `pipeline`."""
     names = Names.of(pipeline)
     key = names.key(ACTIVE)
+    is_automatic = pipeline.settings.promote == "auto" and not pipeline.settings.read_only
     checks = [dg.AssetCheckSpec(gate.name, asset=key, description=gate.description, blocking=True) for gate in GATES]
 
     @dg.multi_asset(
@@ -42,11 +44,14 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
                 kinds={"deltalake"},
                 owners=["team:data"],
                 skippable=True,
+                automation_condition=build_promotion_condition(pipeline) if is_automatic else None,
             )
         ],
         check_specs=checks,
         can_subset=True,
         pool=POOL,
+        # Without partitions of its own, but `--partition-range` must take it along with those that have them.
+        backfill_policy=dg.BackfillPolicy.single_run(),
         required_resource_keys={engine_key(names)},
     )
     def promote_space(
@@ -58,9 +63,9 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
             survey = Survey.of(context.instance, own)
             if key not in context.selected_asset_keys:
                 done = Promotion(None, None, _evaluated(survey, context.log.info))
-            elif why_not := _why_not(context, survey):
-                context.log.info(why_not)
-                return
+            elif context.run.tags.keys() & _PARTITION_TAGS:
+                context.log.info("a run of partitions promotes nothing: materialize active_embeddings alone")
+                done = Promotion(None, None)
             else:
                 trial, signed = survey.trial(survey.spaces.configured), Signature(f"run {context.run.run_id}")
                 done = promote(own.lake, survey.spaces, trial, signed, context.log.info)
@@ -72,7 +77,8 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
             if gate.name in selected:
                 context.log_event(_event(key, gate))
         yield from (dg.Output(None, c.get_python_identifier()) for c in checks if c.name in selected)
-        if key not in context.selected_asset_keys:
+        if key not in context.selected_asset_keys or done.active is None:
+            drop_planned_evaluations(context.instance, context.run.run_id, context.selected_asset_check_keys)
             return
         if done.failed:
             failed = "; ".join(f"{gate.name}: {gate.detail}" for gate in done.failed)
@@ -80,17 +86,6 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(asset_key=key, metadata=_metadata(read_generations(own.lake)))
 
     return promote_space
-
-
-def _why_not(context: dg.AssetExecutionContext, survey: Survey) -> str:
-    """Why a run that also materializes partitions leaves the active space as it is; '' if it does not."""
-    if not context.run.tags.keys() & _PARTITION_TAGS:
-        return ""
-    if survey.pipeline.settings.promote != "auto":
-        return "EMBED_PROMOTE=manual: a run of partitions promotes nothing; materialize this asset alone"
-    space = survey.spaces.configured
-    covered = survey.coverage(space)
-    return "" if covered.is_complete else f"{space} is not promoted yet: {len(covered.missing)} partitions are missing"
 
 
 def _evaluated(survey: Survey, on_gate: Callable[[str], None]) -> Sequence[GateResult]:

@@ -81,7 +81,8 @@ def build_corpus_assets(
             with _dropping_planned_evaluations(context):
                 given = None if context.retry_number else listed
                 engine = getattr(context.resources, engine_key(names))
-                own, gates = engine.applied_to(pipeline), _has_assets_below(context, names)
+                own = engine.applied_to(pipeline)
+                gates = _has_assets_below(context, names)
                 run = _begin(context, own, observer or RunObserver(LogSink(context.log)), given)
                 with kept_open(context.instance), contextlib.closing(run.recorder):
                     if run.selected:

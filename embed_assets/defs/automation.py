@@ -17,7 +17,9 @@ from dagster import AssetKey, DagsterInstance
 
 from embed_assets.corpus.source import has_same_files
 from embed_assets.defs.dagster_internals import latest_attempts
+from embed_assets.defs.generations import Survey
 from embed_assets.defs.names import (
+    ACTIVE,
     ASSETS,
     AUTOMATED_TAG,
     CODE_TAG,
@@ -255,11 +257,43 @@ def build_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:
     return InFewRuns(due, reader)
 
 
+class Promotable(dg.AutomationCondition[AssetKey]):
+    """True while the space of the settings is complete and not the active one."""
+
+    def __init__(self, reader: StateReader) -> None:
+        self._reader = reader
+
+    @property
+    def name(self) -> str:
+        """Name of the condition in the UI."""
+        return "promotable"
+
+    @property
+    def description(self) -> str:
+        """Description of the condition in the UI."""
+        return "the space of the settings is complete, and readers use another one"
+
+    def evaluate(self, context: dg.AutomationContext[AssetKey]) -> dg.AutomationResult[AssetKey]:
+        """Select the asset if the condition holds."""
+        view = context.asset_graph_view
+        history = self._reader.history(view.instance, view)
+        survey = Survey.over(view.instance, self._reader.pipeline, history)
+        is_true = survey.promotable is not None
+        return dg.AutomationResult(context, context.candidate_subset if is_true else context.get_empty_subset())
+
+
+def build_promotion_condition(pipeline: Pipeline) -> dg.AutomationCondition[AssetKey]:
+    """Build the condition that promotes a space once when it is complete: not again and again if a gate fails."""
+    return (Promotable(StateReader(pipeline)).newly_true() & ~dg.AutomationCondition.in_progress()).with_label(
+        "EMBED_PROMOTE=auto: the space of the settings is complete"
+    )
+
+
 def build_automation_sensor(names: Names) -> dg.AutomationConditionSensorDefinition:
     """Build the sensor that evaluates the condition; it is on by default and can be switched off in the UI."""
     return dg.AutomationConditionSensorDefinition(
         name=names.prefixed("unsynced"),
-        target=[names.key(asset) for asset in ASSETS],
+        target=[names.key(asset) for asset in (*ASSETS, ACTIVE)],
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=_INTERVAL_SECONDS,
         use_user_code_server=True,

@@ -57,6 +57,20 @@ class Survey:
         history = load_history(instance, pipeline, tables=tables)
         return cls(pipeline, find_spaces(pipeline.lake, pipeline.model.space.name), tables, history, instance)
 
+    @classmethod
+    def over(cls, instance: DagsterInstance, pipeline: Pipeline, history: History) -> Survey:
+        """As `of`, with a history that was loaded before. Raises ``LakeError``."""
+        spaces = find_spaces(pipeline.lake, pipeline.model.space.name)
+        return cls(pipeline, spaces, Snapshot(pipeline.lake), history, instance)
+
+    @property
+    def promotable(self) -> str | None:
+        """The space of the settings if it is complete, and readers use another one; None if not."""
+        space, active = self.spaces.configured, self.spaces.active
+        if active in (None, space) or space not in self.spaces.tables:
+            return None
+        return space if self.coverage(space).is_complete else None
+
     def coverage(self, space: str) -> Coverage:
         """How much of the lake's documents a space covers: those of partitions that are up to date in it.
 

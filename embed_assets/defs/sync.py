@@ -270,8 +270,8 @@ def run_sync(
 def promote_if_ready(instance: DagsterInstance, pipeline: Pipeline, sink: Sink) -> Promotion | None:
     """Promote the configured space if it is complete and not active yet; None if there is nothing to do."""
     survey = Survey.of(instance, pipeline)
-    space = survey.spaces.configured
-    if survey.spaces.active in (None, space) or not survey.coverage(space).is_complete:
+    space = survey.promotable
+    if space is None:
         return None
     signed = Signature(this_user(), "EMBED_PROMOTE=auto")
     done = promote(pipeline.lake, survey.spaces, survey.trial(space), signed, lambda name: sink.news(f"gate {name}"))

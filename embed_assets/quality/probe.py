@@ -2,6 +2,24 @@
 
 The queries are headings that chunks begin with and, where there are too few, sentences from the middle of chunks. What
 a query finds is told by its place in the document, so that spaces that cut documents differently can be compared.
+
+How far the mean reciprocal rank of 200 queries is below that of all-MiniLM-L6-v2, in percent, over the Python
+reference, where 96 of them are sentences, and 30 Rust RFCs. Single figures are over half of the reference:
+
+| vectors | loss | | vectors | loss |
+|---|---|---|---|---|
+| int8 | 0, 0 | | CLS pooling | 20, 40 |
+| first 256 dimensions | 1, 0 | | max pooling | 26, 28 |
+| first 128 dimensions | 4, 9 | | last token's | 41, 51 |
+| first 64 dimensions | 14, 24 | | token ids off by one | 11 |
+| signs only | 7, 15 | | weights of the first or last layer shuffled | 77 or 53 |
+| wordllama, a static model | 6, 3 | | all weights shuffled | 82, 90 |
+| multilingual-e5-small | -8 | | random weights | 68 |
+| mean over padding too, of batches sorted by length | 1, 2 | | the same, all texts padded to 256 | 74 |
+| prompt 'passage: ' before chunks | -1 | | random vectors | 100, 100 |
+
+Headings tell most. By the first sentence of each chunk, max pooling loses 12 and 9 %, hardly more than signs only with
+11 and 7 %; by unique headings alone 26 and 29 %, CLS pooling 14 and 37 %, signs only 7 and 14 %.
 """
 
 from __future__ import annotations
@@ -18,14 +36,17 @@ from embed_assets.records import hash_text
 QUERIES = 200
 """Queries in a probe."""
 LEAST_QUERIES = 50
-"""Queries that a probe must have to tell anything."""
+"""Queries that a probe must have to tell anything. With 50 of 200, the loss's interval is 23 to 34 points wide, and CLS
+or max pooling loses over 10 % in 98 of 100 draws, wordllama in 12 to 30; with 150, 13 to 19 points, in 100 and in 1."""
 TOP = 10
 """Hits of a query that are looked at."""
 _CANDIDATES_PER_QUERY = 10
 """Kept while choosing: repeated texts, which are no queries, take some of the places."""
 _LEAST_HEADING_BYTES = 12
-"""Of its letters in UTF-8, where a Chinese character, which says more than a Latin one, has three."""
+"""Of its letters in UTF-8, where a Chinese character, which says more than a Latin one, has three. Shorter headings
+tell less: by those of one word, over the Python reference, signs only lose 18 % and CLS pooling 15 %."""
 _LEAST_SENTENCE_BYTES = 30
+"""As of a heading: about five words."""
 _LONGEST_SENTENCE = 300
 """Characters."""
 _LEAST_LETTERS = 0.75
@@ -103,7 +124,7 @@ def recall(reciprocal_ranks: np.ndarray) -> float:
 def loss(before: np.ndarray, after: np.ndarray) -> ProbeLoss:
     """How much the reciprocal ranks `after` are below those `before` of the same queries, both of shape (queries,).
 
-    The interval is a paired bootstrap over the queries. No loss if `before` finds nothing.
+    The interval is a paired bootstrap over the queries, at least one. There is no loss if `before` finds nothing.
     """
     rows = np.random.default_rng(_SEED).integers(len(before), size=(_RESAMPLES, len(before)))
     low, high = np.percentile(_loss(before[rows].mean(axis=1), after[rows].mean(axis=1)), [2.5, 97.5])

@@ -18,7 +18,7 @@ from embed_assets.quality.vectors import (
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 def random_vectors(rows: int, dimension: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:
