@@ -115,6 +115,7 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
     """Show what is missing or stale, why, and (with --count) what it will cost. Changes nothing."""
     from embed_assets.defs.instance import open_instance
     from embed_assets.defs.sync import make_plan
+    from embed_assets.lake.spaces import find_spaces
 
     if device is None and (price is not None or devices != 1):
         raise SettingsError("--devices and --price need a device, got none; name it with --device")
@@ -130,7 +131,14 @@ def plan(as_json: bool, count: bool, device: str | None, devices: int, price: fl
         if count:
             counts = {row["partition_key"]: (row["unknown_tokens"], row["tokens"]) for row in rows}
             print_unknown(counts, pipeline.settings.max_unknown_percent)
-    answer: dict[str, object] = {"partitions": rows, "space": pipeline.model.space.name}
+    active = find_spaces(pipeline.lake, pipeline.model.space.name).active
+    if not as_json and active not in (None, pipeline.model.space.name):
+        stdout.print(
+            f"{pipeline.model.space.name} is built beside {active}, which readers use until it is promoted",
+            markup=False,
+            soft_wrap=True,
+        )
+    answer: dict[str, object] = {"partitions": rows, "space": pipeline.model.space.name, "active": active}
     if count:
         totals = ("chunks_to_embed", "chunks_to_reuse", "chunks_to_drop", "tokens", "unknown_tokens")
         answer |= {name: sum(row[name] for row in rows) for name in totals} | {"estimated_seconds": seconds}

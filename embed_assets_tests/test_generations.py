@@ -67,6 +67,7 @@ def test_readers_keep_the_active_space_until_another_is_promoted(corpus: Project
     before = corpus.json("search", "an except clause")
     corpus.set(MODEL=NEW)
     assert corpus.json("search", "an except clause") == before  # nothing is built yet
+    assert "is built beside" in corpus.run("plan", "--count").stdout
     corpus.sync()
     assert spaces(corpus) == {OLD: "active", NEW: "ready"}
     assert corpus.json("search", "an except clause") == before

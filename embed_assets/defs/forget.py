@@ -6,8 +6,10 @@ from dagster import DagsterInstance
 
 from embed_assets.defs.names import Names
 from embed_assets.errors import PartitionError
+from embed_assets.lake.copies import copies_of, copy_table
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec
+from embed_assets.lake.spaces import space_table
+from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED
 from embed_assets.lake.writer import Provenance
 from embed_assets.stages.pipeline import Pipeline
 
@@ -27,8 +29,10 @@ def forget(instance: DagsterInstance, pipeline: Pipeline, key: str) -> int:
             f"a partition to forget must have no files in the source, {key!r} has {len(files.files)}; "
             f"remove them from {pipeline.corpus.source.root!r} first"
         )
-    tables = [RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in pipeline.lake.spaces())]
-    partition = Snapshot(pipeline.lake).partition(key)
+    snapshot, spaces = Snapshot(pipeline.lake), pipeline.lake.spaces()
+    copies = [copy_table(space, kind) for space in spaces for kind in copies_of(snapshot, space)]
+    tables = [RAW, REJECTED, CHUNK_TABLE, *map(space_table, spaces), *copies]
+    partition = snapshot.partition(key)
     for table in tables:
         partition.state(table)  # raises if a table is damaged, before any is changed
     emptied = sum(partition.replace(table, [], Provenance("forget")).is_committed for table in tables)

@@ -34,6 +34,8 @@ def gather(survey: Survey, on_step: Callable[[str], None] = lambda name: None) -
     tokens, norms, outliers = vectors.tokens(), vectors.norms(), vectors.outliers()
     on_step("drawing the map")
     drawn = vectors.map()
+    on_step("looking for duplicates")
+    duplicates = vectors.duplicates()
     on_step("searching the copies")
     copies = vectors.copies()
     on_step("evaluating")
@@ -54,6 +56,7 @@ def gather(survey: Survey, on_step: Callable[[str], None] = lambda name: None) -
         rejections=_rejections(survey),
         generations=_generations(survey),
         evaluation=evaluation,
+        duplicates=duplicates,
         outliers=outliers,
         copies=copies,
     )

@@ -116,7 +116,8 @@ def maintain(
     _check_removable(lake, spaces, in_use, remove)
     done = Maintenance(retention.total_seconds() / 3600)
     kept = [space for space in spaces if space not in remove]
-    for table in (RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in kept)):
+    copies = [TableSpec("copies", f"{space}-{kind}") for space in kept for kind in COPY_KINDS]
+    for table in (RAW, REJECTED, CHUNK_TABLE, *(TableSpec("embeddings", space) for space in kept), *copies):
         on_table(table.path)
         work = TableWork(table.path)
         try:

@@ -3,7 +3,7 @@
 Chunks of one text are one row from the start. Rows near each other are found by sorting: a row's code is the signs of
 512 random projections, and codes of near rows have long runs in common. In the order of each of 32 runs every row is
 compared with the next 8, whose cosine is computed if few bits differ. So the work grows as n log n for n different
-texts, even if all are near each other. Memory holds 120 n bytes, a temporary file 4 n bytes per dimension.
+texts, even if all are near each other. Memory holds 110 n bytes, a temporary file 4 n bytes per dimension.
 """
 
 from __future__ import annotations

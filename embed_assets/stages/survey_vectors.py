@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -12,9 +12,11 @@ from embed_assets.lake.copies import bytes_per_vector, copies_of, search_copy
 from embed_assets.lake.nearest import nearest_chunks
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import MOST_VALUES, is_one_of
+from embed_assets.quality.duplicates import find_duplicates
 from embed_assets.records import slices
 from embed_assets.report import data
 from embed_assets.report.projection import METHOD, outliers, project
+from embed_assets.scratch import scratch_file
 from embed_assets.stages.evaluation import embed_queries
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.probing import queries_of
@@ -94,6 +96,25 @@ class VectorSurvey:
         norms = np.linalg.norm(self.scan.sample.astype(np.float64), axis=1) if self.scan.chunk_ids else np.empty(0)
         spread = float(max(1e-6, np.abs(norms - 1).max())) if len(norms) else 1e-6
         return _histogram(norms, (1 - spread, 1 + spread))
+
+    def duplicates(self) -> data.Duplicates | data.Absent:
+        """Chunks that repeat another one, by partition, and the nearest pairs of different texts."""
+        if not self.scan.rows:
+            return data.Absent("No vectors yet: run 'embed-assets sync'.")
+        with scratch_file() as scratch:
+            found = find_duplicates(partial(self.tables.rows, self.pipeline.embeddings_table), scratch)
+        exact = tuple(
+            data.PartitionDuplicates(key, counts.chunks, counts.repeats, ())
+            for key, counts in sorted(found.partitions.items())
+            if counts.repeats
+        )
+        ids = {chunk_id for pair in found.examples for chunk_id in (pair.chunk_id, pair.other_chunk_id)}
+        passages = self.passages_by_id(sorted(ids))
+        near = tuple(
+            data.NearPair(pair.cosine, passages[pair.chunk_id], passages[pair.other_chunk_id])
+            for pair in found.examples
+        )
+        return data.Duplicates(exact, near, self.pipeline.settings.max_duplicate_percent)
 
     def copies(self) -> tuple[data.DerivedCopy, ...] | data.Absent:
         """The copies of the space, with what a search of each finds of the ten nearest chunks."""
