@@ -153,6 +153,7 @@ def test_this_repository_is_a_project_of_dg(project: Project) -> None:
         "raw_documents",
         "chunks",
         "embeddings",
+        "active_embeddings",
     }
     assert sorted(resource["name"] for resource in found["resources"]) == [
         "embedding_engine",

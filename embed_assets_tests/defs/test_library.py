@@ -36,7 +36,7 @@ def test_two_corpora_with_two_models_in_one_code_location(project: Project) -> N
     )
     dg.Definitions.validate_loadable(both)
     keys = {key.to_user_string() for key in both.resolve_asset_graph().get_all_asset_keys()}
-    assets = ("source_files", "raw_documents", "chunks", "embeddings")
+    assets = ("source_files", "raw_documents", "chunks", "embeddings", "active_embeddings")
     assert keys == {f"{prefix}/{asset}" for prefix in ("laws", "recipes") for asset in assets}
     with open_instance() as instance:
         for prefix, own in (("laws", ["a", "b"]), ("recipes", ["a"])):
