@@ -85,7 +85,7 @@ def _texts(pipeline: Pipeline) -> list[str]:
 
 
 def _path(table: TableSpec) -> str:
-    return f"{table.path}/_canaries/vectors.arrow"
+    return f"{table.path}/_canaries/vectors.ipc"
 
 
 def _vectors_of(found: EmbeddedWindow, staging: Staging) -> np.ndarray:

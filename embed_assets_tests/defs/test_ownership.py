@@ -228,7 +228,7 @@ def test_compaction_does_not_count_as_replacement(project: Project, instance: dg
         write_deltalake(delta, rows, mode="overwrite", predicate="partition_key = 'a'", target_file_size=1)
     assert {state for state, _ in states(project).values()} == {"fresh"}
     pipeline = project.pipeline()
-    maintain(pipeline.lake, pipeline.model.space.name, timedelta(), dry_run=False)
+    maintain(pipeline.lake, [pipeline.model.space.name], timedelta(), dry_run=False)
     assert {state for state, _ in states(project).values()} == {"fresh"}
     assert project.sync()["partitions"]["a"]["state"] == "fresh"
 

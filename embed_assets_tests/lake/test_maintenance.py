@@ -59,13 +59,13 @@ def test_small_files_are_merged_but_not_in_a_dry_run(lake: Lake) -> None:
         append(lake, key, f"{key}3")
     replace(lake, "single", "s")
     before = names(lake)
-    [work] = maintain(lake, "", timedelta(), dry_run=True).tables
+    [work] = maintain(lake, [], timedelta(), dry_run=True).tables
     assert (work.table, work.partitions_to_compact, work.files_to_compact) == ("rejected_documents", 2, 4)
     assert files(lake) == 5
-    maintain(lake, "", timedelta(), dry_run=False)
+    maintain(lake, [], timedelta(), dry_run=False)
     assert files(lake) == 3
     assert names(lake) == before
-    [work] = maintain(lake, "", timedelta(), dry_run=True).tables
+    [work] = maintain(lake, [], timedelta(), dry_run=True).tables
     assert work.partitions_to_compact == 0
 
 
@@ -96,7 +96,7 @@ def test_compaction_with_concurrent_writers_loses_no_row(lake: Lake) -> None:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         append_to = Lake(lake.root)
-        maintain(append_to, "", timedelta(), dry_run=False)
+        maintain(append_to, [], timedelta(), dry_run=False)
     is_over.set()
     reader.join()
     assert not problems
@@ -109,10 +109,10 @@ def test_vacuum_removes_only_old_orphans(lake: Lake) -> None:
     for name, age in (("old.parquet", LONG_AGO), ("new.parquet", time.time())):
         (folder / name).write_bytes(b"written by a run that was killed")
         os.utime(folder / name, (age, age))
-    assert maintain(lake, "", timedelta(), dry_run=True).tables[0].files_to_vacuum == 1
-    maintain(lake, "", timedelta(days=30), dry_run=False)
+    assert maintain(lake, [], timedelta(), dry_run=True).tables[0].files_to_vacuum == 1
+    maintain(lake, [], timedelta(days=30), dry_run=False)
     assert (folder / "old.parquet").exists(), "a run that began thirty days ago may be writing it"
-    maintain(lake, "", timedelta(), dry_run=False)
+    maintain(lake, [], timedelta(), dry_run=False)
     assert not (folder / "old.parquet").exists() and (folder / "new.parquet").exists()
     assert names(lake) == ["x"]
 
@@ -123,38 +123,38 @@ def test_unfinished_files_of_killed_processes_are_removed(lake: Lake) -> None:
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (LONG_AGO, LONG_AGO))
-    assert maintain(lake, "", timedelta(), dry_run=True).abandoned_files == [str(old)]
+    assert maintain(lake, [], timedelta(), dry_run=True).abandoned_files == [str(old)]
     assert old.exists()
-    maintain(lake, "", timedelta(), dry_run=False)
+    maintain(lake, [], timedelta(), dry_run=False)
     assert not old.exists() and new.exists()
 
 
 def test_a_checkpoint_is_written_after_some_commits(lake: Lake) -> None:
     for number in range(12):
         replace(lake, "a", str(number))
-    assert maintain(lake, "", timedelta(), dry_run=True).tables[0].commits_since_checkpoint == 12
-    maintain(lake, "", timedelta(), dry_run=False)
+    assert maintain(lake, [], timedelta(), dry_run=True).tables[0].commits_since_checkpoint == 12
+    maintain(lake, [], timedelta(), dry_run=False)
     assert list((Path(lake.root) / "rejected_documents/_delta_log").glob("*.checkpoint*.parquet"))
-    assert maintain(lake, "", timedelta(), dry_run=True).tables[0].commits_since_checkpoint == 0
+    assert maintain(lake, [], timedelta(), dry_run=True).tables[0].commits_since_checkpoint == 0
     assert names(lake) == ["11"]
 
 
 def test_spaces_are_listed_and_removed_by_name_only(lake: Lake) -> None:
     for space in ("current", "other", "another"):
         lake.create(TableSpec("embeddings", space), 4)
-    found = maintain(lake, "current", timedelta(), dry_run=False)
+    found = maintain(lake, ["current"], timedelta(), dry_run=False)
     assert [(s.name, s.is_current, s.bytes > 0) for s in found.spaces] == [
         ("another", False, True),
         ("current", True, True),
         ("other", False, True),
     ]
     assert lake.spaces() == ["another", "current", "other"]
-    assert maintain(lake, "current", timedelta(), True, ["other"]).removed_spaces == []
-    assert maintain(lake, "current", timedelta(), False, ["other"]).removed_spaces == ["other"]
+    assert maintain(lake, ["current"], timedelta(), True, ["other"]).removed_spaces == []
+    assert maintain(lake, ["current"], timedelta(), False, ["other"]).removed_spaces == ["other"]
     assert lake.spaces() == ["another", "current"]
     for name, rule in (("current", "in use"), ("other", "no space"), ("../chunks", "no space"), ("", "no space")):
         with pytest.raises(LakeError, match=rule):
-            maintain(lake, "current", timedelta(), False, [name])
+            maintain(lake, ["current"], timedelta(), False, [name])
 
 
 def test_a_damaged_table_does_not_keep_the_others_from_being_maintained(lake: Lake) -> None:
@@ -162,6 +162,6 @@ def test_a_damaged_table_does_not_keep_the_others_from_being_maintained(lake: La
     append(lake, "a", "y")
     lake.create(CHUNK_TABLE)
     (Path(lake.uri(CHUNK_TABLE)) / "_delta_log/00000000000000000000.json").write_text("{broken")
-    done = maintain(lake, "", timedelta(), dry_run=False)
+    done = maintain(lake, [], timedelta(), dry_run=False)
     assert [work.table for work in done.failed] == ["chunks"]
     assert files(lake) == 1
