@@ -58,17 +58,18 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext,
     ) -> Iterator[dg.Output[None] | dg.MaterializeResult[None]]:
         """Evaluate the gates of the space of the settings and, if all pass, make it the active one."""
+        is_selected = key in context.selected_asset_keys
         try:
             own = getattr(context.resources, engine_key(names)).applied_to(pipeline)
-            survey = Survey.of(context.instance, own)
-            if key not in context.selected_asset_keys:
-                done = Promotion(None, None, _evaluated(survey, context.log.info))
-            elif context.run.tags.keys() & _PARTITION_TAGS:
+            if is_selected and context.run.tags.keys() & _PARTITION_TAGS:
                 context.log.info("a run of partitions promotes nothing: materialize active_embeddings alone")
                 done = Promotion(None, None)
-            else:
-                trial, signed = survey.trial(survey.spaces.configured), Signature(f"run {context.run.run_id}")
+            elif is_selected:
+                survey, signed = Survey.of(context.instance, own), Signature(f"run {context.run.run_id}")
+                trial = survey.trial(survey.spaces.configured)
                 done = promote(own.lake, survey.spaces, trial, signed, context.log.info)
+            else:
+                done = Promotion(None, None, _evaluated(Survey.of(context.instance, own), context.log.info))
         except UserError as error:
             raise dg.Failure(description=str(error)) from None
         # Yielded as results, a failed one would fail a run of checks alone.
@@ -77,12 +78,12 @@ def build_active_asset(pipeline: Pipeline) -> dg.AssetsDefinition:
             if gate.name in selected:
                 context.log_event(_event(key, gate))
         yield from (dg.Output(None, c.get_python_identifier()) for c in checks if c.name in selected)
-        if key not in context.selected_asset_keys or done.active is None:
+        if done.active is None:
             drop_planned_evaluations(context.instance, context.run.run_id, context.selected_asset_check_keys)
             return
         if done.failed:
             failed = "; ".join(f"{gate.name}: {gate.detail}" for gate in done.failed)
-            raise dg.Failure(description=f"{survey.spaces.configured!r} does not become active, gates failed: {failed}")
+            raise dg.Failure(description=f"{own.model.space.name!r} does not become active, gates failed: {failed}")
         yield dg.MaterializeResult(asset_key=key, metadata=_metadata(read_generations(own.lake)))
 
     return promote_space

@@ -10,6 +10,7 @@ import pyarrow as pa
 from embed_assets.engine.backend import EmbeddedWindow, Embedder, Window
 from embed_assets.engine.backends.parity import MIN_COSINE
 from embed_assets.errors import LakeError
+from embed_assets.lake.nearest import vectors_of
 from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import TableSpec, lake_errors
 from embed_assets.lake.vectors import vector_array
@@ -64,8 +65,8 @@ def canary_cosine(pipeline: Pipeline, embedder: Embedder, precision: str) -> tup
         return None
     with lake_errors(f"the canaries {path!r} can't be read", pipeline.lake.root):
         table = pa.ipc.open_file(io.BytesIO(pipeline.lake.storage.read(path))).read_all()
-    known = table.column("embedding").combine_chunks()
-    before = known.flatten().to_numpy(zero_copy_only=False).reshape(len(known), -1)
+    [kept] = table.to_batches()
+    before = vectors_of(kept)
     if before.shape != found.vectors.shape:
         raise LakeError(
             f"canaries must have the vectors of their space, {path!r} has {before.shape}, the model gives "
@@ -91,8 +92,7 @@ def _path(table: TableSpec) -> str:
 def _vectors_of(found: EmbeddedWindow, staging: Staging) -> np.ndarray:
     rows = staged(staging, found)
     order = {input_hash: i for i, input_hash in enumerate(rows.column("input_hash").to_pylist())}
-    flat = rows.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(rows.num_rows, -1)
-    return np.asarray(flat[[order[input_hash] for input_hash in found.window.hashes]])
+    return np.asarray(vectors_of(rows)[[order[input_hash] for input_hash in found.window.hashes]])
 
 
 def _write(pipeline: Pipeline, vectors: np.ndarray, precision: str) -> None:

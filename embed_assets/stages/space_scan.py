@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embed_assets.lake.nearest import vectors_of
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import TableSpec, dimension_of
 from embed_assets.lake.vectors import is_unit
@@ -61,8 +62,7 @@ def _add(found: SpaceScan, batch: pa.RecordBatch) -> None:
     batch = batch if is_right.all() else batch.filter(pa.array(is_right))
     if not batch.num_rows:
         return
-    flat = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-    vectors = flat.reshape(batch.num_rows, found.dimension)
+    vectors = vectors_of(batch)
     is_finite = np.isfinite(vectors).all(axis=1)
     found.not_finite += int((~is_finite).sum())
     found.not_unit_norm += int((is_finite & ~is_unit(vectors)).sum())

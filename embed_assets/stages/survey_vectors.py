@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -63,8 +63,8 @@ class VectorSurvey:
             return data.Absent("No vectors yet: run 'embed-assets sync'.")
         places = project(self.scan.sample)
         points = tuple(
-            data.MapPoint(p.partition_key, p.document_id, p.title, p.heading_path, p.text, float(x), float(y))
-            for p, (x, y) in zip(self.passages, places, strict=True)
+            data.MapPoint(**asdict(passage), x=float(x), y=float(y))
+            for passage, (x, y) in zip(self.passages, places, strict=True)
         )
         return data.VectorMap(points, self.scan.rows, METHOD)
 
@@ -73,11 +73,7 @@ class VectorSurvey:
         if len(self.scan.chunk_ids) <= _NEIGHBORS:
             return data.Absent("There are too few vectors for outliers.")
         scores, rows = outliers(self.scan.sample, _NEIGHBORS)
-        found = tuple(
-            data.Outlier(p.partition_key, p.document_id, p.title, p.heading_path, p.text, float(scores[i]))
-            for i in rows.tolist()
-            for p in [self.passages[i]]
-        )
+        found = tuple(data.Outlier(**asdict(self.passages[i]), score=float(scores[i])) for i in rows.tolist())
         return data.Outliers(_NEIGHBORS, len(scores), float(np.median(scores)), found)
 
     def tokens(self) -> data.Histogram | data.Absent:
