@@ -244,18 +244,19 @@ def adopt(as_json: bool) -> CommandResult:
 @click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Number of results.")
 @click.option("--space", metavar="NAME", help="The space to search; default: the active one.")
 @click.option("--using", type=click.Choice(COPY_KINDS), help="Find candidates in this copy, and score them exactly.")
-def search(as_json: bool, query: str, k: int, space: str | None, using: CopyKind | None) -> CommandResult:
+@click.option("--distinct", is_flag=True, help="Leave out chunks that repeat a better one, or nearly so.")
+def search(
+    as_json: bool, query: str, k: int, space: str | None, using: CopyKind | None, distinct: bool
+) -> CommandResult:
     """Find the chunks nearest to QUERY by cosine similarity, with an exact search unless --using names a copy."""
-    from embed_assets.lake.search import search as search_table
-    from embed_assets.lake.snapshot import Snapshot
     from embed_assets.stages.generations import active_pipeline, pipeline_of
+    from embed_assets.stages.search import search as search_space
 
     configured = open_pipeline()
     pipeline = active_pipeline(configured) if space is None else pipeline_of(configured, space)
     pipeline.require_embeddings()
-    with stderr.status("loading the model"):
-        vector = pipeline.model.engine.embedder.embed_one(pipeline.model.space.query_prompt + query)
-    results = search_table(Snapshot(pipeline.lake), pipeline.embeddings_table, vector, k, using)
+    with stderr.status("searching"):
+        results = search_space(pipeline, query, k, using, distinct)
     if not as_json:
         for result in results:
             place = f"{result.partition_key}/{result.document_id}"

@@ -21,6 +21,7 @@ def test_the_page_tells_of_the_lake(project: Project) -> None:
     for name in ("try", "with", "while", "for", "if", "class"):
         project.write(f"a/{name}.rst", topic(name))
     project.write("b/copy.rst", topic("try"))
+    project.write("b/again.rst", topic("try"))
     project.write("b/broken.pdf", b"no PDF")
     project.sync()
     project.json("derive", "binary")
@@ -30,6 +31,10 @@ def test_the_page_tells_of_the_lake(project: Project) -> None:
     text = json.dumps(shown(project))
     for wanted in ("copy.rst", "broken.pdf", "fake:16", "binary", project.json("spaces")["active"]):
         assert wanted in text, wanted
+    [repeated] = shown(project)["duplicates"]["partitions"]
+    assert repeated["partition_key"] == "b" and 2 * repeated["repeated"] == repeated["chunks"]
+    assert {tuple(each["places"]) for each in repeated["examples"]} == {("again.rst", "copy.rst")}
+    assert {each["count"] for each in repeated["examples"]} == {2}
 
 
 def test_an_empty_lake_has_a_report(project: Project) -> None:

@@ -23,8 +23,9 @@ from embed_assets.records import COPIES, COPY_KINDS, CopyKind, slices
 
 _WORD = 8
 """Bytes that codes of bits are filled up to: they are compared 64 bits at a time."""
-CANDIDATES: Mapping[CopyKind, int] = {"binary": 40, "int8": 4}
-"""Candidates per result: what docs/generations.md measures the recall with."""
+CANDIDATES: Mapping[CopyKind, int] = {"binary": 80, "int8": 4}
+"""Candidates per result: 500 sentences find 99.6 and 100 % of their ten nearest chunks with these, 98.4 and 99.7 %
+with half of them; 300 queries of four words 97.4 and 99.7 %, and 93.8 and 97.9 % (16,146 chunks of Rust RFCs)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def search_copy(
     partitions = state.partitions if state else {}
     changed = [key for key, files in partitions.items() if known.get(key) != files.files]
     ids = _candidates(tables, copy, kind, query, k * CANDIDATES[kind])
-    names = [*hit_columns(columns), "embedding"]
+    names = hit_columns([*columns, "embedding"])
 
     def rows() -> Iterator[pa.RecordBatch]:
         is_changed = pa.array(changed, pa.string())

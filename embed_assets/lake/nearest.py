@@ -30,7 +30,7 @@ def nearest_chunks(
     tables: Snapshot, table: TableSpec, queries: np.ndarray, k: int, columns: Sequence[str]
 ) -> list[list[Hit]]:
     """The `k` chunks of a table nearest to each of the `queries`, as `nearest_rows`."""
-    return nearest_rows(tables.rows(table, [*hit_columns(columns), "embedding"]), queries, k, columns)
+    return nearest_rows(tables.rows(table, hit_columns([*columns, "embedding"])), queries, k, columns)
 
 
 def hit_columns(columns: Sequence[str]) -> list[str]:

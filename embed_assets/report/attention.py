@@ -74,7 +74,7 @@ def _duplicates(report: Report) -> Iterator[Notice]:
     found = report.duplicates
     if isinstance(found, Absent) or found.limit_percent is None:
         return
-    shares = {p.partition_key: 100 * p.repeated / p.chunks for p in found.exact if p.chunks}
+    shares = {p.partition_key: 100 * p.repeated / p.chunks for p in found.partitions if p.chunks}
     over = sorted((key for key, share in shares.items() if share > found.limit_percent), key=lambda key: -shares[key])
     if over:
         names = _some(f"{key} ({shares[key]:.0f} %)" for key in over)

@@ -62,9 +62,15 @@ function histogram(data, unit) {
       const text = label(mark.label, at + (isRight ? -6 : 6), y + 2, isRight ? "end" : "start", mark.kind);
       return [line(mark.kind, at, y - 8, at, area.bottom), text];
     });
-    const numbers = below.map((value) => label(number(value, 5), x(value), area.bottom + 18));
+    const numbers = below.map((value) => label(number(value, digits(data)), x(value), area.bottom + 18));
     return [grid(area, tallest(data)), histogramBars(data, area), lines, numbers, label(unit, middle, height - 4)];
   });
+}
+
+/** Significant digits that tell a histogram's ticks apart. */
+function digits(data) {
+  const largest = Math.max(Math.abs(data.low), Math.abs(data.high));
+  return Math.max(5, Math.ceil(Math.log10(largest / (data.high - data.low || largest || 1))) + 2);
 }
 
 const tallest = (data) => Math.max(...data.counts, 1);
@@ -72,7 +78,7 @@ const tallest = (data) => Math.max(...data.counts, 1);
 function histogramBars(data, area) {
   const step = (area.right - area.left) / data.counts.length,
     gap = step > 5 ? 1 : 0;
-  const end = (i) => number(data.low + ((data.high - data.low) * i) / data.counts.length, 5);
+  const end = (i) => number(data.low + ((data.high - data.low) * i) / data.counts.length, digits(data));
   return data.counts.map((count, i) => {
     if (!count) return null;
     const height = Math.max(((area.bottom - area.top) * count) / tallest(data), 1);

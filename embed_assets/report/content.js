@@ -83,31 +83,30 @@ function duplicates(data) {
   const allowed = limit === null ? null : `Up to ${number(limit)} % of a partition's chunks may repeat another one.`;
   return [
     intro("Chunks that say the same take space, and places among search results."),
-    el("h3", "Equal texts"),
     allowed ? el("p.hint", allowed) : null,
-    data.exact.length ? exactDuplicates(data.exact, limit) : absent("No text is in two chunks."),
-    more(data, "exact", "partition"),
+    data.partitions.length ? duplicatesByPartition(data.partitions, limit) : absent("No chunk repeats another one."),
+    more(data, "partitions", "partition"),
     el("h3", "Nearly equal texts"),
-    data.near.length ? nearDuplicates(data.near) : absent("No two different texts have nearly the same vector."),
-    more(data, "near", "pair"),
+    el("p.hint", `Different texts with a cosine of at least ${number(data.cosine)}, some of each partition.`),
+    data.pairs.length ? nearDuplicates(data.pairs) : absent("No two different texts have nearly the same vector."),
+    more(data, "pairs", "pair"),
   ];
 }
 
-function exactDuplicates(rows, limit) {
+function duplicatesByPartition(rows, limit) {
   const share = (p) => p.repeated / (p.chunks || 1);
   const places = (one) => one.places.map((document, i) => [i ? ", " : "", said(document)]);
   const example = (one) =>
     el("li", el("b", `${whole(one.count)}×`), said(one.text, "span.clamp"), el("span.hint", places(one)));
   const columns = [
     textColumn("Partition", "partition_key"),
-    {
-      ...numberColumn("Repeat another chunk", "repeated"),
-      cell: (p) => `${whole(p.repeated)} of ${whole(p.chunks)}`,
-    },
+    numberColumn("Chunks", "chunks"),
+    numberColumn("Equal to another one", "repeated"),
     shareColumn("Share", share, (p) => (limit !== null && 100 * share(p) > limit ? "low" : "usual")),
-    { name: "Examples", kind: "text", cell: (p) => el("ul.examples", p.examples.slice(0, 2).map(example)) },
+    numberColumn("Nearly equal", "near"),
+    { name: "Equal texts", kind: "text", cell: (p) => el("ul.examples", p.examples.slice(0, 2).map(example)) },
   ];
-  return table(columns, rows, "Chunks with equal texts", 6).node;
+  return table(columns, rows, "Repeated chunks by partition", 6).node;
 }
 
 const nearDuplicates = (pairs) => unfolded("div.twins", pairs.map(twins), TWINS, "more pair");

@@ -227,8 +227,10 @@ class PartitionDuplicates:
     chunks: int
     """All chunks of the partition."""
     repeated: int
-    """Those that repeat an earlier one."""
-    examples: tuple[RepeatedText, ...]
+    """Those whose text is that of an earlier one of the partition."""
+    near: int
+    """Those with nearly the vector of a chunk with another text, in any partition."""
+    examples: tuple[RepeatedText, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +247,12 @@ class NearPair:
 class Duplicates:
     """Chunks that say the same."""
 
-    exact: tuple[PartitionDuplicates, ...]
-    """The partitions with equal texts."""
-    near: tuple[NearPair, ...]
-    """Best first."""
+    partitions: tuple[PartitionDuplicates, ...]
+    """Those that have some."""
+    pairs: tuple[NearPair, ...]
+    """Examples of nearly equal texts, of all partitions, best first."""
+    cosine: float = 1.0
+    """Least cosine similarity of a pair."""
     limit_percent: float | None = None
     """Share of a partition's chunks that may repeat another one; None: no limit."""
 

@@ -88,9 +88,9 @@ def _arrange(report: Report) -> Report:
         reasons = tuple(sorted(rejections.reasons, key=lambda r: -r.count))
         report = replace(report, rejections=replace(rejections, reasons=reasons))
     if not isinstance(duplicates, Absent):
-        exact = tuple(sorted(duplicates.exact, key=lambda p: -p.repeated / max(p.chunks, 1)))
-        near = tuple(map(_show_difference, duplicates.near))
-        report = replace(report, duplicates=replace(duplicates, exact=exact, near=near))
+        most = tuple(sorted(duplicates.partitions, key=lambda p: -(p.repeated + p.near) / max(p.chunks, 1)))
+        pairs = tuple(map(_show_difference, duplicates.pairs))
+        report = replace(report, duplicates=replace(duplicates, partitions=most, pairs=pairs))
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -9,10 +10,10 @@ from functools import cached_property, partial
 import numpy as np
 
 from embed_assets.lake.copies import bytes_per_vector, copies_of, search_copy
-from embed_assets.lake.nearest import nearest_chunks
+from embed_assets.lake.nearest import Hit, nearest_chunks
 from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import MOST_VALUES, is_one_of
-from embed_assets.quality.duplicates import find_duplicates
+from embed_assets.lake.tables import MOST_VALUES, is_one_of, partition_predicate
+from embed_assets.quality.duplicates import DEFAULT_COSINE, find_duplicates
 from embed_assets.records import slices
 from embed_assets.report import data
 from embed_assets.report.projection import METHOD, outliers, project
@@ -25,8 +26,13 @@ from embed_assets.stages.space_scan import SpaceScan, scan_space
 _BARS = 40
 """Bars of a histogram."""
 _NEIGHBORS = 10
+_EXAMPLE_PARTITIONS = 100
+"""Partitions of which repeated texts are shown: each is read for them."""
+_EXAMPLES = 3
 _RECALL_QUERIES = 100
 """Queries that the recall of copies is measured with: it moves by about 0.01 with others."""
+_SCORE_TOLERANCE = 1e-6
+"""Scores of equal vectors differ by less, whatever rows they are computed with."""
 _PLACE = ("chunk_id", "partition_key", "document_id", "title", "heading_path", "text")
 
 
@@ -99,18 +105,36 @@ class VectorSurvey:
             return data.Absent("No vectors yet: run 'embed-assets sync'.")
         with scratch_file() as scratch:
             found = find_duplicates(partial(self.tables.rows, self.pipeline.embeddings_table), scratch)
-        exact = tuple(
-            data.PartitionDuplicates(key, counts.chunks, counts.repeats, ())
-            for key, counts in sorted(found.partitions.items())
-            if counts.repeats
+        repeated = {key: counts for key, counts in found.partitions.items() if counts.repeats or counts.near_duplicates}
+        worst = sorted(repeated, key=lambda key: -repeated[key].repeats / repeated[key].chunks)[:_EXAMPLE_PARTITIONS]
+        examples = {key: self._repeated_texts(key) for key in worst if repeated[key].repeats}
+        partitions = tuple(
+            data.PartitionDuplicates(key, counts.chunks, counts.repeats, counts.near_duplicates, examples.get(key, ()))
+            for key, counts in repeated.items()
         )
         ids = {chunk_id for pair in found.examples for chunk_id in (pair.chunk_id, pair.other_chunk_id)}
         passages = self.passages_by_id(sorted(ids))
-        near = tuple(
+        pairs = tuple(
             data.NearPair(pair.cosine, passages[pair.chunk_id], passages[pair.other_chunk_id])
             for pair in found.examples
         )
-        return data.Duplicates(exact, near, self.pipeline.settings.max_duplicate_percent)
+        return data.Duplicates(partitions, pairs, DEFAULT_COSINE, self.pipeline.settings.max_duplicate_percent)
+
+    def _repeated_texts(self, key: str) -> tuple[data.RepeatedText, ...]:
+        """The texts that most chunks of a partition have."""
+        table, wanted = self.pipeline.embeddings_table, partition_predicate(key)
+        counts = Counter[str]()
+        for batch in self.tables.rows(table, ["input_hash"], wanted):
+            counts.update(batch.column(0).to_pylist())
+        most = {text: count for text, count in counts.most_common(_EXAMPLES) if count > 1}
+        texts, places = {}, defaultdict[str, list[str]](list)
+        predicate = f"{wanted} AND {is_one_of('input_hash', list(most))}"
+        for batch in self.tables.rows(table, ["input_hash", "text", "document_id"], predicate):
+            for text_hash, text, document in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                texts[text_hash] = text
+                if len(places[text_hash]) < _EXAMPLES and document not in places[text_hash]:
+                    places[text_hash].append(document)
+        return tuple(data.RepeatedText(texts[each], count, tuple(places[each])) for each, count in most.items())
 
     def copies(self) -> tuple[data.DerivedCopy, ...] | data.Absent:
         """The copies of the space, with what a search of each finds of the ten nearest chunks."""
@@ -125,19 +149,21 @@ class VectorSurvey:
             else np.empty((0, self.scan.dimension or 0))
         )
         table = self.pipeline.embeddings_table
-        exact = [{hit.row["chunk_id"] for hit in hits} for hits in nearest_chunks(self.tables, table, vectors, 10, [])]
+        exact = nearest_chunks(self.tables, table, vectors, 10, [])
         found = []
         for kind in kinds:
             width = bytes_per_vector(kind, vectors.shape[1])
             near = (search_copy(self.tables, space, kind, vector, 10, []) for vector in vectors)
-            shares = [
-                len(ids & {hit.row["chunk_id"] for hit in hits}) / len(ids)
-                for ids, hits in zip(exact, near, strict=True)
-                if ids
-            ]
+            shares = [_recall(wanted, hits) for wanted, hits in zip(exact, near, strict=True) if wanted]
             recall = float(np.mean(shares)) if shares else None
             found.append(data.DerivedCopy(kind, width, recall, f"{len(shares)} queries made from chunks"))
         return tuple(found)
+
+
+def _recall(wanted: Sequence[Hit], found: Sequence[Hit]) -> float:
+    """Share of the nearest chunks that were found, or others that are as near: equal texts are."""
+    least = min(hit.score for hit in wanted) - _SCORE_TOLERANCE
+    return min(1.0, sum(hit.score >= least for hit in found) / len(wanted))
 
 
 def _histogram(values: np.ndarray, ends: tuple[float, float], limit: int | None = None) -> data.Histogram | data.Absent:

@@ -360,6 +360,22 @@ def test_search_is_exact(lake: Lake) -> None:
     assert len(search(Snapshot(lake), SPACE, query, 10_000)) == 600
 
 
+def test_a_distinct_search_leaves_out_what_repeats_a_better_result(lake: Lake) -> None:
+    degrees = np.radians([*range(0, 50, 10), 50, 50, 50, 90])
+    vectors = np.stack([np.cos(degrees), np.sin(degrees)], axis=1).astype(np.float32)
+    texts = [*(f"text {i}" for i in range(5)), *["same"] * 3, "far"]
+    replace_partition(lake, SPACE, "a", [embeddings("a", vectors, texts)], RUN, dimension=2)
+    query, tables = np.array([1, 0], np.float32), Snapshot(lake)
+
+    def found(k: int, distinct: float) -> list[str]:
+        return [result.text for result in search(tables, SPACE, query, k, distinct=distinct)]
+
+    # The cosine of 10 degrees is 0.985, that of 20 degrees 0.940.
+    assert found(3, 0.95) == ["text 0", "text 2", "text 4"]
+    assert found(9, 0.95) == ["text 0", "text 2", "text 4", "far"]
+    assert found(9, 0.999) == [*texts[:6], "far"]
+
+
 def test_a_search_reads_one_version_despite_a_concurrent_writer(tmp_path: Path) -> None:
     """All rows are replaced between the scan of the vectors and the lookup of the texts."""
 

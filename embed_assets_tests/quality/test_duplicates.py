@@ -1,4 +1,4 @@
-"""Repeated and nearly repeated chunks: counts, pairs, and which ones can be left out."""
+"""Repeated and nearly repeated chunks: counts and pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from embed_assets.errors import LakeError, SettingsError
-from embed_assets.quality.duplicates import REDUNDANT, Counts, Duplicates, NearPair, Rows, find_duplicates
+from embed_assets.quality.duplicates import Counts, Duplicates, NearPair, Rows, find_duplicates
 from embed_assets.records import VECTOR, hash_text, slices
 
 COSINE = 0.95
@@ -83,16 +83,6 @@ def found_in(rows: Rows, cosine: float = COSINE, max_examples: int = 20) -> Dupl
         return find_duplicates(rows, scratch, cosine, max_examples)
 
 
-def left_out(rows: Rows, found: Duplicates, only_repeats: bool = False) -> dict[tuple[str, str], tuple[str, str]]:
-    """The chunk that stands for each redundant one, both as partition and id."""
-    batches = list(found.representatives.redundant(rows, only_repeats))
-    assert all(batch.schema == REDUNDANT for batch in batches)
-    listed = [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
-    assert len({row[:2] for row in listed}) == len(listed)
-    assert len(listed) == (found.total.repeats if only_repeats else found.total.redundant)
-    return {row[:2]: row[2:] for row in listed}
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
@@ -124,54 +114,22 @@ def test_chunks_are_counted_by_partition() -> None:
         chunk("c", 6, "alone", *at(200)),
     ]
     found = found_in(reader(chunks))
-    assert found.total == Counts(chunks=6, repeats=2, near_duplicates=4, redundant=3)
+    assert found.total == Counts(chunks=6, repeats=2, near_duplicates=4)
     # Text that two partitions have in common is repeated in neither of them.
     assert found.partitions == {
-        "a": Counts(chunks=3, repeats=1, near_duplicates=3, redundant=2),
-        "b": Counts(chunks=2, repeats=0, near_duplicates=1, redundant=1),
-        "c": Counts(chunks=1, repeats=0, near_duplicates=0, redundant=0),
+        "a": Counts(chunks=3, repeats=1, near_duplicates=3),
+        "b": Counts(chunks=2, repeats=0, near_duplicates=1),
+        "c": Counts(chunks=1, repeats=0, near_duplicates=0),
     }
     [pair] = found.examples
     assert pair == NearPair(pair.cosine, "a", number(1), "a", number(3))
     assert pair.cosine == pytest.approx(np.cos(np.radians(10)))
-    kept = ("a", number(1))
-    assert left_out(reader(chunks), found) == dict.fromkeys(
-        [("a", number(2)), ("a", number(3)), ("b", number(4))], kept
-    )
-    assert left_out(reader(chunks), found, only_repeats=True) == dict.fromkeys(
-        [("a", number(2)), ("b", number(4))], kept
-    )
-
-
-def test_a_repeated_text_is_kept_once_if_only_repeats_are_left_out() -> None:
-    chunks = [chunk("a", value, text, *at(0)) for value, text in ((1, "x"), (2, "y"), (3, "y"), (4, "x"))]
-    found = found_in(reader(chunks))
-    assert left_out(reader(chunks), found) == dict.fromkeys([("a", number(n)) for n in (2, 3, 4)], ("a", number(1)))
-    repeats = {("a", number(3)): ("a", number(2)), ("a", number(4)): ("a", number(1))}
-    assert left_out(reader(chunks), found, only_repeats=True) == repeats
 
 
 def test_equal_texts_are_no_near_duplicates() -> None:
     found = found_in(reader([chunk("a", n, "text", *at(0)) for n in range(5)]))
-    assert found.total == Counts(chunks=5, repeats=4, near_duplicates=0, redundant=4)
+    assert found.total == Counts(chunks=5, repeats=4, near_duplicates=0)
     assert found.examples == ()
-
-
-def test_a_chunk_stands_only_for_those_near_itself() -> None:
-    # 0, 15 and 30 degrees are one group, but the ends are not near each other.
-    ends = [chunk("a", 2, "x", *at(0)), chunk("a", 3, "y", *at(15)), chunk("a", 4, "z", *at(30))]
-    assert left_out(reader(ends), found_in(reader(ends))) == {("a", number(3)): ("a", number(2))}
-    middle = [ends[0], replace(ends[1], chunk_id=number(1)), ends[2]]
-    kept = ("a", number(1))
-    assert left_out(reader(middle), found_in(reader(middle))) == {("a", number(2)): kept, ("a", number(4)): kept}
-
-
-def test_chunks_of_the_same_id_are_told_apart_by_their_partition() -> None:
-    chunks = [chunk(key, 256, text, *at(0)) for key, text in (("c", "x"), ("a", "y"), ("b", "x"))]
-    kept = ("a", number(256))
-    assert left_out(reader(chunks), found_in(reader(chunks))) == dict.fromkeys(
-        [("b", number(256)), ("c", number(256))], kept
-    )
 
 
 @pytest.mark.parametrize("degrees, near", [(17.5, 2), (18.5, 0)])
@@ -192,6 +150,16 @@ def test_examples_are_the_closest_pair_of_each_group() -> None:
     assert [pair.cosine for pair in found] == pytest.approx(np.cos(np.radians([1, 3, 7])), abs=1e-6)
     assert found_in(reader(chunks), max_examples=2).examples == found[:2]
     assert found_in(reader(chunks), max_examples=0).examples == ()
+
+
+def test_examples_are_of_all_partitions() -> None:
+    places = [("a", 0), ("a", 1), ("a", 50), ("a", 52), ("b", 100), ("b", 105), ("c", 107), ("c", 200)]
+    chunks = [chunk(key, place, f"{place}", *at(place)) for key, place in places]
+    pairs = [(pair.partition_key, pair.chunk_id, pair.other_chunk_id) for pair in found_in(reader(chunks)).examples]
+    expected = [("a", 0, 1), ("a", 50, 52), ("b", 105, 107)]
+    assert pairs == [(key, number(one), number(other)) for key, one, other in expected]
+    few = [pair.partition_key for pair in found_in(reader(chunks), max_examples=2).examples]
+    assert few == ["a", "b"]
 
 
 def test_the_closest_pair_is_mostly_found_in_whatever_order_a_group_is_joined() -> None:
@@ -223,8 +191,8 @@ def test_norms_that_are_off_a_little_do_not_move_cosines() -> None:
 @pytest.mark.parametrize("rows", [reader([]), lambda columns: reader([chunk("a", 1, "x", 1)])(columns)])
 def test_one_chunk_or_none_repeats_nothing(rows: Rows) -> None:
     found = found_in(rows)
-    assert found.total == Counts(found.total.chunks, 0, 0, 0)
-    assert left_out(rows, found) == {} and found.examples == ()
+    assert found.total == Counts(found.total.chunks, 0, 0)
+    assert found.examples == ()
 
 
 def test_empty_batches_are_skipped() -> None:
@@ -234,7 +202,7 @@ def test_empty_batches_are_skipped() -> None:
         for batch in full(columns):
             yield from (batch.slice(0, 0), batch, batch.slice(0, 0))
 
-    assert left_out(rows, found_in(rows)) == {("a", number(2)): ("a", number(1))}
+    assert found_in(rows).total == Counts(2, 0, 2)
 
 
 @st.composite
@@ -268,29 +236,16 @@ def test_few_chunks_are_found_as_by_comparing_all(chunks: list[Chunk], chance: r
         for other in chunks
         if one.input_hash != other.input_hash and one.embedding @ other.embedding >= COSINE
     }
-    stands: dict[tuple[str, str], Chunk] = {}
-    kept: list[Chunk] = []
-    for one in sorted(chunks, key=lambda chunk: chunk.chunk_id):
-        by = [other for other in kept if one.embedding @ other.embedding >= COSINE]
-        if by:
-            stands[one.partition_key, one.chunk_id] = by[0]
-        else:
-            kept.append(one)
-    assert left_out(reader(chunks), found) == {
-        place: (other.partition_key, other.chunk_id) for place, other in stands.items()
-    }
     for key, counts in found.partitions.items():
         mine = [chunk for chunk in chunks if chunk.partition_key == key]
         assert counts.chunks == len(mine)
         assert counts.repeats == len(mine) - len({chunk.input_hash for chunk in mine})
         assert counts.near_duplicates == sum(chunk.chunk_id in near for chunk in mine)
-        assert counts.redundant == sum(place[0] == key for place in stands)
     assert list(found.partitions) == sorted({chunk.partition_key for chunk in chunks})
     assert found.total.repeats == len(chunks) - len({chunk.input_hash for chunk in chunks})
     chance.shuffle(chunks)
     again = found_in(reader(chunks, at_once))
     assert (again.total, again.partitions, again.examples) == (found.total, found.partitions, found.examples)
-    assert left_out(reader(chunks, at_once), again) == left_out(reader(chunks), found)
 
 
 @pytest.mark.parametrize("lean, share", [(0.0, 0.995), (2.0, 0.95)])
@@ -303,9 +258,6 @@ def test_nearly_all_near_duplicates_are_found(lean: float, share: float) -> None
     found = found_in(many(vectors))
     assert truth.sum() >= 1000
     assert share * truth.sum() <= found.total.near_duplicates <= truth.sum()
-    ids = {hash_text(f"chunk_id {place}"): place for place in range(len(vectors))}
-    for (_, one), (_, other) in left_out(many(vectors), found).items():
-        assert vectors[ids[one]] @ vectors[ids[other]] >= COSINE - 1e-6
     assert all(pair.cosine >= COSINE for pair in found.examples) and len(found.examples) == 20
 
 
@@ -337,7 +289,7 @@ def peak_of(rows: Rows) -> int:
 
 def test_a_text_in_many_chunks_is_one_row() -> None:
     found = found_in(repeated(100_000))
-    assert found.total == Counts(chunks=100_001, repeats=99_999, near_duplicates=100_001, redundant=100_000)
+    assert found.total == Counts(chunks=100_001, repeats=99_999, near_duplicates=100_001)
     assert len(found.examples) == 1
     assert peak_of(repeated(50_000)) - peak_of(repeated(10_000)) < 40_000
 
@@ -353,8 +305,7 @@ def test_many_texts_near_each_other_are_one_group() -> None:
     assert 0.5 < (vectors[:100] @ vectors.T >= COSINE).mean() < 0.99
     found = found_in(many(vectors))
     assert found.total.near_duplicates == 20_000
-    assert 19_900 < found.total.redundant < 20_000
-    assert len(found.examples) == 1
+    assert len(found.examples) == 2  # one in each of the two partitions
 
 
 @pytest.mark.long
@@ -396,11 +347,9 @@ def test_unusable_rows_are_refused(change: dict[str, object], message: str, at_o
     [
         (["same", "more"], "a new input hash"),
         (["same", "same", "more"], "a new input hash"),
-        (["same", "same", "same", "more"], "a new input hash"),
         (["same", "fewer", "same"], "fewer input hashes"),
         (["same", "same", "fewer"], "fewer input hashes"),
         (["same", "same", "moved"], "a new partition"),
-        (["same", "same", "same", "moved"], "a new partition"),
     ],
 )
 def test_rows_that_change_meanwhile_are_refused(kinds: list[str], message: str) -> None:
@@ -417,7 +366,7 @@ def test_rows_that_change_meanwhile_are_refused(kinds: list[str], message: str) 
         return reader(tables[next(reads)])(columns)
 
     with pytest.raises(LakeError, match=f"must stay the same .*, got {message}; run it again"):
-        list(found_in(rows).representatives.redundant(rows))
+        found_in(rows)
 
 
 def test_a_file_that_cannot_grow_is_an_error() -> None:

@@ -55,9 +55,10 @@ REPORT = d.Report(
         (d.Difference(SPACES[1], SPACES[0], "nDCG@10", -0.1, -0.15, -0.05),),
     ),
     duplicates=d.Duplicates(
-        (d.PartitionDuplicates("letters", 10, 4, (d.RepeatedText("Yours sincerely", 5, ("a.md", "b.md")),)),),
+        (d.PartitionDuplicates("letters", 10, 4, 1, (d.RepeatedText("Yours sincerely", 5, ("a.md", "b.md")),)),),
         (d.NearPair(0.998, d.Passage(*PASSAGE), d.Passage(*OTHER)),),
-        25.0,
+        cosine=0.95,
+        limit_percent=25.0,
     ),
     outliers=d.Outliers(10, 100, 0.6, (d.Outlier(*OTHER, score=0.2),)),
     copies=(d.DerivedCopy("int8", 388, 0.98, "lake/derived/int8"), d.DerivedCopy("binary", 48, None)),

@@ -185,7 +185,7 @@ def test_lists_begin_with_what_matters() -> None:
 def test_the_snippets_of_a_pair_have_their_first_difference(same: int, first: str, second: str) -> None:
     passages = [d.Passage("p", "d", "", "", "x y " * (same // 4) + text) for text in ("1" + first, "2" + second)]
     found = Parsed(render(replace(REPORT, duplicates=d.Duplicates((), (d.NearPair(0.99, *passages),))))).data
-    [pair] = found["duplicates"]["near"]
+    [pair] = found["duplicates"]["pairs"]
     assert "1" in pair["first"]["text"] and "2" in pair["second"]["text"]
 
 
