@@ -104,13 +104,15 @@ SPLIT_CHUNKS = pa.schema(
         UNKNOWN_TOKENS,
         pa.field("uri", pa.string(), False),
         pa.field("title", pa.string(), False),
+        pa.field("before", pa.string(), False),
         pa.field("input_hash", pa.string(), False),
         pa.field("input_ids", pa.list_(pa.int32())),
         pa.field("row_hash", pa.binary(16), False),
     ]
 )
-"""Chunks just split, with what embedding them needs: uri and title of their document, hash and token ids of the model's
-input (null where only its tokenizer can tell them), and the hash of their row in the table of chunks."""
+"""Chunks just split, with what embedding them needs: uri and title of their document, what is before the text in the
+model's input, the input's hash and token ids (null where only its tokenizer can tell them), and the hash of their row
+in the table of chunks."""
 REJECTED_ROWS = pa.schema([*REJECTED_DOCUMENTS, FILE_VERSION])
 """Rows of rejected_documents."""
 PARSED_DOCUMENTS = pa.schema([*RAW_DOCUMENTS, FILE_VERSION, PAGE_STARTS, pa.field("row_hash", pa.binary(16), False)])
@@ -187,7 +189,7 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "unknown_tokens": "tokens of the chunk that the model's tokenizer has no word for; null if it was not counted",
     "text_hash": "blake2b-128 hex of the chunk's text",
     "is_truncated": "the model saw only the first tokens of this chunk",
-    "input_hash": "blake2b-128 hex of the exact string given to the model, prompt included",
+    "input_hash": "blake2b-128 hex of the exact string given to the model, prompt and context included",
     "embedding": "unit-norm float32 vector",
     "embedded_at": "when the vector was computed, UTC",
 }

@@ -62,6 +62,17 @@ def _share_or_whole(gpus: float | None) -> float | None:
     return gpus
 
 
+CONTEXT_PARTS = ("title", "headings")
+
+
+def _parts_of_context(value: str) -> str:
+    """The parts in the order in which the model gets them."""
+    parts = [part.strip() for part in value.split(",")] if value.strip() else []
+    if set(parts) - set(CONTEXT_PARTS) or len(set(parts)) < len(parts):
+        raise ValueError("must be empty, title, headings, or title,headings")
+    return ",".join(part for part in CONTEXT_PARTS if part in parts)
+
+
 DEFAULT_IGNORE = (
     "~$*,.~lock.*,*~,#*#,*.swp,*.tmp,*.crdownload,*.part,Thumbs.db,ehthumbs.db,desktop.ini,__MACOSX,"
     "_SUCCESS,_committed_*,_started_*,*.crc"
@@ -115,6 +126,9 @@ class Settings(BaseSettings):
     endpoint_tokens_per_minute: AutoInt = Field(None, ge=1, description="Limit on tokens to ENDPOINT; auto: none.")
     prompt: str | None = Field(
         None, description="Prefix of every chunk: the name of one of the model's prompts, or the text itself."
+    )
+    context: Annotated[str, AfterValidator(_parts_of_context)] = Field(
+        "", description="What is put before a chunk's text for the model: title, headings, or title,headings."
     )
     query_prompt: str | None = Field(None, description="Prefix of search queries; default: the model's own.")
     truncate_dim: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(

@@ -65,12 +65,13 @@ def test_every_setting_is_listed_and_exists() -> None:
         assert defaults[name] == str(Settings.model_fields[name].default)
 
 
-PAGES = ("endpoints.md", "ray.md", "formats.md", "dagster.md", "generations.md")
+PAGES = ("context.md", "endpoints.md", "ray.md", "formats.md", "dagster.md", "generations.md")
 README_ORDER = [
     *("source", "source_options", "lake", "lake_options", "partition_by"),
     *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
     *("max_batch_tokens", "compile", "prepare_processes", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
     *("compute", "trust_remote_code", "allow_pickled_weights"),
+    "context",
     *("endpoint", "endpoint_concurrency", "endpoint_batch_texts", "endpoint_requests_per_minute"),
     *("endpoint_tokens_per_minute",),
     *("ray_address", "ray_replicas", "ray_gpus_per_replica", "ray_cpus_per_replica", "ray_wait_seconds"),

@@ -71,7 +71,7 @@ class Checker:
     ) -> dict[str, Outcome]:
         """Evaluate the selected checks of an asset, and record changed results: outcomes by check name."""
         target = self.pipeline.target
-        subject = Subject(partition, target.table, target.prompt, self.pipeline.settings)
+        subject = Subject(partition, target.table, target.model_input, self.pipeline.settings)
         outcomes = dict(evaluate(asset, self.names_of(asset), subject) if found is None else found)
         if asset == "embeddings" and self._is_selected(asset, FRESHNESS):
             outcomes[FRESHNESS] = _freshness(stale)

@@ -113,7 +113,7 @@ class IngestCall:
 
 
 def _subject(pipeline: Pipeline, partition: PartitionSnapshot) -> Subject:
-    return Subject(partition, pipeline.embeddings_table, pipeline.model.space.prompt, pipeline.settings)
+    return Subject(partition, pipeline.embeddings_table, pipeline.model.space.model_input, pipeline.settings)
 
 
 def _chunks(task: Task) -> list[tuple[int, bytes]] | None:
@@ -179,7 +179,7 @@ class CommitCall:
             partition = tables.partition(outcome.key)
             for state in self.baselines:
                 partition.set_baseline(state)
-            chunks = StoredChunks(partition, target.prompt, self._changed(partition, target.table))
+            chunks = StoredChunks(partition, target.model_input, self._changed(partition, target.table))
             outcome.replaced["embeddings"] = commit_embeddings(
                 partition, chunks, target, self.rejected, self.provenance, outcome
             )

@@ -78,7 +78,7 @@ class Ingest:
         """The partition's chunks: as just prepared, where possible."""
         target = self.due.pipeline.target
         prepared = task.prepared if "chunks" in task.outcome.replaced else None
-        stored = StoredChunks(task.partition, target.prompt)
+        stored = StoredChunks(task.partition, target.model_input)
         if prepared is None:
             return stored
         are_enough = prepared.changed is None or self.due.is_as_recorded(target.table, task.partition)

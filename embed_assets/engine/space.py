@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
+from embed_assets.engine.inputs import CONTEXT_TOKENS, ModelInput
 from embed_assets.engine.tokenization import ModelTokenizer
 from embed_assets.errors import SettingsError
 from embed_assets.records import hash_parts
@@ -56,6 +57,8 @@ class EmbeddingSpace:
     """Contents of a ``tokenizer.json``: the tokenizer that cuts texts and counts tokens."""
     number_format: str = "float"
     """"float", or "int8:<artifact hash>" for a quantized model."""
+    context: str = ""
+    """What is put between prompt and text: "title", "headings", "title,headings", or nothing."""
 
     @property
     def is_remote(self) -> bool:
@@ -65,8 +68,9 @@ class EmbeddingSpace:
     @cached_property
     def fingerprint(self) -> str:
         """32 hex characters that are equal exactly when the vectors are comparable and reusable."""
-        parts = (self.weights_hash, self.tokenizer_hash, self.modules_hash, self.prompt, self.number_format)
-        return hash_parts((*parts, str(self.max_seq_length), str(self.truncate_dim)))
+        parts = [self.weights_hash, self.tokenizer_hash, self.modules_hash, self.prompt, self.number_format]
+        parts += [str(self.max_seq_length), str(self.truncate_dim)]
+        return hash_parts([*parts, f"context:{self.context}"] if self.context else parts)
 
     @property
     def name(self) -> str:
@@ -96,6 +100,17 @@ class EmbeddingSpace:
             return 0
         return self.tokenizer.count([self.prompt])[0] - self.tokenizer.special_tokens + 1
 
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that are kept free for the context in every chunk; 0 without one."""
+        return min(CONTEXT_TOKENS, self.max_seq_length // 4) if self.context else 0
+
+    @cached_property
+    def model_input(self) -> ModelInput:
+        """How a chunk becomes the model's input."""
+        parts = self.context.split(",")
+        return ModelInput(self.tokenizer, self.prompt, "title" in parts, "headings" in parts, self.context_tokens)
+
     def describe(self) -> dict[str, str]:
         """Table properties that describe the space, with keys that begin with ``embed_assets.``."""
         values = {
@@ -106,6 +121,7 @@ class EmbeddingSpace:
             "modules": self.modules_hash,
             "max_seq_length": str(self.max_seq_length),
             "prompt": self.prompt,
+            "context": self.context,
             "truncate_dim": str(self.truncate_dim),
             "number_format": self.number_format,
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,20 @@ from embed_assets.lake.tables import CHUNK_TABLE, RAW, REJECTED, TableSpec, dime
 from embed_assets.lake.vectors import is_unit
 from embed_assets.records import NOT_EMBEDDABLE, chunk_of, hash_text, is_chunk_of
 from embed_assets.scratch import DiskMap
+
+_ROW = ("chunk_id", "input_hash", "text", "title", "heading_path")
+"""Columns of embeddings that tell what was embedded."""
+
+
+class InputForm(Protocol):
+    """How a chunk becomes the model's input."""
+
+    @property
+    def has_title(self) -> bool:
+        """Whether the input depends on the title of the document."""
+
+    def of(self, text: str, title: str, heading_path: str) -> str:
+        """The exact string that the model gets for a chunk."""
 
 
 @dataclass(slots=True)
@@ -68,26 +83,24 @@ class Gaps:
         return ("embeddings",) if self.total else ()
 
 
-def verify(tables: Snapshot, table: TableSpec, prompt: str) -> Iterator[tuple[str, Gaps]]:
+def verify(tables: Snapshot, table: TableSpec, model_input: InputForm) -> Iterator[tuple[str, Gaps]]:
     """Yield the key and gaps of each partition of raw_documents, chunks or `table`, the table of a space, in key order.
 
-    `prompt` is the space's string before every chunk. Memory holds 24 bytes per chunk of the current partition, one
-    document and one batch of vectors.
+    Memory holds 24 bytes per chunk of the current partition, one document and one batch of vectors.
     """
     for key in sorted(set().union(*(tables.keys(spec) for spec in (table, CHUNK_TABLE, RAW)))):
-        yield key, verify_partition(tables.partition(key), table, prompt)
+        yield key, verify_partition(tables.partition(key), table, model_input)
 
 
-def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
+def verify_partition(partition: PartitionSnapshot, table: TableSpec, model_input: InputForm) -> Gaps:
     """The gaps of one partition. Vectors are checked only if documents and chunks have no gaps."""
     gaps, spans = Gaps(), Spans()
     excused = _rejected_chunks(partition, table.space, REJECTED.schema.names)
     gaps.unreadable_rejections = int(excused is None)
-    expected = _Expected(prompt, excused or frozenset())
+    expected = _Expected(model_input, excused or frozenset())
     try:
-        for batch in partition.rows(CHUNK_TABLE, [*SPAN_COLUMNS, "chunk_id", "text", "text_hash"]):
+        for batch in partition.rows(CHUNK_TABLE, [*SPAN_COLUMNS, "text", "text_hash"]):
             gaps.altered_chunks += _count_altered(batch, "text_hash")
-            expected.add(batch)
             spans.add(batch)
     except LakeError:
         gaps.unreadable_chunks = 1
@@ -107,33 +120,32 @@ def verify_partition(partition: PartitionSnapshot, table: TableSpec, prompt: str
     return gaps if gaps.total else _verify_rows(partition, table, expected)
 
 
-def verify_vectors(partition: PartitionSnapshot, table: TableSpec, prompt: str) -> Gaps:
+def verify_vectors(partition: PartitionSnapshot, table: TableSpec, model_input: InputForm) -> Gaps:
     """The gaps of one partition's vectors compared with its chunks.
 
     Vectors must have the table's dimension or, if the table records none, that of the first vector in each batch.
     """
     # Without its rejections, chunks count as missing, and materializing again repairs the table.
-    expected = _Expected(prompt, _rejected_chunks(partition, table.space, ("reason", "detail")) or frozenset())
-    try:
-        for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
-            expected.add(batch)
-    except LakeError:
-        return Gaps(unreadable_chunks=1)
-    return _verify_rows(partition, table, expected)
+    excused = _rejected_chunks(partition, table.space, ("reason", "detail"))
+    return _verify_rows(partition, table, _Expected(model_input, excused or frozenset()))
 
 
 def _verify_rows(partition: PartitionSnapshot, table: TableSpec, expected: _Expected) -> Gaps:
     """The gaps of one partition's vectors compared with the rows that are expected."""
     delta = partition.tables.table(table)
     dimension = None if delta is None else dimension_of(delta)
-    gaps, found, prompt = Gaps(), _MultisetHash(), expected.prompt
+    gaps, wanted, found = Gaps(), _MultisetHash(), _MultisetHash()
     try:
-        for batch in partition.rows(table, ["chunk_id", "input_hash", "text", "embedding"]):
+        for pairs in expected.pairs(partition):
+            wanted.add([pair for pair in pairs if pair[0] not in expected.excused])
+    except LakeError:
+        return Gaps(unreadable_chunks=1)
+    try:
+        for batch in partition.rows(table, [*_ROW, "embedding"]):
             _verify_vectors(batch.column("embedding"), dimension, gaps)
-            ids, hashes, texts = (batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text"))
             # A row whose text is not the embedded one gets a hash that matches no chunk.
-            found.add(ids, [h if h == hash_text(prompt + t) else "" for h, t in zip(hashes, texts, strict=True)])
-        if found != expected.rows:
+            found.add([(chunk_id, h if is_own else "") for chunk_id, h, is_own in expected.stored(batch)])
+        if found != wanted:
             _compare_rows(partition, table, expected, gaps)
     except LakeError:
         return Gaps(unreadable_vectors=1)
@@ -150,47 +162,46 @@ class _MultisetHash:
     total: int = 0
     rows: int = 0
 
-    def add(self, chunk_ids: Sequence[str], input_hashes: Sequence[str]) -> None:
-        hashes = list(map(hash, zip(chunk_ids, input_hashes, strict=True)))
+    def add(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Add rows, as chunk id and input hash."""
+        hashes = list(map(hash, rows))
         self.total += sum(hashes)
         self.rows += len(hashes)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Expected:
-    """The rows that a table of embeddings should have, by the chunks that were added."""
+    """The rows that a table of embeddings should have."""
 
-    prompt: str
-    """Exact string before every chunk."""
+    model_input: InputForm
     excused: Set[str]
     """Ids of chunks that may lack a vector."""
-    rows: _MultisetHash = field(default_factory=_MultisetHash)
 
-    def add(self, chunks: pa.RecordBatch) -> None:
-        """Add chunks, with at least the columns chunk_id and text."""
-        pairs = [pair for pair in self.pairs(chunks) if pair[0] not in self.excused]
-        self.rows.add([chunk_id for chunk_id, _ in pairs], [input_hash for _, input_hash in pairs])
+    def pairs(self, partition: PartitionSnapshot) -> Iterator[list[tuple[str, str]]]:
+        """Of a partition's chunks, the id and the hash of the model's input that each should have had, by batches."""
+        with DiskMap("title") as titles:
+            for batch in partition.rows(RAW, ["document_id", "title"]) if self.model_input.has_title else ():
+                titles.add(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+            for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "document_id", "text", "heading_path"]):
+                ids, documents, texts, headings = (column.to_pylist() for column in batch.columns)
+                found = titles.get(documents) if self.model_input.has_title else [None] * len(documents)
+                inputs = map(self.model_input.of, texts, (row[0] if row else "" for row in found), headings)
+                yield list(zip(ids, map(hash_text, inputs), strict=True))
 
-    def pairs(self, chunks: pa.RecordBatch) -> list[tuple[str, str]]:
-        """Id of each chunk and hash of the model's input that it should have had."""
-        texts = chunks.column("text").to_pylist()
-        hashes = (hash_text(self.prompt + text) for text in texts)
-        return list(zip(chunks.column("chunk_id").to_pylist(), hashes, strict=True))
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, str, str]]:
-    return zip(*(batch.column(name).to_pylist() for name in ("chunk_id", "input_hash", "text")), strict=True)
+    def stored(self, batch: pa.RecordBatch) -> Iterator[tuple[str, str, bool]]:
+        """Of rows with the columns `_ROW`: chunk id, input hash, and whether that is the hash of their input."""
+        for chunk_id, input_hash, *parts in zip(*(batch.column(name).to_pylist() for name in _ROW), strict=True):
+            yield chunk_id, input_hash, input_hash == hash_text(self.model_input.of(*parts))
 
 
 def _compare_rows(partition: PartitionSnapshot, table: TableSpec, wanted: _Expected, gaps: Gaps) -> None:
     """Count the differences between chunks and vectors in `gaps`."""
-    prompt, excused = wanted.prompt, wanted.excused
     with DiskMap("input_hash") as expected, DiskMap() as seen:
-        for batch in partition.rows(CHUNK_TABLE, ["chunk_id", "text"]):
-            expected.add(wanted.pairs(batch))
+        for pairs in wanted.pairs(partition):
+            expected.add(pairs)
         met = 0
-        for batch in partition.rows(table, ["chunk_id", "input_hash", "text"]):
-            for chunk_id, input_hash, text in _rows(batch):
+        for batch in partition.rows(table, _ROW):
+            for chunk_id, input_hash, is_own in wanted.stored(batch):
                 [known] = expected.get([chunk_id])
                 if chunk_id in seen:
                     gaps.duplicated += 1
@@ -200,8 +211,8 @@ def _compare_rows(partition: PartitionSnapshot, table: TableSpec, wanted: _Expec
                     gaps.extra += 1
                     continue
                 met += 1
-                gaps.stale_text += not input_hash == known[0] == hash_text(prompt + text)
-        without = sum(chunk_id in expected and chunk_id not in seen for chunk_id in excused)
+                gaps.stale_text += not (is_own and input_hash == known[0])
+        without = sum(chunk_id in expected and chunk_id not in seen for chunk_id in wanted.excused)
         gaps.missing = len(expected) - met - without
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from embed_assets.engine.inputs import ModelInput
 from embed_assets.errors import LakeError
 from embed_assets.lake.coverage import measure_coverage
 from embed_assets.lake.snapshot import PartitionSnapshot
@@ -36,8 +37,7 @@ class Subject:
     partition: PartitionSnapshot
     table: TableSpec
     """Embeddings table of the space."""
-    prompt: str
-    """Exact string before every chunk."""
+    model_input: ModelInput
     settings: Settings
 
     def column(self, table: TableSpec, name: str) -> Iterator[Any]:
@@ -97,7 +97,7 @@ def _duplicate_share(subject: Subject) -> Outcome:
 
 
 def _vectors(subject: Subject) -> Outcome:
-    gaps = verify_vectors(subject.partition, subject.table, subject.prompt)
+    gaps = verify_vectors(subject.partition, subject.table, subject.model_input)
     counts = {kind: count for kind, count in asdict(gaps).items() if count}
     found = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
     good = "every chunk has one finite unit-norm vector, for its current text"

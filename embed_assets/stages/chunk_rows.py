@@ -8,13 +8,13 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from embed_assets.engine.inputs import ModelInput, hash_input
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
-from embed_assets.records import hash_text
 from embed_assets.scratch import ArrowFile, DiskMap
 
-INPUTS = ("text", "token_count", "input_hash", "input_ids")
+INPUTS = ("before", "text", "token_count", "input_hash", "input_ids")
 """Columns that tell what to embed, named as in `SPLIT_CHUNKS`."""
 ROWS = (
     *("chunk_id", "document_id", "chunk_index", "uri", "title", "text", "heading_path", "char_start", "char_end"),
@@ -79,8 +79,7 @@ class StoredChunks:
     """Chunks of the lake."""
 
     partition: PartitionSnapshot
-    prompt: str
-    """Exact string before every chunk."""
+    model_input: ModelInput
     changed: frozenset[str] | None = None
 
     @property
@@ -94,26 +93,53 @@ class StoredChunks:
 
     def inputs(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `INPUTS`; the token ids are not stored, so they are null."""
-        for batch in self._documents.rows(CHUNK_TABLE, ["text", "token_count", "text_hash"]):
-            text, token_count = batch.column("text"), batch.column("token_count")
+        for batch in self.with_inputs(["text", "token_count"]):
             no_ids = pa.nulls(batch.num_rows, pa.list_(pa.int32()))
-            yield pa.RecordBatch.from_arrays([text, token_count, self._input_hashes(batch), no_ids], names=INPUTS)
+            yield batch.append_column("input_ids", no_ids).select(INPUTS)
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Batches with the columns `ROWS`, joined with the documents. Raises ``LakeError`` if one is missing."""
+        return (batch.select(ROWS) for batch in self._joined(_STORED))
+
+    def with_inputs(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Batches with these columns of the table of chunks, and `before` and `input_hash` of the model's input."""
+        if self.model_input.has_title:
+            yield from self._joined(columns)
+            return
+        place = ["heading_path"] if self.model_input.has_headings else []
+        for batch in self._documents.rows(CHUNK_TABLE, list(dict.fromkeys([*columns, *place, "text", "text_hash"]))):
+            yield self._with_inputs(batch)
+
+    def _joined(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """As `with_inputs`, with uri and title of the documents."""
+        needed = [*columns, "document_id", "heading_path", "text", "text_hash"]
         with DiskMap("uri", "title") as documents:
             for batch in self._documents.rows(RAW, ["document_id", "uri", "title"]):
                 documents.add(zip(*(column.to_pylist() for column in batch.columns), strict=True))
-            for batch in self._documents.rows(CHUNK_TABLE, [*_STORED, "text_hash"]):
+            for batch in self._documents.rows(CHUNK_TABLE, list(dict.fromkeys(needed))):
                 uris, titles = self._origins(batch.column("document_id"), documents)
-                joined = {name: batch.column(name) for name in _STORED}
-                joined |= {"uri": uris, "title": titles, "input_hash": self._input_hashes(batch)}
-                yield pa.RecordBatch.from_arrays([joined[name] for name in ROWS], names=ROWS)
+                yield self._with_inputs(batch.append_column("uri", uris).append_column("title", titles))
 
-    def _input_hashes(self, batch: pa.RecordBatch) -> pa.Array:
-        if not self.prompt:
-            return batch.column("text_hash")
-        return pa.array([hash_text(self.prompt + text) for text in batch.column("text").to_pylist()], pa.string())
+    def _with_inputs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        before = self._before(batch)
+        hashes = batch.column("text_hash")
+        if any(before):
+            texts = (batch.column(name).to_pylist() for name in ("text", "text_hash"))
+            hashes = pa.array(list(map(hash_input, before, *texts)), pa.string())
+        return batch.append_column("before", pa.array(before, pa.string())).append_column("input_hash", hashes)
+
+    def _before(self, batch: pa.RecordBatch) -> list[str]:
+        """What is before the text of each chunk."""
+        if not self.model_input.has_context:
+            return [self.model_input.prompt] * batch.num_rows
+        titles, headings = (
+            batch.column(name).to_pylist() if is_used else [""] * batch.num_rows
+            for name, is_used in (
+                ("title", self.model_input.has_title),
+                ("heading_path", self.model_input.has_headings),
+            )
+        )
+        return list(map(self.model_input.before, titles, headings))
 
     def _origins(self, document_ids: pa.Array, documents: DiskMap) -> tuple[pa.Array, pa.Array]:
         """uri and title of the chunks' documents."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice, tee
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,8 +17,8 @@ from embed_assets.corpus.code import is_code
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.parsing import read_documents
 from embed_assets.corpus.source import Source, SourcePartition
+from embed_assets.engine.inputs import ModelInput, hash_input
 from embed_assets.engine.space import EmbeddingSpace
-from embed_assets.engine.tokenization import ModelTokenizer
 from embed_assets.errors import SettingsError
 from embed_assets.records import (
     CONTENT_COLUMNS,
@@ -72,29 +71,6 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class ModelInput:
-    """How a chunk becomes the model's input: its text behind the prompt."""
-
-    tokenizer: ModelTokenizer
-    prompt: str
-    """Exact string before every chunk."""
-
-    def hash(self, text: str, text_hash: str) -> str:
-        """Hash of the input for a chunk's text. `text_hash` is the hash of the text alone."""
-        return hash_text(self.prompt + text) if self.prompt else text_hash
-
-    @cached_property
-    def around(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Token ids before and after a chunk's own; None if the prompt's end may change the chunk's first tokens."""
-        before, after = self.tokenizer.added_ids
-        if not self.prompt:
-            return before, after
-        if not (self.tokenizer.splits_at_whitespace and self.prompt[-1] in " \t\n\r"):
-            return None
-        return np.concatenate([before, *self.tokenizer.encode([self.prompt])]), after
-
-
-@dataclass(frozen=True)
 class Corpus:
     """A source of documents with the options that decide how they are parsed and split. Can be pickled."""
 
@@ -108,8 +84,7 @@ class Corpus:
     def from_settings(cls, settings: Settings, space: EmbeddingSpace) -> Corpus:
         """The corpus of the settings, split for the model of `space`. Reads nothing. Raises ``SettingsError``."""
         chunking = _chunk_options(settings, space)
-        model_input = ModelInput(space.tokenizer, space.prompt)
-        return cls(Source.from_settings(settings), ParseOptions.from_settings(settings), chunking, model_input)
+        return cls(Source.from_settings(settings), ParseOptions.from_settings(settings), chunking, space.model_input)
 
     def documents(self, partition: SourcePartition) -> Iterator[Document | Rejection]:
         """Read and parse the files of a partition; documents that can't be read come as rejections."""
@@ -139,7 +114,7 @@ class Corpus:
 
     def _chunk_batch(self, group: Sequence[_Identified], key: str) -> pa.RecordBatch:
         documents, chunks, text_hashes, ids = zip(*group, strict=True)
-        hash_input = self.model_input.hash
+        before = [self.model_input.before(d.title, c.heading_path) for d, c in zip(documents, chunks, strict=True)]
         columns: dict[str, Any] = {
             "partition_key": [key] * len(group),
             "chunk_id": ids,
@@ -156,27 +131,25 @@ class Corpus:
             "page_end": [d.page_of(c.char_end - 1) for d, c in zip(documents, chunks, strict=True)],
             "uri": [document.uri for document in documents],
             "title": [document.title for document in documents],
-            "input_hash": [hash_input(chunk.text, h) for chunk, h in zip(chunks, text_hashes, strict=True)],
+            "before": before,
+            "input_hash": [hash_input(b, c.text, h) for b, c, h in zip(before, chunks, text_hashes, strict=True)],
         }
         hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["chunks"]])
-        columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(chunks)}
+        columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(before, chunks)}
         return pa.RecordBatch.from_pydict(columns, schema=SPLIT_CHUNKS)
 
     def _unknown_tokens(self, chunks: Sequence[Chunk]) -> list[int]:
         unknown = self.model_input.tokenizer.unknown_id
         return [0 if unknown is None else int(np.count_nonzero(c.token_ids == unknown)) for c in chunks]
 
-    def _input_ids(self, chunks: Sequence[Chunk]) -> pa.Array:
+    def _input_ids(self, before: Sequence[str], chunks: Sequence[Chunk]) -> pa.Array:
         """list<int32>: token ids of the model's input for each chunk; null where only its tokenizer can tell them."""
-        around = self.model_input.around
-        if around is None:
-            return pa.nulls(len(chunks), pa.list_(pa.int32()))
-        before, after = around
-        lengths = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int64, len(chunks))
-        offsets = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(lengths + len(before) + len(after), out=offsets[1:])
-        values = np.concatenate([ids for chunk in chunks for ids in (before, chunk.token_ids, after)])
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+        found = self.model_input.token_ids(before, [chunk.token_ids for chunk in chunks])
+        offsets = np.zeros(len(found) + 1, np.int32)
+        np.cumsum([0 if ids is None else len(ids) for ids in found], out=offsets[1:])
+        values = np.concatenate([np.empty(0, np.int32), *(ids for ids in found if ids is not None)])
+        is_null = pa.array([ids is None for ids in found])
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()), mask=is_null)
 
     def sample(self, count: int, max_tokens: int | None = None) -> list[str]:
         """Texts of up to `count` chunks (of at most `max_tokens`, if given), deterministic for the same corpus.
@@ -231,18 +204,19 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[_Text]:
 
 def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:
     """Chunk size, by default what fits the model beside its prompt, and overlap. Raises ``SettingsError``."""
-    fits = space.max_seq_length - space.prompt_tokens
-    max_tokens = settings.chunk_tokens or fits
+    limit = settings.chunk_tokens or space.max_seq_length - space.prompt_tokens
+    max_tokens = limit - space.context_tokens
     room = max_tokens - space.tokenizer.special_tokens
     if room < _MIN_TEXT_TOKENS:
+        context = f", and the context {space.context_tokens} of them" if space.context else ""
         raise SettingsError(
-            f"a chunk needs room for at least {_MIN_TEXT_TOKENS} tokens of text, but of the {max_tokens} tokens of a "
-            f"chunk (the model takes {space.max_seq_length}, the prompt {space.prompt_tokens}) special tokens leave "
-            f"{room}; shorten EMBED_PROMPT or raise EMBED_CHUNK_TOKENS"
+            f"a chunk needs room for at least {_MIN_TEXT_TOKENS} tokens of text, but of the {limit} tokens of a "
+            f"chunk (the model takes {space.max_seq_length}, the prompt {space.prompt_tokens}{context}) special tokens "
+            f"leave {room}; shorten EMBED_PROMPT, raise EMBED_CHUNK_TOKENS or unset EMBED_CONTEXT"
         )
     if settings.chunk_overlap_tokens >= room:
         raise SettingsError(
             f"CHUNK_OVERLAP_TOKENS must be smaller than the {room} tokens of text in a chunk of "
-            f"CHUNK_TOKENS={max_tokens}, got {settings.chunk_overlap_tokens}; lower EMBED_CHUNK_OVERLAP_TOKENS"
+            f"CHUNK_TOKENS={limit}, got {settings.chunk_overlap_tokens}; lower EMBED_CHUNK_OVERLAP_TOKENS"
         )
     return ChunkOptions(max_tokens, settings.chunk_overlap_tokens)

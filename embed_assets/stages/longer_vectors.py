@@ -14,7 +14,7 @@ from embed_assets.lake.spaces import space_table
 from embed_assets.lake.tables import TableSpec, dimension_of
 from embed_assets.lake.vectors import VECTOR_COLUMNS, vector_array
 
-_SHARED = ("weights", "tokenizer", "modules", "max_seq_length", "prompt", "number_format")
+_SHARED = ("weights", "tokenizer", "modules", "max_seq_length", "prompt", "context", "number_format")
 """Properties, but for their prefix, in which a space agrees with that of its longer vectors."""
 _LEAST_NORM = 1e-6
 """Norm below which the first dimensions say nothing: the text is embedded."""
@@ -51,6 +51,6 @@ def find_longer(tables: Snapshot, table: TableSpec, dimension: int | None) -> Lo
             continue
         stored = delta.metadata().configuration
         length = dimension_of(delta) or 0
-        if length > dimension and all(stored.get(f"embed_assets.{n}") == value for n, value in wanted.items()):
+        if length > dimension and all(stored.get(f"embed_assets.{n}", "") == value for n, value in wanted.items()):
             found[length] = other
     return LongerVectors(found[max(found)], dimension) if found else None

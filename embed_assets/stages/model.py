@@ -37,7 +37,7 @@ class Model:
 
         Raises ``ModelError``, ``SettingsError`` or ``LakeError``.
         """
-        space = resolve_space(
+        chosen = resolve_space(
             ModelChoice(
                 settings.model,
                 settings.revision,
@@ -49,6 +49,7 @@ class Model:
                 settings.endpoint,
             )
         )
+        space = replace(chosen, context=settings.context)
         is_int8 = settings.precision == "int8"
         if is_int8 and settings.device not in ("auto", "cpu"):
             raise SettingsError(

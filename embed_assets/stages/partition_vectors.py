@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 import numpy as np
 import pyarrow as pa
 
 from embed_assets.engine.backend import EmbeddedWindow, Window
+from embed_assets.engine.inputs import ModelInput
 from embed_assets.engine.tokenization import TokenizedTexts
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot
@@ -30,8 +32,7 @@ class Target:
 
     table: TableSpec
     """Embeddings table of the space."""
-    prompt: str
-    """Exact string before every chunk."""
+    model_input: ModelInput
     elsewhere: Elsewhere | None = None
     """Vectors of the whole table; None to reuse only those of the partition."""
     longer: LongerVectors | None = None
@@ -118,7 +119,7 @@ class PartitionVectors:
                     self._store.add(batch)
                 found = found.filter(pa.array(~self._store.has(hash_keys(found.column("input_hash")))))
             if found.num_rows:
-                yield _window(found, self.target.prompt)
+                yield _window(found)
 
     def keys(self) -> np.ndarray:
         """The `hash_keys` of all inputs with a vector."""
@@ -234,8 +235,8 @@ def _joined_batch(parts: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
 
 
-def _window(inputs: pa.RecordBatch, prompt: str) -> Window:
+def _window(inputs: pa.RecordBatch) -> Window:
     """The window of a batch with `INPUTS`, tokenized if all token ids are known."""
-    texts = [prompt + text for text in inputs.column("text").to_pylist()]
+    texts = list(map(add, *(inputs.column(name).to_pylist() for name in ("before", "text"))))
     tokens = TokenizedTexts.from_lists(inputs.column("input_ids"))
     return Window(texts, inputs.column("input_hash").to_pylist(), tokens)

@@ -16,9 +16,9 @@ from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW, Lake, TableSpec
 from embed_assets.lake.vectors import hash_keys
-from embed_assets.records import hash_text
 from embed_assets.settings import Settings
 from embed_assets.stages.changes import Changes, is_known
+from embed_assets.stages.chunk_rows import StoredChunks
 from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
 from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.embeddings import known_inputs
@@ -27,7 +27,8 @@ from embed_assets.stages.model import Model
 from embed_assets.stages.partition_vectors import Target
 from embed_assets.stages.recipe import recipe_of
 
-_CHUNK_COLUMNS = ("chunk_id", "text", "token_count", "unknown_tokens")
+_STORED = ("chunk_id", "token_count", "unknown_tokens")
+_CHUNK_COLUMNS = ("chunk_id", "before", "input_hash", "token_count", "unknown_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,10 @@ class Pipeline:
         table, space = self.embeddings_table, self.model.space
         longer = find_longer(Snapshot(self.lake), table, space.truncate_dim)
         if self.settings.reuse != "table":
-            return Target(table, space.prompt, longer=longer)
+            return Target(table, space.model_input, longer=longer)
         at_start = Snapshot(self.lake)
         at_start.version(table)
-        return Target(table, space.prompt, Elsewhere(at_start, table), longer)
+        return Target(table, space.model_input, Elsewhere(at_start, table), longer)
 
     @cached_property
     def code_versions(self) -> dict[str, str]:
@@ -167,19 +168,18 @@ class Estimator:
         """
         if not stale:
             return Estimate(0, self._stored_rows.get(partition.key, 0), 0, 0)
-        table, space = self.pipeline.embeddings_table, self.pipeline.model.space
+        table = self.pipeline.embeddings_table
         rows = self.tables.partition(partition.key)
         known, ids = known_inputs(rows, table, is_damaged)
         for batch in self._longer.rows(rows) if self._longer else ():
             known.update(batch.column("input_hash").to_pylist())
         to_embed: dict[str, tuple[int, int]] = {}
         kept = chunks = 0
-        for chunk_id, text, token_count, unknown in self._future_chunks(partition, stale):
+        for chunk_id, before, input_hash, token_count, unknown in self._future_chunks(partition, stale):
             chunks += 1
             kept += chunk_id in ids
-            input_hash = hash_text(space.prompt + text)
             if input_hash not in known:
-                to_embed[input_hash] = token_count + max(0, space.prompt_tokens - 1), unknown or 0
+                to_embed[input_hash] = token_count + self._tokens_of(before), unknown or 0
         if self._elsewhere is not None:
             keys = hash_keys(list(to_embed))
             is_known = self._elsewhere.has(keys).tolist()
@@ -201,6 +201,16 @@ class Estimator:
         """Vectors that the space's are the first dimensions of."""
         return find_longer(self.tables, self.pipeline.embeddings_table, self.pipeline.model.space.truncate_dim)
 
+    def _tokens_of(self, before: str) -> int:
+        """Tokens of what is before the texts of chunks."""
+        if before not in self._prefixes:
+            self._prefixes[before] = len(self.pipeline.model.space.tokenizer.encode([before])[0])
+        return self._prefixes[before]
+
+    @cached_property
+    def _prefixes(self) -> dict[str, int]:
+        return {"": 0}
+
     @cached_property
     def _stored_rows(self) -> dict[str, int]:
         """Rows of each partition's embeddings. Chunks without one were rejected by the model."""
@@ -209,8 +219,8 @@ class Estimator:
 
     def _future_chunks(
         self, partition: SourcePartition, stale: frozenset[str]
-    ) -> Iterator[tuple[str, str, int, int | None]]:
-        """Yield (chunk_id, text, token_count, unknown_tokens) of each chunk that the partition will have."""
+    ) -> Iterator[tuple[str, str, str, int, int | None]]:
+        """Yield the values of `_CHUNK_COLUMNS` of each chunk that the partition will have."""
         corpus, tables = self.pipeline.corpus, self.tables.partition(partition.key)
         if "raw_documents" in stale:
             changes = self.find(partition) if self._can_read_chunks(partition.key) else None
@@ -218,7 +228,7 @@ class Estimator:
         elif "chunks" in stale:
             batches = corpus.chunks(tables.rows(RAW, TEXT_COLUMNS), partition.key)
         else:
-            batches = tables.rows(CHUNK_TABLE, _CHUNK_COLUMNS)
+            batches = StoredChunks(tables, self.pipeline.model.space.model_input).with_inputs(_STORED)
         for batch in batches:
             columns = (batch.column(name).to_pylist() for name in _CHUNK_COLUMNS)
             yield from zip(*columns, strict=True)
@@ -226,7 +236,7 @@ class Estimator:
     def _can_read_chunks(self, key: str) -> bool:
         """Whether the partition's stored chunks can be read; a sync makes all of them anew if not."""
         try:
-            for _ in self.tables.partition(key).rows(CHUNK_TABLE, [*_CHUNK_COLUMNS, "document_id"]):
+            for _ in self.tables.partition(key).rows(CHUNK_TABLE, [*_STORED, "text", "document_id"]):
                 pass
         except LakeError:
             return False
@@ -244,5 +254,6 @@ class Estimator:
 
         yield from corpus.chunks(changed(), key)
         names = pa.array(gone, pa.string())
-        for batch in self.tables.partition(key).rows(CHUNK_TABLE, [*_CHUNK_COLUMNS, "document_id"]):
+        stored = StoredChunks(self.tables.partition(key), self.pipeline.model.space.model_input)
+        for batch in stored.with_inputs([*_STORED, "document_id"]):
             yield batch.filter(pc.invert(pc.is_in(batch.column("document_id"), value_set=names)))

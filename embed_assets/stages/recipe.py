@@ -10,7 +10,10 @@ from deltalake import DeltaTable
 
 from embed_assets.settings import Settings
 
-_NAMES = ("model", "revision", "prompt", "query_prompt", "truncate_dim", "chunk_tokens", "chunk_overlap_tokens")
+_NAMES = (
+    *("model", "revision", "prompt", "context", "query_prompt", "truncate_dim"),
+    *("chunk_tokens", "chunk_overlap_tokens"),
+)
 """Not what allows a model to run code, nor where texts are sent: that stays with whoever runs this."""
 _PREFIX = "embed_assets."
 
@@ -27,6 +30,7 @@ def settings_from(recipe: str, properties: Mapping[str, str], now: Settings) -> 
     `properties` are those of its table, which tell most of it where an older version recorded no recipe.
     """
     known: dict[str, Any] = json.loads(recipe) if recipe else _from_properties(properties)
+    known = {"context": ""} | known  # older versions had none
     is_int8 = known.pop("is_int8")
     here = {"precision": "int8", "device": "cpu"} if is_int8 else {}
     if not is_int8 and now.precision == "int8":

@@ -47,10 +47,11 @@ def reproduce(pipeline: Pipeline, tables: Snapshot, scan: SpaceScan) -> Reproduc
         return None
     texts: dict[str, str] = {}
     where = is_one_of("chunk_id", wanted)
-    for batch in tables.rows(pipeline.embeddings_table, ["chunk_id", "text"], where):
-        texts |= dict(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+    for batch in tables.rows(pipeline.embeddings_table, ["chunk_id", "text", "title", "heading_path"], where):
+        for chunk_id, *input_parts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            texts[chunk_id] = pipeline.model.space.model_input.of(*input_parts)
     ids = [chunk_id for chunk_id in wanted if chunk_id in texts]
-    found = pipeline.model.engine.embedder.embed([pipeline.model.space.prompt + texts[chunk_id] for chunk_id in ids])
+    found = pipeline.model.engine.embedder.embed([texts[chunk_id] for chunk_id in ids])
     kept = [i for i in range(len(ids)) if i not in found.rejected]
     if not kept:
         return None

@@ -148,7 +148,7 @@ def _by_stage(root: Path) -> None:
         _ = list(pipeline.corpus.chunks(batches, files.key))
     for spec in (RAW, CHUNK_TABLE, table):
         _rewrite(spec, pipeline, files, timed)
-    subject = Subject(partition, table, pipeline.model.space.prompt, pipeline.settings)
+    subject = Subject(partition, table, pipeline.model.space.model_input, pipeline.settings)
     for question in CHECKS:
         with timed(f"check {question.name}"):
             check(question, subject)

@@ -253,10 +253,10 @@ def feed(bench: Bench) -> dict[str, Any]:
             stream.write(f"# Part {i}\n\n{text}\n\n")
     from embed_assets.corpus.chunking import ChunkOptions
     from embed_assets.corpus.options import ParseOptions
-    from embed_assets.stages.corpus import Corpus, ModelInput
+    from embed_assets.stages.corpus import Corpus
 
     source = Source(str(landing), "folder")
-    corpus = Corpus(source, ParseOptions(), ChunkOptions(space.max_seq_length), ModelInput(space.tokenizer, ""))
+    corpus = Corpus(source, ParseOptions(), ChunkOptions(space.max_seq_length), space.model_input)
     partitions = list(source.partitions().values())
     found: dict[str, Any] = {}
     for processes in sorted({1, max(1, available_cores() // 2), available_cores()}):
