@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embed_assets import cli_spaces  # noqa: F401 (importing it adds its commands)
+from embed_assets import cli_search, cli_spaces  # noqa: F401 (importing them adds their commands)
 from embed_assets.commands import CommandResult, HomePath, command, main, open_pipeline
 from embed_assets.console import (
-    escape,
     print_benchmark,
     print_hidden,
     print_maintenance,
@@ -32,7 +31,6 @@ from embed_assets.console import (
 )
 from embed_assets.errors import SettingsError
 from embed_assets.locations import local_path
-from embed_assets.records import COPY_KINDS, CopyKind
 from embed_assets.settings import load_settings
 
 if TYPE_CHECKING:
@@ -240,35 +238,6 @@ def adopt(as_json: bool) -> CommandResult:
 
 
 @command
-@click.argument("query")
-@click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Number of results.")
-@click.option("--space", metavar="NAME", help="The space to search; default: the active one.")
-@click.option("--using", type=click.Choice(COPY_KINDS), help="Find candidates in this copy, and score them exactly.")
-@click.option("--distinct", is_flag=True, help="Leave out chunks that repeat a better one, or nearly so.")
-def search(
-    as_json: bool, query: str, k: int, space: str | None, using: CopyKind | None, distinct: bool
-) -> CommandResult:
-    """Find the chunks nearest to QUERY by cosine similarity, with an exact search unless --using names a copy."""
-    from embed_assets.stages.generations import active_pipeline, pipeline_of
-    from embed_assets.stages.search import search as search_space
-
-    configured = open_pipeline()
-    pipeline = active_pipeline(configured) if space is None else pipeline_of(configured, space)
-    pipeline.require_embeddings()
-    with stderr.status("searching"):
-        results = search_space(pipeline, query, k, using, distinct)
-    if not as_json:
-        for result in results:
-            place = f"{result.partition_key}/{result.document_id}"
-            stdout.print(
-                f"[bold]{result.score:.3f}[/bold]  {escape(place)}  [dim]{escape(result.heading_path)}[/dim]",
-                soft_wrap=True,
-            )
-            stdout.print("       " + " ".join(result.text.split())[:160], markup=False, soft_wrap=True)
-    return CommandResult({"results": [asdict(result) for result in results]})
-
-
-@command
 @click.option("--repair", is_flag=True, help="Mark damaged partitions stale, so that the next sync rebuilds them.")
 def verify(as_json: bool, repair: bool) -> CommandResult:
     """Check that every chunk has exactly one valid vector of its current text. Exits 1 if not."""
@@ -283,7 +252,7 @@ def verify(as_json: bool, repair: bool) -> CommandResult:
         pipeline.lake.require_writable()
     pipeline.lake.check_readable(pipeline.embeddings_table)
     with stderr.status("verifying"):
-        found = dict(verify_table(Snapshot(pipeline.lake), pipeline.embeddings_table, pipeline.model.space.prompt))
+        found = dict(verify_table(Snapshot(pipeline.lake), pipeline.embeddings_table, pipeline.model.space.model_input))
     damaged = {key: gaps for key, gaps in found.items() if gaps.total}
     if repair and damaged:
         with open_instance() as instance:

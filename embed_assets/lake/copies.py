@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embed_assets.errors import LakeError
+from embed_assets.lake.filters import Filter, all_of, one_of
 from embed_assets.lake.nearest import BestCandidates, Hit, hit_columns, nearest_rows, vectors_of
 from embed_assets.lake.reader import PartitionFiles
+from embed_assets.lake.row_source import RowSource
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.spaces import space_table
-from embed_assets.lake.tables import MOST_VALUES, Lake, TableSpec, dimension_of, is_one_of, partition_predicate
+from embed_assets.lake.tables import MOST_VALUES, Lake, TableSpec, dimension_of, partition_predicate
 from embed_assets.lake.writer import Provenance
 from embed_assets.records import COPIES, COPY_KINDS, CopyKind, slices
 
@@ -80,44 +82,62 @@ def update_copies(lake: Lake, spaces: Iterable[str]) -> None:
                 update_copy(tables, space, kind)
 
 
-def search_copy(
-    tables: Snapshot, space: str, kind: CopyKind, query: np.ndarray, k: int, columns: Sequence[str]
-) -> list[Hit]:
-    """The `k` chunks nearest to a unit-norm query, as far as the copy finds them, with `columns`, best first.
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy that candidates are found in."""
 
-    Partitions that changed since the copy was made are searched exactly. Raises ``LakeError`` if there is no copy.
-    """
-    source, copy = space_table(space), copy_table(space, kind)
-    if tables.table(copy) is None:
-        raise LakeError(f"the space {space!r} has no {kind} copy; make it: 'embed-assets derive {kind}'")
-    state, known = tables.state(source), _origins(tables, copy)
-    partitions = state.partitions if state else {}
-    changed = [key for key, files in partitions.items() if known.get(key) != files.files]
-    ids = _candidates(tables, copy, kind, query, k * CANDIDATES[kind])
-    names = hit_columns([*columns, "embedding"])
+    tables: Snapshot
+    space: str
+    kind: CopyKind
 
-    def rows() -> Iterator[pa.RecordBatch]:
-        is_changed = pa.array(changed, pa.string())
-        for some in slices(ids, MOST_VALUES):
-            for batch in tables.rows(source, names, is_one_of("chunk_id", some)):
-                yield batch.filter(pc.invert(pc.is_in(batch.column("partition_key"), value_set=is_changed)))
-        for key in changed:
-            yield from tables.rows(source, names, partition_predicate(key))
+    def nearest(
+        self, source: RowSource, query: np.ndarray, k: int, columns: Sequence[str], keep: Filter | None = None
+    ) -> list[Hit]:
+        """The `k` chunks nearest to a unit-norm query, as far as the copy finds them, with `columns`, best first.
 
-    return nearest_rows(rows(), query[None], k, columns)[0]
+        `source` has the rows of the space, of which those that `keep` keeps are searched. Partitions that changed since
+        the copy was made are searched exactly. Raises ``LakeError`` if there is no copy.
+        """
+        copy = copy_table(self.space, self.kind)
+        if self.tables.table(copy) is None:
+            raise LakeError(
+                f"the space {self.space!r} has no {self.kind} copy; make it: 'embed-assets derive {self.kind}'"
+            )
+        state, known = self.tables.state(space_table(self.space)), _origins(self.tables, copy)
+        partitions = state.partitions if state else {}
+        changed = one_of("partition_key", [key for key, files in partitions.items() if known.get(key) != files.files])
+        names = hit_columns([*columns, "embedding"])
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            for some in slices(self._candidates(source, query, k * CANDIDATES[self.kind], keep), MOST_VALUES):
+                yield from source.read(names, all_of(one_of("chunk_id", some), ~changed, keep))
+            yield from source.read(names, all_of(changed, keep))
+
+        return nearest_rows(rows(), query[None], k, columns)[0]
+
+    def _candidates(self, source: RowSource, query: np.ndarray, count: int, keep: Filter | None) -> list[str]:
+        """Ids of the chunks whose codes are nearest to the query's, in no particular order."""
+        names = ["partition_key", "chunk_id"]
+        kept_chunks = [] if keep is None else [_joined(batch) for batch in source.read(names, keep)]
+        allowed = pa.chunked_array(kept_chunks, pa.string()).combine_chunks()
+        best, ids, first = BestCandidates(1, count), dict[int, str](), 0
+        for batch in self.tables.rows(copy_table(self.space, self.kind), [*names, "code", "scale"]):
+            if keep is not None:
+                batch = batch.filter(pc.is_in(_joined(batch), value_set=allowed))
+                if not batch.num_rows:
+                    continue
+            scores = _similar(self.kind, _codes(batch.column("code")), batch.column("scale").to_numpy(), query)
+            best.add(scores[:, None], np.arange(first, first + batch.num_rows))
+            kept, chunk_ids = best.kept(), batch.column("chunk_id")
+            ids = {number: name for number, name in ids.items() if number in kept}
+            ids |= {number: chunk_ids[number - first].as_py() for number in kept if number >= first}
+            first += batch.num_rows
+        return list(ids.values())
 
 
-def _candidates(tables: Snapshot, copy: TableSpec, kind: CopyKind, query: np.ndarray, count: int) -> list[str]:
-    """Ids of the chunks whose codes are nearest to the query's, in no particular order."""
-    best, ids, first = BestCandidates(1, count), dict[int, str](), 0
-    for batch in tables.rows(copy, ["chunk_id", "code", "scale"]):
-        scores = _similar(kind, _codes(batch.column("code")), batch.column("scale").to_numpy(), query)
-        best.add(scores[:, None], np.arange(first, first + batch.num_rows))
-        kept, chunk_ids = best.kept(), batch.column("chunk_id")
-        ids = {number: name for number, name in ids.items() if number in kept}
-        ids |= {number: chunk_ids[number - first].as_py() for number in kept if number >= first}
-        first += batch.num_rows
-    return list(ids.values())
+def _joined(batch: pa.RecordBatch) -> pa.StringArray:
+    """Partition and id of each chunk in one string: documents of one path and text have the same ids everywhere."""
+    return pc.binary_join_element_wise(batch.column("partition_key"), batch.column("chunk_id"), "\n")
 
 
 def _similar(kind: CopyKind, codes: np.ndarray, scales: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -111,6 +111,9 @@ class BestCandidates:
 
     def add(self, scores: np.ndarray, numbers: np.ndarray) -> None:
         """Add candidates that were not added before: scores of shape (candidates, queries) and their numbers."""
+        if len(self._scores) == self._k:  # most can't be among the best of any query
+            is_better = (scores > self._scores.min(axis=0)).any(axis=1)
+            scores, numbers = scores[is_better], numbers[is_better]
         if len(scores) > self._k:
             top = np.argpartition(-scores, self._k - 1, axis=0)[: self._k]
             scores, numbers = np.take_along_axis(scores, top, axis=0), numbers[top]

@@ -1,19 +1,22 @@
-"""Nearest-neighbour search: exact, or exact among the candidates of a copy."""
+"""Nearest-neighbour search among the rows that a filter keeps: exact, or exact among the candidates of a copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from embed_assets.lake.copies import search_copy
-from embed_assets.lake.nearest import Hit, nearest_chunks
-from embed_assets.lake.snapshot import Snapshot
-from embed_assets.lake.tables import TableSpec, is_one_of
-from embed_assets.records import CopyKind
+from embed_assets.lake.copies import Copy
+from embed_assets.lake.filters import Filter, all_of, one_of
+from embed_assets.lake.nearest import Hit, hit_columns, nearest_rows
+from embed_assets.lake.row_source import RowSource
 
-_COLUMNS = ("partition_key", "document_id", "chunk_id", "uri", "heading_path", "text")
+PLACE = ("partition_key", "document_id", "chunk_id")
+"""Columns that tell a chunk from all others of a space."""
+_TEXTS = ("uri", "title", "heading_path", "char_start", "char_end", "page_start", "page_end", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,48 +29,82 @@ class SearchResult:
     document_id: str
     chunk_id: str
     uri: str
+    title: str
     heading_path: str
+    char_start: int
+    """Where the chunk starts in its document, in code points."""
+    char_end: int
+    """Where it ends, exclusive."""
+    page_start: int | None
+    """The page that it begins on, from 1; None for documents without pages."""
+    page_end: int | None
     text: str
+    context: str | None = None
+    """The text around the chunk, with the chunk; None if it was not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What to find."""
+
+    k: int = 10
+    """Most results per query."""
+    keep: Filter | None = None
+    """The rows to search."""
+    distinct: float | None = None
+    """Leave out chunks that have the text of a better one, or at least this cosine to it."""
 
 
 def search(
-    tables: Snapshot,
-    table: TableSpec,
-    query: np.ndarray,
-    k: int,
-    using: CopyKind | None = None,
-    distinct: float | None = None,
-) -> list[SearchResult]:
-    """The `k` chunks nearest to the unit-norm vector `query`, shape (dimension,), best first.
+    source: RowSource, queries: np.ndarray, wanted: Search, using: Copy | None = None
+) -> list[list[SearchResult]]:
+    """The chunks nearest to each of the unit-norm vectors `queries`, shape (n, dimension), best first.
 
-    With `using`, candidates are found in that copy of the space. With `distinct`, chunks are left out that have the
-    text of a better one, or at least this cosine to it. One pass reads ids and vectors; texts are then fetched for the
-    results only, from the same version of the table. Ties are ordered by chunk id. Returns an empty list if the space
-    has no table. Raises ``LakeError`` if a table can't be read, or there is no such copy.
+    With `using`, candidates are found in that copy of the space. One pass reads ids and vectors; texts are then fetched
+    for the results only. Ties are ordered by chunk id. Raises ``LakeError`` if a table can't be read, or there is no
+    such copy.
     """
 
-    def nearest(count: int, columns: Sequence[str]) -> list[Hit]:
-        if using is None:
-            return nearest_chunks(tables, table, query[None], count, columns)[0]
-        return search_copy(tables, table.space, using, query, count, columns)
+    def nearest(vectors: np.ndarray, count: int, columns: Sequence[str]) -> list[list[Hit]]:
+        if using is not None:
+            return [using.nearest(source, vector, count, columns, wanted.keep) for vector in vectors]
+        names = hit_columns([*columns, "embedding"])
+        return nearest_rows(source.read(names, wanted.keep), vectors, count, columns)
 
-    hits = nearest(k, []) if distinct is None else _distinct(nearest, k, distinct)
-    if not hits:
-        return []
-    places = [(str(hit.row["partition_key"]), str(hit.row["chunk_id"])) for hit in hits]
-    # Naming the partitions limits the second read to their files.
-    keys, ids = (sorted({place[i] for place in places}) for i in (0, 1))
-    wanted = f"{is_one_of('partition_key', keys)} AND {is_one_of('chunk_id', ids)}"
-    found = (row for batch in tables.rows(table, _COLUMNS, wanted) for row in batch.to_pylist())
-    rows = {(row["partition_key"], row["chunk_id"]): row for row in found}
-    return [SearchResult(hit.score, **rows[place]) for hit, place in zip(hits, places, strict=True)]
+    if wanted.distinct is None:
+        found = nearest(queries, wanted.k, PLACE)
+    else:
+        found = [_distinct(nearest, query[None], wanted.k, wanted.distinct) for query in queries]
+    return _with_texts(source, found)
 
 
-def _distinct(nearest: Callable[[int, Sequence[str]], list[Hit]], k: int, cosine: float) -> list[Hit]:
+def _with_texts(source: RowSource, found: Sequence[Sequence[Hit]]) -> list[list[SearchResult]]:
+    places = {_place(hit.row) for hits in found for hit in hits}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for batch in read_places(source, [*PLACE, *_TEXTS], places):
+        rows |= {_place(row): row for row in batch.to_pylist() if _place(row) in places}
+    return [[SearchResult(score=hit.score, **rows[_place(hit.row)]) for hit in hits] for hits in found]
+
+
+def read_places(source: RowSource, columns: Sequence[str], places: set[tuple[str, ...]]) -> Iterator[pa.RecordBatch]:
+    """Batches with the rows of some chunks, and perhaps of others, given as the values of `PLACE` or its first two."""
+    if places:
+        # Naming partitions, documents and chunks limits what is read to a few row groups.
+        names = list(zip(*places, strict=True))
+        yield from source.read(columns, all_of(*map(one_of, PLACE, names)))
+
+
+def _place(row: Any) -> tuple[str, ...]:
+    return tuple(row[name] for name in PLACE)
+
+
+def _distinct(
+    nearest: Callable[[np.ndarray, int, Sequence[str]], list[list[Hit]]], query: np.ndarray, k: int, cosine: float
+) -> list[Hit]:
     """The best `k` of the hits that don't repeat a better one, however many do."""
     count = k
     while True:
-        hits = nearest(count, ["input_hash", "embedding"])
+        [hits] = nearest(query, count, [*PLACE, "input_hash", "embedding"])
         kept: list[Hit] = []
         for hit in hits:
             if len(kept) < k and not any(_repeats(hit, better, cosine) for better in kept):

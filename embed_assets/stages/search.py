@@ -1,22 +1,52 @@
-"""Searches a space for a text, with the model that made the space."""
+"""Searches a space for texts, with the model that made it."""
 
 from __future__ import annotations
 
-from embed_assets.lake.search import SearchResult
-from embed_assets.lake.search import search as search_table
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embed_assets.lake.copies import Copy
+from embed_assets.lake.filters import parse_filter
+from embed_assets.lake.row_source import MappedRows, StoredRows
+from embed_assets.lake.search import Search, SearchResult
+from embed_assets.lake.search import search as search_rows
 from embed_assets.lake.snapshot import Snapshot
+from embed_assets.lake.widening import Width, widened
 from embed_assets.quality.duplicates import DEFAULT_COSINE
 from embed_assets.records import CopyKind
+from embed_assets.stages.evaluation import embed_queries
 from embed_assets.stages.pipeline import Pipeline
 
 
-def search(
-    pipeline: Pipeline, query: str, k: int, using: CopyKind | None = None, distinct: bool = False
-) -> list[SearchResult]:
-    """The `k` chunks of the pipeline's space that are nearest to a text, best first.
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to search."""
 
-    `using` and `distinct` are those of `lake.search`. Raises ``LakeError`` or ``ModelError``.
+    k: int = 10
+    """Most results per query."""
+    where: str = ""
+    """Condition on rows, as in ``year >= 2020 and partition_key = 'a'``; empty: all."""
+    using: CopyKind | None = None
+    """The copy to find candidates in; None: an exact search."""
+    distinct: bool = False
+    """Whether to leave out chunks that repeat a better one, or nearly so."""
+    context: Width | None = None
+    """How far to widen results: by so many chunks, or to the section; None: not at all."""
+
+
+def search(
+    pipeline: Pipeline, queries: Sequence[str], options: SearchOptions, mapped: MappedRows | None = None
+) -> list[list[SearchResult]]:
+    """Of each query the nearest chunks of the pipeline's space, best first.
+
+    With `mapped`, rows are read from copies of the partitions, which are brought up to date. Raises ``SettingsError``
+    for a wrong filter, ``LakeError``, ``ModelError`` or ``EmbeddingError``.
     """
-    vector = pipeline.model.engine.embedder.embed_one(pipeline.model.space.query_prompt + query)
-    least = DEFAULT_COSINE if distinct else None
-    return search_table(Snapshot(pipeline.lake), pipeline.embeddings_table, vector, k, using, least)
+    table = pipeline.embeddings_table
+    keep = parse_filter(options.where, table.schema) if options.where else None
+    wanted = Search(options.k, keep, DEFAULT_COSINE if options.distinct else None)
+    with Snapshot(pipeline.lake) as tables:
+        source = StoredRows(tables, table) if mapped is None else mapped.of(tables, table)
+        copy = None if options.using is None else Copy(tables, table.space, options.using)
+        found = search_rows(source, embed_queries(pipeline, queries), wanted, copy)
+        return found if options.context is None else widened(source, tables, found, options.context)

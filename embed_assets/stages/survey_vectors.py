@@ -9,8 +9,9 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from embed_assets.lake.copies import bytes_per_vector, copies_of, search_copy
+from embed_assets.lake.copies import Copy, bytes_per_vector, copies_of
 from embed_assets.lake.nearest import Hit, nearest_chunks
+from embed_assets.lake.row_source import StoredRows
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import MOST_VALUES, is_one_of, partition_predicate
 from embed_assets.quality.duplicates import DEFAULT_COSINE, find_duplicates
@@ -153,7 +154,8 @@ class VectorSurvey:
         found = []
         for kind in kinds:
             width = bytes_per_vector(kind, vectors.shape[1])
-            near = (search_copy(self.tables, space, kind, vector, 10, []) for vector in vectors)
+            copy, source = Copy(self.tables, space, kind), StoredRows(self.tables, table)
+            near = (copy.nearest(source, vector, 10, []) for vector in vectors)
             shares = [_recall(wanted, hits) for wanted, hits in zip(exact, near, strict=True) if wanted]
             recall = float(np.mean(shares)) if shares else None
             found.append(data.DerivedCopy(kind, width, recall, f"{len(shares)} queries made from chunks"))

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed_assets.errors import LakeError, SupersededError
-from embed_assets.lake.search import search
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.staging import Staging, remove_windows, stale_windows
 from embed_assets.lake.tables import (
@@ -31,7 +30,6 @@ from embed_assets.lake.tables import (
     TableSpec,
     columns_of,
     dimension_of,
-    is_one_of,
     partition_predicate,
 )
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_batch
@@ -41,6 +39,15 @@ from embed_assets.records import CHUNKS, EMBEDDINGS, REJECTED_ROWS, chunk_ids, h
 
 SPACE = TableSpec("embeddings", "space", {"embed_assets.model": "test"})
 RUN = Provenance("run-1", {"upstream": "v1"})
+
+
+class TextAlone:
+    """A model that gets a chunk's text and nothing else."""
+
+    has_title = False
+
+    def of(self, text: str, title: str, heading_path: str) -> str:
+        return text
 
 
 @pytest.fixture
@@ -347,65 +354,6 @@ def test_inputs_are_unchanged_by_other_partitions_and_by_compaction(lake: Lake) 
     read.require_current(CHUNK_TABLE, RAW)
 
 
-def test_search_is_exact(lake: Lake) -> None:
-    vectors = {key: unit(300, 8, seed) for seed, key in enumerate(("a", "b"))}
-    for key, made in vectors.items():
-        replace_partition(lake, SPACE, key, [embeddings(key, made)], RUN, dimension=8)
-    query = unit(1, 8, 99)[0]
-    expected = sorted(np.concatenate([m @ query for m in vectors.values()]), reverse=True)[:7]
-    results = search(Snapshot(lake), SPACE, query, 7)
-    assert np.allclose([r.score for r in results], expected, atol=1e-6)
-    assert len({(r.partition_key, r.chunk_id) for r in results}) == 7
-    assert search(Snapshot(lake), TableSpec("embeddings", "none"), query, 3) == []
-    assert len(search(Snapshot(lake), SPACE, query, 10_000)) == 600
-
-
-def test_a_distinct_search_leaves_out_what_repeats_a_better_result(lake: Lake) -> None:
-    degrees = np.radians([*range(0, 50, 10), 50, 50, 50, 90])
-    vectors = np.stack([np.cos(degrees), np.sin(degrees)], axis=1).astype(np.float32)
-    texts = [*(f"text {i}" for i in range(5)), *["same"] * 3, "far"]
-    replace_partition(lake, SPACE, "a", [embeddings("a", vectors, texts)], RUN, dimension=2)
-    query, tables = np.array([1, 0], np.float32), Snapshot(lake)
-
-    def found(k: int, distinct: float) -> list[str]:
-        return [result.text for result in search(tables, SPACE, query, k, distinct=distinct)]
-
-    # The cosine of 10 degrees is 0.985, that of 20 degrees 0.940.
-    assert found(3, 0.95) == ["text 0", "text 2", "text 4"]
-    assert found(9, 0.95) == ["text 0", "text 2", "text 4", "far"]
-    assert found(9, 0.999) == [*texts[:6], "far"]
-
-
-def test_a_search_reads_one_version_despite_a_concurrent_writer(tmp_path: Path) -> None:
-    """All rows are replaced between the scan of the vectors and the lookup of the texts."""
-
-    class Busy(Lake):
-        """A lake whose table is replaced right after each time it is opened."""
-
-        def open_path(self, path: str, version: int | None = None) -> DeltaTable | None:
-            opened = super().open_path(path, version)
-            texts = [f"text {next(counter)}" for _ in range(30)]
-            replace_partition(lake, SPACE, "a", [embeddings("a", unit(30, 8, 1), texts)], RUN, dimension=8)
-            return opened
-
-    counter = iter(range(100_000))
-    lake = Lake(str(tmp_path / "lake"))
-    replace_partition(lake, SPACE, "a", [embeddings("a", unit(30, 8, 1))], RUN, dimension=8)
-    found = search(Snapshot(Busy(lake.root)), SPACE, unit(1, 8, 2)[0], 5)
-    assert len(found) == 5 and all(result.text.startswith("text ") for result in found)
-    assert len(search(Snapshot(Busy(lake.root)), SPACE, unit(1, 8, 2)[0], 5)) == 5
-
-
-def test_the_texts_of_results_are_read_only_from_their_partitions(lake: Lake) -> None:
-    for i in range(5):
-        replace_partition(lake, SPACE, f"p{i}", [embeddings(f"p{i}", unit(4, 8, i), TEXTS[:4])], RUN, dimension=8)
-    delta = lake.open(SPACE)
-    assert delta is not None
-    predicate = f"{is_one_of('partition_key', ['p1', 'p3'])} AND {is_one_of('chunk_id', ['x'])}"
-    pruned = delta.file_uris(file_pruning_predicate=predicate)
-    assert sorted(uri.split("partition_key=")[1][:2] for uri in pruned) == ["p1", "p3"]
-
-
 def test_a_snapshot_stays_as_it_was_first_read(lake: Lake) -> None:
     replace_partition(lake, REJECTED, "a", rejections("a", "x"), RUN)
     tables = Snapshot(lake)
@@ -494,9 +442,9 @@ def test_verify_finds_each_kind_of_damage(lake: Lake, how: str) -> None:
     write_chunks(lake, "b")
     replace_partition(lake, SPACE, "b", [embeddings("b", unit(6))], RUN, dimension=4)
     damage(lake, "nothing")
-    assert {key: gaps.total for key, gaps in verify(Snapshot(lake), SPACE, "")} == {"a": 0, "b": 0}
+    assert {key: gaps.total for key, gaps in verify(Snapshot(lake), SPACE, TextAlone())} == {"a": 0, "b": 0}
     damage(lake, how)
-    found = dict(verify(Snapshot(lake), SPACE, ""))
+    found = dict(verify(Snapshot(lake), SPACE, TextAlone()))
     assert getattr(found["a"], how) == 1
     assert (found["a"].total, found["b"].total) == (1, 0)
 
@@ -511,7 +459,7 @@ def test_verify_finds_wrong_dimensions(lake: Lake) -> None:
     )
     at = batch.schema.get_field_index("embedding")
     replace_partition(lake, SPACE, "a", [batch.set_column(at, EMBEDDINGS.field(at), short)], RUN.rewriting())
-    assert dict(verify(Snapshot(lake), SPACE, ""))["a"].wrong_dimension == 1
+    assert dict(verify(Snapshot(lake), SPACE, TextAlone()))["a"].wrong_dimension == 1
 
 
 def test_versions_depend_only_on_content(lake: Lake) -> None:

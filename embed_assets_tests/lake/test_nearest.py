@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.copies import copies_of, encode, search_copy, update_copies, update_copy
+from embed_assets.lake.copies import Copy, copies_of, encode, update_copies, update_copy
 from embed_assets.lake.maintenance import remove_space
-from embed_assets.lake.nearest import nearest_chunks, nearest_documents, nearest_rows
+from embed_assets.lake.nearest import Hit, nearest_chunks, nearest_documents, nearest_rows
+from embed_assets.lake.row_source import StoredRows
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.spaces import space_table
 from embed_assets.lake.tables import Lake
@@ -103,6 +104,11 @@ def write(lake: Lake, key: str, vectors: np.ndarray) -> None:
     Snapshot(lake).partition(key).replace(table, [rows], Provenance("test"), dimension=DIMENSION)
 
 
+def by_copy(lake: Lake, kind: CopyKind, query: np.ndarray, k: int) -> list[Hit]:
+    tables = Snapshot(lake)
+    return Copy(tables, SPACE, kind).nearest(StoredRows(tables, space_table(SPACE)), query, k, [])
+
+
 @pytest.mark.parametrize("kind", COPY_KINDS)
 def test_a_copy_is_made_once_and_then_only_where_the_space_changed(lake: Lake, kind: CopyKind) -> None:
     assert update_copy(Snapshot(lake), SPACE, kind).partitions == 2
@@ -120,7 +126,7 @@ def test_a_copy_finds_nearly_all_of_the_nearest(lake: Lake, kind: CopyKind) -> N
     shares = []
     for query in unit(20, 5):
         [exact] = nearest_chunks(Snapshot(lake), space_table(SPACE), query[None], 10, [])
-        found = search_copy(Snapshot(lake), SPACE, kind, query, 10, [])
+        found = by_copy(lake, kind, query, 10)
         known = {hit.row["chunk_id"]: hit.score for hit in exact}
         assert all(abs(hit.score - known.get(hit.row["chunk_id"], hit.score)) < 1e-6 for hit in found)
         shares.append(len(known.keys() & {hit.row["chunk_id"] for hit in found}) / 10)
@@ -133,13 +139,13 @@ def test_rows_that_a_copy_does_not_have_yet_are_found(lake: Lake, kind: CopyKind
     fresh = unit(3, 77)
     write(lake, "c", fresh)
     write(lake, "a", unit(5, 78))
-    [best, *_] = search_copy(Snapshot(lake), SPACE, kind, fresh[0], 5, ["partition_key"])
+    [best, *_] = by_copy(lake, kind, fresh[0], 5)
     assert best.row["partition_key"] == "c" and best.score > 0.9999
 
 
 def test_a_missing_copy_is_said_and_removed_with_its_space(lake: Lake) -> None:
     with pytest.raises(LakeError, match="embed-assets derive int8"):
-        search_copy(Snapshot(lake), SPACE, "int8", unit(1, 0)[0], 3, [])
+        by_copy(lake, "int8", unit(1, 0)[0], 3)
     with pytest.raises(LakeError, match="a copy needs a space with a table"):
         update_copy(Snapshot(lake), "none-12345678", "int8")
     update_copy(Snapshot(lake), SPACE, "int8")
