@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ class _Context(click.ParamType["Width"]):
 @click.argument("query", required=False)
 @click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Number of results.")
 @click.option("--where", metavar="EXPR", default="", help="Search only rows like \"partition_key = 'a'\".")
+@click.option("--as", "groups", metavar="GROUP", multiple=True, help="Search only what this group may see; repeatable.")
 @click.option("--space", metavar="NAME", help="The space to search; default: the active one.")
 @click.option("--using", type=click.Choice(COPY_KINDS), help="Find candidates in this copy, and score them exactly.")
 @click.option("--distinct", is_flag=True, help="Leave out chunks that repeat a better one, or nearly so.")
@@ -50,6 +52,7 @@ def search(
     query: str | None,
     k: int,
     where: str,
+    groups: tuple[str, ...],
     space: str | None,
     using: CopyKind | None,
     distinct: bool,
@@ -67,7 +70,7 @@ def search(
     configured = open_pipeline()
     pipeline = active_pipeline(configured) if space is None else pipeline_of(configured, space)
     pipeline.require_embeddings()
-    options = SearchOptions(k, where, using, distinct, context)
+    options = SearchOptions(k, where, groups or None, using, distinct, context)
     with stderr.status("searching"):
         found = search_space(pipeline, [text for _, text in asked], options)
     if not as_json:
@@ -76,7 +79,7 @@ def search(
                 stdout.print(f"\n{text}", markup=False, soft_wrap=True)
             for result in results:
                 _show(result)
-    answers = [[asdict(result) for result in results] for results in found]
+    answers = [[_as_json(result) for result in results] for results in found]
     if queries is None:
         return CommandResult({"results": answers[0]})
     named = [
@@ -84,6 +87,11 @@ def search(
         for (name, text), results in zip(asked, answers, strict=True)
     ]
     return CommandResult({"queries": named})
+
+
+def _as_json(result: SearchResult) -> dict[str, Any]:
+    metadata = {k: v.isoformat() if isinstance(v, datetime) else v for k, v in result.metadata.items()}
+    return asdict(result) | {"metadata": metadata}
 
 
 def _show(result: SearchResult) -> None:

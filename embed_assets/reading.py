@@ -15,7 +15,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from embed_assets.errors import LakeError
-from embed_assets.lake.filters import Filter, parse_filter
+from embed_assets.lake.filters import Filter, filter_of
 from embed_assets.lake.nearest import vectors_of
 from embed_assets.lake.reader import files_by_partition
 from embed_assets.lake.row_source import MappedRows, StoredRows
@@ -60,11 +60,13 @@ class Embeddings:
     """Version of the table."""
     where: str = ""
     """Condition that rows must meet; empty: all."""
+    groups: tuple[str, ...] | None = None
+    """Only rows that one of these groups may see; None: all."""
 
     @property
     def table(self) -> TableSpec:
-        """The table."""
-        return space_table(self.space)
+        """The table, with its columns."""
+        return self.lake.full(space_table(self.space))
 
     def arrow(self, columns: Sequence[str] | None = None) -> pa.RecordBatchReader:
         """The rows as a stream of Arrow batches, in no particular order. Raises ``LakeError`` if they can't be read."""
@@ -92,7 +94,7 @@ class Embeddings:
                 left = None if left is None else left - len(frame)
                 yield frame if predicate is None else frame.filter(predicate)
 
-        if not self.where:
+        if self._filter() is None:
             return pl.scan_delta(self._delta())
         return register_io_source(batches, schema=pl.DataFrame(schema.empty_table()).schema)
 
@@ -112,7 +114,7 @@ class Embeddings:
             yield from StoredRows(tables, self.table).read(columns, self._filter())
 
     def _filter(self) -> Filter | None:
-        return parse_filter(self.where, self.table.schema) if self.where else None
+        return filter_of(self.where, self.groups, self.table.schema)
 
     def _delta(self) -> DeltaTable:
         found = self.lake.open_path(self.table.path, self.version)
@@ -122,12 +124,18 @@ class Embeddings:
 
 
 def read_embeddings(
-    lake: str | None = None, *, space: str | None = None, version: int | None = None, where: str = ""
+    lake: str | None = None,
+    *,
+    space: str | None = None,
+    version: int | None = None,
+    where: str = "",
+    groups: Sequence[str] | None = None,
 ) -> Embeddings:
     """The embeddings of a lake, by default of EMBED_LAKE, in its active space unless one is named.
 
     `version` is a version of the table, by default the newest; `where` a condition as `embed-assets search --where`
-    takes it. No model is needed. Raises ``SettingsError`` for a wrong filter, ``LakeError`` if there is no such table.
+    takes it; with `groups`, only what one of them may see. No model is needed. Raises ``SettingsError`` for a wrong
+    filter, ``LakeError`` if there is no such table.
     """
     found = Lake.from_settings(load_settings(**({} if lake is None else {"lake": lake})))
     chosen = space or find_spaces(found, "").active
@@ -135,7 +143,7 @@ def read_embeddings(
     if chosen is None or delta is None:
         what = "no embeddings" if space is None else f"no space {space!r}"
         raise LakeError(f"there are {what} in the lake {found.root!r}; run 'embed-assets sync', or name another lake")
-    embeddings = Embeddings(found, chosen, int(delta.version()), where)
+    embeddings = Embeddings(found, chosen, int(delta.version()), where, None if groups is None else tuple(groups))
     embeddings._filter()
     return embeddings
 
@@ -217,6 +225,8 @@ class SearchArguments(TypedDict, total=False):
 
     where: str
     """Condition on rows, as `embed-assets search --where` takes it."""
+    groups: Sequence[str]
+    """Search only what one of these groups may see."""
     space: str
     """The space to search; by default the active one."""
     distinct: bool
@@ -256,7 +266,8 @@ def search(
 
 def _searcher(lake: str | None) -> Searcher:
     """The searcher of the settings as they are now."""
-    key = load_settings(**({} if lake is None else {"lake": lake})).model_dump_json()
+    settings = load_settings(**({} if lake is None else {"lake": lake}))
+    key = f"{Lake.from_settings(settings).root} {settings.model_dump_json()}"  # the current folder may have changed
     with _searchers_lock:
         if key not in _searchers:
             while _searchers:

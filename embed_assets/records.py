@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -214,6 +214,8 @@ class Document:
     """Tells whether the file changed since it was read; None if that can't be told."""
     page_starts: tuple[int, ...] = ()
     """The code points where the pages of a document with pages start."""
+    values: tuple[Any, ...] = ()
+    """Of each field of metadata that becomes a column, the value; None where the document has none."""
 
 
 @dataclass(frozen=True, slots=True)

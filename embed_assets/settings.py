@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from embed_assets.errors import SettingsError
+from embed_assets.metadata import parse_fields
 from embed_assets.spelling import did_you_mean, typos
 
 PREFIX = "EMBED_"
@@ -73,6 +74,10 @@ def _parts_of_context(value: str) -> str:
     return ",".join(part for part in CONTEXT_PARTS if part in parts)
 
 
+def _fields_of_metadata(value: str) -> str:
+    return ",".join(f"{field.name}:{field.kind}" for field in parse_fields(value))
+
+
 DEFAULT_IGNORE = (
     "~$*,.~lock.*,*~,#*#,*.swp,*.tmp,*.crdownload,*.part,Thumbs.db,ehthumbs.db,desktop.ini,__MACOSX,"
     "_SUCCESS,_committed_*,_started_*,*.crc"
@@ -102,6 +107,9 @@ class Settings(BaseSettings):
     title_column: str = Field("title", min_length=1, description="Column that holds a row's title, if it has one.")
     text_format: Literal["text", "markdown", "html"] = Field(
         "text", description="What the text of rows is: plain text, Markdown or HTML."
+    )
+    metadata: Annotated[str, AfterValidator(_fields_of_metadata)] = Field(
+        "", description="Fields of documents that become columns, as in author:string, year:int, tags:list<string>."
     )
     ignore: str = Field(
         DEFAULT_IGNORE,

@@ -71,7 +71,7 @@ README_ORDER = [
     *("max_file_bytes", "model", "revision", "prompt", "query_prompt", "truncate_dim", "device", "precision"),
     *("max_batch_tokens", "compile", "prepare_processes", "chunk_tokens", "chunk_overlap_tokens", "reuse"),
     *("compute", "trust_remote_code", "allow_pickled_weights"),
-    "context",
+    *("context", "metadata"),
     *("endpoint", "endpoint_concurrency", "endpoint_batch_texts", "endpoint_requests_per_minute"),
     *("endpoint_tokens_per_minute",),
     *("ray_address", "ray_replicas", "ray_gpus_per_replica", "ray_cpus_per_replica", "ray_wait_seconds"),

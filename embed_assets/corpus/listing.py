@@ -90,6 +90,9 @@ class SourceFile:
     """Reason code if the listing alone shows that the file must not be read, else ''."""
     table: str | None = None
     """Path of the folder, if this stands for all files of a Delta table; '' is the source's root."""
+    sidecars: tuple[SourceFile, ...] = ()
+    """Files with metadata of the file: of its folders, the outermost first, then its own. Their versions are part of
+    the file's."""
 
     @property
     def content_key(self) -> str | None:

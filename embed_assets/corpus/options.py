@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from embed_assets.metadata import MetadataField, parse_fields
 from embed_assets.records import hash_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class ParseOptions:
     """What the text of rows is: 'text', 'markdown' or 'html'."""
     max_file_bytes: int = 64 << 20
     """Largest file that is parsed as a whole, and largest row of a JSONL, CSV or Parquet file, in bytes."""
+    metadata: tuple[MetadataField, ...] = ()
+    """The fields of metadata that become columns."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ParseOptions:
@@ -35,13 +38,15 @@ class ParseOptions:
             settings.title_column,
             settings.text_format,
             settings.max_file_bytes,
+            parse_fields(settings.metadata),
         )
 
     @property
     def version(self) -> str:
         """Code version of raw_documents: changes when the same bytes would give different documents."""
         columns = f"{self.text_column}/{self.id_column}/{self.title_column}/{self.text_format}"
-        return hash_text(f"{PARSER_VERSION}/{columns}/{self.max_file_bytes}")[:12]
+        fields = "".join(f"/{field.name}:{field.kind}" for field in self.metadata)
+        return hash_text(f"{PARSER_VERSION}/{columns}/{self.max_file_bytes}{fields}")[:12]
 
     @property
     def needed_columns(self) -> tuple[str, ...]:

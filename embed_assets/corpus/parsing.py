@@ -26,8 +26,10 @@ from embed_assets.corpus.listing import SourceFile
 from embed_assets.corpus.options import ParseOptions
 from embed_assets.corpus.rows import to_json
 from embed_assets.corpus.sandbox import parser_process
+from embed_assets.corpus.sidecars import SidecarError, Sidecars
 from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.corpus.structure import find_headings
+from embed_assets.metadata import values_of
 from embed_assets.records import Document, Rejection
 from embed_assets.scratch import SpillingSet
 
@@ -37,6 +39,7 @@ REASONS: dict[str, str] = {
     "undecodable": "its bytes are not text in any known encoding",
     "invalid_unicode": "its text has lone surrogates, which UTF-8 can't encode",
     "unsupported_format": "its file name extension is not supported",
+    "wrong_metadata": "a field of its metadata has another type than EMBED_METADATA says",
     "broken_file": "it could not be parsed",
     "too_costly": "parsing it takes too much time or memory",
     "pages_without_text": "pages of it are scanned, and hold no text",
@@ -95,12 +98,13 @@ def read_documents(source: Source, partition: SourcePartition, options: ParseOpt
     One file is in memory at a time, and of JSONL, CSV and Parquet one row or small batch of rows.
     Raises ``SourceError`` when a file can't be opened or read.
     """
+    sidecars = Sidecars(source)
     for file in partition.files:
-        yield from _read_file(source, file, partition.document_id(file), options)
+        yield from _read_file(source, file, partition.document_id(file), options, sidecars)
 
 
 def _read_file(
-    source: Source, file: SourceFile, document_id: str, options: ParseOptions
+    source: Source, file: SourceFile, document_id: str, options: ParseOptions, sidecars: Sidecars
 ) -> Iterator[Document | Rejection]:
     uri, version = source.uri(file), file.content_key
 
@@ -124,12 +128,18 @@ def _read_file(
     else:
         read = _read_rows if is_rows else _read_whole
         try:
+            above, beside = sidecars.of(file)
             for item in read(source, file, suffix, options):
                 if isinstance(item, BadRow):
                     yield rejected(item.reason, item.detail, item.key)
                 elif problem := _text_problem(item.text):
                     yield rejected(problem, row_key=item.key)
                 else:
+                    try:
+                        values = values_of(options.metadata, item.metadata, above, beside)
+                    except ValueError as error:
+                        yield rejected("wrong_metadata", f"{error}; correct it, or EMBED_METADATA", item.key)
+                        continue
                     yield Document(
                         f"{document_id}#{item.key}" if item.key else document_id,
                         uri,
@@ -141,9 +151,12 @@ def _read_file(
                         item.metadata,
                         version,
                         item.page_starts,
+                        values,
                     )
         except MissingExtra as error:
             yield rejected("missing_extra", str(error))
+        except SidecarError as error:
+            yield rejected("wrong_metadata", str(error))
 
 
 def format_of(path: str) -> str:
@@ -258,7 +271,9 @@ def _read_whole(source: Source, file: SourceFile, suffix: str, options: ParseOpt
         else:
             parsed = parser_process.parse(suffix, data)
             title = parsed.title or _title_of(parsed.text, parsed.media_type)
-            metadata = to_json(dict(parsed.metadata))
+            asked = {field.name for field in options.metadata}
+            known = {name: value for name, value in parsed.properties.items() if name in asked}
+            metadata = to_json({**known, **parsed.metadata})
             yield Row("", parsed.text, title, parsed.media_type, len(data), metadata, page_starts=parsed.page_starts)
             yield from parsed.lost
     except Undecodable as error:

@@ -54,10 +54,10 @@ class ParserProcess:
                         raise BadRow.Error("too_costly", str(died)) from None
         kind, *details = json.loads(answer)
         if kind == "parsed":
-            title, media_type, metadata, page_starts, lost = details
+            title, media_type, metadata, page_starts, lost, properties = details
             rows = tuple(BadRow(*row) for row in lost)
             whole = text.decode("utf-8", "surrogatepass")
-            return Parsed(whole, title, media_type, metadata, tuple(page_starts), rows)
+            return Parsed(whole, title, media_type, metadata, tuple(page_starts), rows, properties)
         if kind == "missing":
             raise MissingExtra(*details)
         raise BadRow.Error(*details)
@@ -149,6 +149,7 @@ def _parse(suffix: str, data: bytes) -> tuple[list[object], bytes]:
         dict(parsed.metadata),
         list(parsed.page_starts),
         lost,
+        dict(parsed.properties),
     ]
     return answer, parsed.text.encode("utf-8", "surrogatepass")
 

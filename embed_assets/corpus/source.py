@@ -19,6 +19,7 @@ from urllib.parse import quote
 import fsspec
 
 from embed_assets.corpus.listing import SourceFile, find, ignored_names, walk
+from embed_assets.corpus.sidecars import with_sidecars
 from embed_assets.corpus.tables import with_tables
 from embed_assets.errors import SettingsError, SourceError
 from embed_assets.locations import canonical_location, local_path
@@ -107,6 +108,8 @@ class Source:
     """A local folder to skip: the lake, in case it is inside the source."""
     ignore: str = ""
     """Names to leave out, see `ignored_names`."""
+    has_sidecars: bool = False
+    """Whether files such as 'a.pdf.meta.json' hold metadata of others."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Source:
@@ -116,7 +119,8 @@ class Source:
         root = str(path.absolute()) if path is not None else settings.source.rstrip("/")
         lake = local_path(settings.lake)
         excluded = lake.absolute().resolve() if lake is not None else None
-        return cls(root, settings.partition_by, settings.source_options, excluded, settings.ignore)
+        has_sidecars = bool(settings.metadata)
+        return cls(root, settings.partition_by, settings.source_options, excluded, settings.ignore, has_sidecars)
 
     def partitions(self) -> dict[str, SourcePartition]:
         """All partitions that have files, by key, in order of their keys.
@@ -134,6 +138,8 @@ class Source:
         hidden: list[str] = []
         is_local = local_path(self.root) is not None
         files = with_tables(self._files(hidden), self.root.rpartition("/")[2], is_local)
+        if self.has_sidecars:
+            files = with_sidecars(files)
         for file in sorted(files, key=lambda f: f.path):
             groups.setdefault(self._assign(file.path), []).append(file)
         found = (SourcePartition(key, tuple(files), prefix) for (key, prefix), files in groups.items())

@@ -16,7 +16,6 @@ from embed_assets.lake.writer import Replaced
 from embed_assets.stages.checks import Outcome
 from embed_assets.stages.chunk_rows import ChunkRows, PreparedChunks, StoredChunks
 from embed_assets.stages.chunks import materialize_chunks
-from embed_assets.stages.corpus import TEXT_COLUMNS
 from embed_assets.stages.outcome import PartitionOutcome
 from embed_assets.stages.preparing import Preparation, Prepared
 from embed_assets.stages.raw_documents import materialize_raw_documents
@@ -98,7 +97,7 @@ class Ingest:
 
         def split_stored() -> Prepared:
             with partition.watched(RAW):
-                return preparation.split(outcome.key, partition.rows(RAW, TEXT_COLUMNS))
+                return preparation.split(outcome.key, partition.rows(RAW, self.due.pipeline.corpus.text_columns))
 
         prepared = task.prepared
         if prepared is None or (prepared.changed is not None and not self.due.is_as_recorded(CHUNK_TABLE, partition)):

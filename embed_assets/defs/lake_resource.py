@@ -68,10 +68,10 @@ class EmbeddingLake(dg.ConfigurableResource[None]):
         pipeline = self.pipeline.refreshed()
         tables = tables_of(pipeline)
         if table == "embeddings" and (active := find_spaces(pipeline.lake, pipeline.model.space.name).active):
-            return space_table(active)
+            return pipeline.lake.full(space_table(active))
         if table not in tables:
             raise LakeError(f"the lake has no table {table!r}; it has {', '.join(tables)}")
-        return tables[table]
+        return pipeline.lake.full(tables[table])
 
     def _batches(
         self, spec: TableSpec, columns: Sequence[str], partitions: Sequence[str] | None

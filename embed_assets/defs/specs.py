@@ -95,10 +95,13 @@ def source_spec(pipeline: Pipeline) -> dg.AssetSpec:
     )
 
 
+_METADATA = "a field of the document's metadata; null where it has none"
+
+
 def _column_schema(table: TableSpec) -> dg.TableSchema:
     return dg.TableSchema(
         columns=[
-            dg.TableColumn(field.name, str(field.type), description=COLUMN_DESCRIPTIONS[field.name])
+            dg.TableColumn(field.name, str(field.type), description=COLUMN_DESCRIPTIONS.get(field.name, _METADATA))
             for field in table.schema
         ]
     )

@@ -17,7 +17,6 @@ from embed_assets.lake.tables import RAW
 from embed_assets.lake.writer import Provenance
 from embed_assets.stages.chunk_rows import PreparedChunks
 from embed_assets.stages.compute import Compute
-from embed_assets.stages.corpus import TEXT_COLUMNS
 from embed_assets.stages.embeddings import materialize_embeddings
 from embed_assets.stages.generations import pipeline_of
 from embed_assets.stages.outcome import PartitionOutcome
@@ -104,7 +103,8 @@ class _Upkeep:
     def _chunks(self, partition: PartitionSnapshot) -> Iterator[PreparedChunks]:
         """The chunks of the partition's documents as the space has them: with its model's tokenizer and its limits."""
         with partition.watched(RAW):
-            prepared = self.preparation.split(partition.key, partition.rows(RAW, TEXT_COLUMNS))
+            documents = partition.rows(RAW, self.pipeline.corpus.text_columns)
+            prepared = self.preparation.split(partition.key, documents)
         try:
             yield PreparedChunks(prepared.chunks)
         finally:

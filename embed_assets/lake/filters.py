@@ -21,6 +21,7 @@ from lark.exceptions import VisitError
 from embed_assets.errors import SettingsError
 from embed_assets.lake.tables import MOST_VALUES, is_one_of
 from embed_assets.lake.vectors import vector_array
+from embed_assets.metadata import PREFIX
 from embed_assets.records import VECTOR
 
 _GRAMMAR = r"""
@@ -67,6 +68,8 @@ _COMPARISONS: dict[str, Callable[[Any, Any], pa.Array]] = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
+ACL = "acl"
+"""The field of metadata that says which groups may see a document."""
 _MOST_DEPTH = 200
 """Levels of negations and parentheses: more would exhaust Python's stack."""
 Value: TypeAlias = str | int | float | bool
@@ -135,6 +138,30 @@ def parse_filter(text: str, schema: pa.Schema) -> Filter:
         raise
     assert isinstance(found, Filter)
     return found
+
+
+def filter_of(where: str, groups: Iterable[str] | None, schema: pa.Schema) -> Filter | None:
+    """The filter for rows that meet a condition and that one of the groups may see; None if there is neither.
+
+    Raises ``SettingsError`` as `parse_filter` and `visible_to`.
+    """
+    parts = [parse_filter(where, schema) if where else None, visible_to(groups, schema) if groups is not None else None]
+    return all_of(*parts) if any(parts) else None
+
+
+def visible_to(groups: Iterable[str], schema: pa.Schema) -> Filter:
+    """The filter for rows whose document lets one of the groups see it; without a list of groups, none does.
+
+    Raises ``SettingsError`` if documents have no such lists.
+    """
+    column = f"{PREFIX}{ACL}"
+    if column not in schema.names or schema.field(column).type != pa.list_(pa.field("element", pa.string())):
+        raise SettingsError(
+            f"to search as a group, documents need a field {ACL!r} with the groups that may see them: add "
+            f"{ACL}:list<string> to EMBED_METADATA"
+        )
+    wanted = pa.array(sorted(set(groups)), pa.string())
+    return Filter(frozenset([column]), lambda batch: pc.fill_null(_has_one(batch.column(column), wanted), False))
 
 
 def _kept_vectors(column: pa.ListArray, mask: pa.BooleanArray) -> pa.ListArray:
@@ -244,7 +271,7 @@ class _Compiler(Transformer[Token, Any]):
 
     def _column(self, name: str, allows_lists: bool = False) -> str:
         known = [f.name for f in self._schema if f.name != "embedding"]
-        column = next((n for n in (str(name), f"meta_{name}") if n in known), None)
+        column = next((n for n in (str(name), f"{PREFIX}{name}") if n in known), None)
         if column is None:
             raise SettingsError(f"a filter must name columns, got {str(name)!r}; there are {', '.join(known)}")
         kind = self._schema.field(column).type

@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from embed_assets.lake.tables import TableSpec, columns_of, lake_errors, partition_predicate
-from embed_assets.records import CONTENT_COLUMNS, ContentVersion, SortedContentVersion, hash_parts
+from embed_assets.records import ContentVersion, SortedContentVersion, hash_parts
 
 
 def files_hash(names: Iterable[str]) -> str:
@@ -47,7 +47,7 @@ def content_of(root: str, table: TableSpec, delta: DeltaTable | None, key: str, 
 
     `delta` is the open table, or None if it does not exist.
     """
-    columns = CONTENT_COLUMNS[table.kind]
+    columns = table.content_columns
     is_sum = like is None or ContentVersion.can_continue(like)
     content = ContentVersion(columns) if is_sum else SortedContentVersion(columns)
     if delta is not None:

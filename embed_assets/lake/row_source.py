@@ -66,8 +66,9 @@ class MappedRows:
         if known is not None and known[0] == version:
             return known[1]
         self._drop(key)
-        rows = tables.rows(table, table.schema.names, partition_predicate(key))
-        made = ArrowFile.write(self.folder / f"{uuid.uuid4().hex}.arrow", table.schema, rows)
+        schema = tables.lake.full(table).schema
+        rows = tables.rows(table, schema.names, partition_predicate(key))
+        made = ArrowFile.write(self.folder / f"{uuid.uuid4().hex}.arrow", schema, rows)
         self._files[key] = version, made
         return made
 

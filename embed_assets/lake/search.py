@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from embed_assets.lake.copies import Copy
 from embed_assets.lake.filters import Filter, all_of, one_of
 from embed_assets.lake.nearest import Hit, hit_columns, nearest_rows
 from embed_assets.lake.row_source import RowSource
+from embed_assets.metadata import PREFIX
 
 PLACE = ("partition_key", "document_id", "chunk_id")
 """Columns that tell a chunk from all others of a space."""
@@ -39,6 +40,8 @@ class SearchResult:
     """The page that it begins on, from 1; None for documents without pages."""
     page_end: int | None
     text: str
+    metadata: Mapping[str, Any]
+    """By field of EMBED_METADATA the document's value; None where it has none."""
     context: str | None = None
     """The text around the chunk, with the chunk; None if it was not asked for."""
 
@@ -53,6 +56,8 @@ class Search:
     """The rows to search."""
     distinct: float | None = None
     """Leave out chunks that have the text of a better one, or at least this cosine to it."""
+    metadata: Sequence[str] = ()
+    """Columns of metadata to read."""
 
 
 def search(
@@ -75,14 +80,19 @@ def search(
         found = nearest(queries, wanted.k, PLACE)
     else:
         found = [_distinct(nearest, query[None], wanted.k, wanted.distinct) for query in queries]
-    return _with_texts(source, found)
+    return _with_texts(source, found, wanted.metadata)
 
 
-def _with_texts(source: RowSource, found: Sequence[Sequence[Hit]]) -> list[list[SearchResult]]:
+def _with_texts(
+    source: RowSource, found: Sequence[Sequence[Hit]], described: Sequence[str]
+) -> list[list[SearchResult]]:
     places = {_place(hit.row) for hits in found for hit in hits}
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for batch in read_places(source, [*PLACE, *_TEXTS], places):
-        rows |= {_place(row): row for row in batch.to_pylist() if _place(row) in places}
+    for batch in read_places(source, [*PLACE, *_TEXTS, *described], places):
+        for row in batch.to_pylist():
+            if _place(row) in places:
+                metadata = {name.removeprefix(PREFIX): row.pop(name) for name in described}
+                rows[_place(row)] = row | {"metadata": metadata}
     return [[SearchResult(score=hit.score, **rows[_place(hit.row)]) for hit in hits] for hits in found]
 
 

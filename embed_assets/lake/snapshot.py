@@ -43,7 +43,7 @@ from embed_assets.lake.writer import (
     spool_rows,
     writer_properties,
 )
-from embed_assets.records import CONTENT_COLUMNS, ContentVersion
+from embed_assets.records import ContentVersion
 from embed_assets.scratch import SpooledBatches
 
 _LEAST_ROWS = 5000
@@ -115,11 +115,11 @@ class Snapshot:
         """
         delta = self.table(table)
         if delta is not None:
-            yield from read_table(self.lake.root, table, delta, columns, where)
+            yield from read_table(self.lake.root, self.lake.full(table), delta, columns, where)
 
     def content(self, table: TableSpec, key: str, like: str | None = None) -> str:
         """Data version of a partition, computed from its rows, in the form of the version `like`."""
-        return content_of(self.lake.root, table, self.table(table), key, like)
+        return content_of(self.lake.root, self.lake.full(table), self.table(table), key, like)
 
     def partition(self, key: str) -> PartitionSnapshot:
         """The partition `key` of this snapshot; it shares the snapshot's open tables."""
@@ -245,6 +245,7 @@ class PartitionSnapshot:
         rows must no longer be written; a later commit to the partition makes the attempt fail. `dimension` is the
         vector length if the table has to be created. Raises ``LakeError`` if the rows can't be written.
         """
+        table = self.lake.full(table)
         if documents is not None and self.tables.table(table) is not None:
             return self._replace_documents(table, documents, new, provenance, check)
         with _spooled(table, self.key, new) as rows:
@@ -267,7 +268,7 @@ class PartitionSnapshot:
         check: Callable[[], None],
     ) -> Replaced:
         with _spooled(table, self.key, new) as rows, SpooledBatches(table.schema) as kept:
-            content = ContentVersion(CONTENT_COLUMNS[table.kind], provenance.previous)
+            content = ContentVersion(table.content_columns, provenance.previous)
             is_rewritten = content.row_count <= _LEAST_ROWS or len(documents) > MOST_VALUES
             for batch in self._rows_of_documents(table, documents, kept if is_rewritten else None):
                 content.remove(batch)
@@ -298,7 +299,7 @@ class PartitionSnapshot:
     ) -> Iterator[pa.RecordBatch]:
         """Batches with at least the content columns of some documents' rows; adds all other rows to `others`."""
         if others is None:
-            yield from self.only(documents).rows(table, CONTENT_COLUMNS[table.kind])
+            yield from self.only(documents).rows(table, table.content_columns)
             return
         names = pa.array(documents, pa.string())
         for batch in self.rows(table, table.schema.names):

@@ -20,7 +20,16 @@ from embed_assets.lake.diagnosis import diagnose_log, find_empty_commit, has_orp
 from embed_assets.lake.owner import Owner
 from embed_assets.lake.storage import Storage
 from embed_assets.locations import local_path
-from embed_assets.records import ADDED_COLUMNS, CHUNKS, COPIES, EMBEDDINGS, RAW_DOCUMENTS, REJECTED_DOCUMENTS
+from embed_assets.metadata import parse_fields
+from embed_assets.records import (
+    ADDED_COLUMNS,
+    CHUNKS,
+    CONTENT_COLUMNS,
+    COPIES,
+    EMBEDDINGS,
+    RAW_DOCUMENTS,
+    REJECTED_DOCUMENTS,
+)
 from embed_assets.settings import Settings
 
 SCHEMAS: dict[str, pa.Schema] = {
@@ -65,8 +74,8 @@ class TableSpec:
     """Delta table properties, written when the table is created."""
     settings: str = ""
     """The settings that make an embedding space, as JSON; kept in its table, so that it can be made without them."""
-    extra: tuple[pa.Field, ...] = ()
-    """Columns in addition to those of `kind`, of the same sort as `added`."""
+    extra: tuple[pa.Field, ...] = field(default=(), compare=False)
+    """Columns in addition to those of `kind`, of the same sort as `added`: those of metadata."""
 
     @property
     def path(self) -> str:
@@ -83,10 +92,16 @@ class TableSpec:
         """Arrow schema of the rows."""
         return pa.schema([*SCHEMAS[self.kind], *self.added])
 
+    @property
+    def content_columns(self) -> tuple[str, ...]:
+        """The columns that decide whether two rows are equal."""
+        return (*CONTENT_COLUMNS[self.kind], *(column.name for column in self.extra))
+
 
 RAW = TableSpec("raw_documents")
 REJECTED = TableSpec("rejected_documents")
 CHUNK_TABLE = TableSpec("chunks")
+_DESCRIBED = ("raw_documents", "chunks", "embeddings")
 _OWNER_TABLES = (RAW, REJECTED)
 """Tables that record which corpus the lake belongs to. They are written first, so a lake with tables has one."""
 
@@ -137,6 +152,8 @@ class Lake:
     """The corpus that the lake is expected to belong to."""
     is_read_only: bool = False
     """Whether everything that would change the lake is refused."""
+    metadata: tuple[pa.Field, ...] = ()
+    """Columns of documents' metadata, which the tables of `_DESCRIBED` have."""
     _idle: list[Handle] | None = field(default=None, compare=False, repr=False)
     """Open tables that are not in use, for reuse; None outside a session."""
 
@@ -147,6 +164,10 @@ class Lake:
                 f"this deployment must not change the lake {self.root!r}, as EMBED_READ_ONLY=true says; materialize in "
                 "the deployment that owns it, or unset EMBED_READ_ONLY and name another EMBED_LAKE"
             )
+
+    def full(self, table: TableSpec) -> TableSpec:
+        """The table with the columns of metadata that it has in this lake."""
+        return replace(table, extra=self.metadata) if self.metadata and table.kind in _DESCRIBED else table
 
     def session(self) -> Lake:
         """A copy of this lake that keeps tables open between snapshots, for the duration of a run."""
@@ -200,7 +221,8 @@ class Lake:
                 f"Delta's library can't keep tables in a place with {found[0]!r} in its name, got EMBED_LAKE={root!r}; "
                 "set EMBED_LAKE to another location"
             )
-        return cls(root, settings.lake_options, Owner.from_settings(settings), settings.read_only)
+        metadata = tuple(found.column for found in parse_fields(settings.metadata))
+        return cls(root, settings.lake_options, Owner.from_settings(settings), settings.read_only, metadata)
 
     def uri(self, table: TableSpec) -> str:
         """Path or URL of the table."""
@@ -253,7 +275,7 @@ class Lake:
                 )
             made = DeltaTable.create(
                 self.uri(table),
-                table.schema,
+                self.full(table).schema,
                 mode="ignore",
                 partition_by=["partition_key"],
                 name=table.path,
@@ -323,6 +345,13 @@ class Lake:
         Nullable foreign columns are kept, null in the rows we write; our own nullable columns can still be added.
         """
         stored, ours = columns_of(delta), table.schema
+        types = {column.name: column.type for column in delta.schema().fields}
+        for column in self.full(table).extra:
+            if types.get(column.name) not in (None, wanted := Field.from_arrow(column).type):
+                raise SettingsError(
+                    f"EMBED_METADATA must not change the type of a column, but {column.name} of the table "
+                    f"{self.uri(table)!r} has {types[column.name]} in place of {wanted}; give the field another name"
+                )
         lost = [column.name for column in ours if column.name not in stored.names and not column.nullable]
         foreign = [column.name for column in stored if column.name not in ours.names and not column.nullable]
         if lost or foreign:
@@ -340,8 +369,9 @@ class Lake:
 
         def add_missing() -> None:
             known = columns_of(delta).names
-            if added := [Field.from_arrow(column) for column in table.added if column.name not in known]:
-                delta.alter.add_columns(added)
+            added = [column for column in self.full(table).added if column.name not in known]
+            if added:
+                delta.alter.add_columns([Field.from_arrow(column) for column in added])
 
         self._alter(delta, f"the columns of {table.path!r} can't be added", add_missing)
 

@@ -14,7 +14,7 @@ from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProp
 
 from embed_assets.lake.reader import PartitionState
 from embed_assets.lake.tables import TableSpec, columns_of
-from embed_assets.records import CONTENT_COLUMNS, ContentVersion
+from embed_assets.records import ContentVersion
 from embed_assets.scratch import ArrowFile, SpooledBatches
 
 _HIGH_CARDINALITY = frozenset({"text", "chunk_id", "content_hash", "text_hash", "input_hash"})
@@ -94,7 +94,7 @@ class SpooledRows:
 @contextlib.contextmanager
 def spool_rows(table: TableSpec, key: str, batches: Iterable[pa.RecordBatch]) -> Iterator[SpooledRows]:
     """Spool `batches` to a temporary file, which is deleted on exit. Raises ``LakeError`` if the disk is full."""
-    content = ContentVersion(CONTENT_COLUMNS[table.kind])
+    content = ContentVersion(table.content_columns)
     with SpooledBatches(table.schema) as spool:
         for batch in batches:
             content.add(batch)
@@ -114,7 +114,7 @@ class Chained:
 
 def rows_in_files(table: TableSpec, key: str, files: Sequence[ArrowFile]) -> SpooledRows:
     """Rows that are in files already. They have at least the columns of the table."""
-    content, batches = ContentVersion(CONTENT_COLUMNS[table.kind]), Chained(files)
+    content, batches = ContentVersion(table.content_columns), Chained(files)
     for batch in batches:
         content.add(batch)
     byte_size = sum(file.byte_size for file in files)

@@ -18,7 +18,7 @@ from embed_assets.corpus.source import Source, SourcePartition
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot, Snapshot
 from embed_assets.lake.tables import RAW, REJECTED
-from embed_assets.records import CONTENT_COLUMNS, NOT_EMBEDDABLE, hashes_of
+from embed_assets.records import NOT_EMBEDDABLE, hashes_of
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +119,6 @@ def _rows(partition: PartitionSnapshot, columns: Iterable[str]) -> Iterator[tupl
 
 def _hashes(documents: PartitionSnapshot) -> np.ndarray:
     """The sorted hashes of the rows of documents."""
-    columns = CONTENT_COLUMNS["raw_documents"]
+    columns = documents.lake.full(RAW).content_columns
     found = b"".join(hashes_of(batch, columns) for batch in documents.rows(RAW, columns))
     return np.sort(np.frombuffer(found, _HASH))

@@ -12,6 +12,7 @@ from embed_assets.engine.inputs import ModelInput, hash_input
 from embed_assets.errors import LakeError
 from embed_assets.lake.snapshot import PartitionSnapshot
 from embed_assets.lake.tables import CHUNK_TABLE, RAW
+from embed_assets.metadata import PREFIX
 from embed_assets.scratch import ArrowFile, DiskMap
 
 INPUTS = ("before", "text", "token_count", "input_hash", "input_ids")
@@ -20,7 +21,7 @@ ROWS = (
     *("chunk_id", "document_id", "chunk_index", "uri", "title", "text", "heading_path", "char_start", "char_end"),
     *("token_count", "input_hash", "page_start", "page_end"),
 )
-"""Columns that a row of embeddings has besides its vector."""
+"""Columns that a row of embeddings has besides its vector, and besides those of metadata."""
 _STORED = [name for name in ROWS if name not in ("uri", "title", "input_hash")]
 
 
@@ -49,7 +50,7 @@ class ChunkRows(ChunkInputs, Protocol):
     """
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Batches with the columns `ROWS`."""
+        """Batches with the columns `ROWS`, and those of metadata."""
         ...
 
 
@@ -70,8 +71,8 @@ class PreparedChunks:
         return (batch.select(INPUTS) for file in self.files for batch in file)
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Batches with the columns `ROWS`."""
-        return (batch.select(ROWS) for file in self.files for batch in file)
+        """Batches with the columns `ROWS`, and those of metadata."""
+        return (batch.select(_columns_of(batch)) for file in self.files for batch in file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,12 @@ class StoredChunks:
             yield batch.append_column("input_ids", no_ids).select(INPUTS)
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Batches with the columns `ROWS`, joined with the documents. Raises ``LakeError`` if one is missing."""
-        return (batch.select(ROWS) for batch in self._joined(_STORED))
+        """Batches with the columns `ROWS` and those of metadata, joined with the documents.
+
+        Raises ``LakeError`` if one is missing.
+        """
+        described = [column.name for column in self.partition.lake.metadata]
+        return (batch.select(_columns_of(batch)) for batch in self._joined([*_STORED, *described]))
 
     def with_inputs(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Batches with these columns of the table of chunks, and `before` and `input_hash` of the model's input."""
@@ -155,3 +160,8 @@ class StoredChunks:
         uris, titles = zip(*(row for row in found.values() if row is not None), strict=True)
         indices = encoded.indices
         return pa.array(uris, pa.string()).take(indices), pa.array(titles, pa.string()).take(indices)
+
+
+def _columns_of(batch: pa.RecordBatch) -> list[str]:
+    """`ROWS`, and the columns of metadata that a batch has."""
+    return [*ROWS, *(name for name in batch.schema.names if name.startswith(PREFIX))]

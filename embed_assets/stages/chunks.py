@@ -18,7 +18,7 @@ def materialize_chunks(
     can't be read or written.
     """
     with partition.watched(RAW):
-        rows = rows_in_files(CHUNK_TABLE, partition.key, prepared.chunks)
+        rows = rows_in_files(partition.lake.full(CHUNK_TABLE), partition.key, prepared.chunks)
         replaced = partition.replace(
             CHUNK_TABLE, rows, provenance, lambda: partition.require_current(RAW), documents=prepared.changed
         )

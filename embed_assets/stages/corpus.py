@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice, tee
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -59,6 +59,8 @@ class _Text:
     media_type: str
     text: str
     page_starts: Sequence[int] | None
+    values: tuple[Any, ...] = field(kw_only=True)
+    """Of the fields of metadata that become columns."""
 
     @property
     def module(self) -> str:
@@ -86,16 +88,36 @@ class Corpus:
         chunking = _chunk_options(settings, space)
         return cls(Source.from_settings(settings), ParseOptions.from_settings(settings), chunking, space.model_input)
 
+    @property
+    def fields(self) -> list[pa.Field]:
+        """The columns of metadata."""
+        return [field.column for field in self.parsing.metadata]
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Columns of raw_documents that chunking needs."""
+        return [*TEXT_COLUMNS, *(field.name for field in self.fields)]
+
+    @property
+    def parsed_schema(self) -> pa.Schema:
+        """`PARSED_DOCUMENTS` with the columns of metadata."""
+        return pa.schema([*PARSED_DOCUMENTS, *self.fields])
+
+    @property
+    def split_schema(self) -> pa.Schema:
+        """`SPLIT_CHUNKS` with the columns of metadata."""
+        return pa.schema([*SPLIT_CHUNKS, *self.fields])
+
     def documents(self, partition: SourcePartition) -> Iterator[Document | Rejection]:
         """Read and parse the files of a partition; documents that can't be read come as rejections."""
         return read_documents(self.source, partition, self.parsing)
 
     def chunks(self, documents: Iterable[pa.RecordBatch], key: str) -> Iterator[pa.RecordBatch]:
-        """Split documents, given as batches with `TEXT_COLUMNS`, into the chunks of the partition `key`, in order.
+        """Split documents, given as batches with `text_columns`, into the chunks of the partition `key`, in order.
 
-        Yields batches of a few megabytes with the schema `SPLIT_CHUNKS`.
+        Yields batches of a few megabytes with the schema `split_schema`.
         """
-        rows, texts = tee(row for batch in documents for row in _rows_of(batch))
+        rows, texts = tee(row for batch in documents for row in self._rows_of(batch))
         pairs = ((document.text, document.media_type, document.module) for document in texts)
         split = zip(rows, split_documents(pairs, self.model_input.tokenizer, self.chunking), strict=True)
         identified = ((row, *found) for row, chunks in split for found in _identified(row.document_id, chunks))
@@ -103,14 +125,35 @@ class Corpus:
         return (self._chunk_batch(group, key) for group in groups)
 
     def parsed(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
-        """Read and parse the files of a partition: batches with the schema `PARSED_DOCUMENTS`."""
+        """Read and parse the files of a partition: batches with the schema `parsed_schema`."""
         documents = (item for item in self.documents(partition) if isinstance(item, Document))
         groups = grouped_bytes(documents, lambda document: document.byte_size)
-        return (parsed_batch(group, partition.key) for group in groups)
+        return (self.parsed_batch(group, partition.key) for group in groups)
 
     def chunks_of(self, partition: SourcePartition) -> Iterator[pa.RecordBatch]:
         """Chunks of a partition, read and split from its source files instead of the lake, as `chunks`."""
         return self.chunks(self.parsed(partition), partition.key)
+
+    def parsed_batch(self, documents: Sequence[Document], key: str) -> pa.RecordBatch:
+        """Documents of the partition `key` as a batch with the schema `parsed_schema`."""
+        columns: dict[str, Any] = {
+            "partition_key": [key] * len(documents),
+            "document_id": [document.document_id for document in documents],
+            "uri": [document.uri for document in documents],
+            "media_type": [document.media_type for document in documents],
+            "title": [document.title for document in documents],
+            "text": [document.text for document in documents],
+            "content_hash": [hash_text(document.text) for document in documents],
+            "byte_size": [document.byte_size for document in documents],
+            "modified_at": [document.modified_at for document in documents],
+            "metadata": [document.metadata for document in documents],
+            "file_version": [document.file_version for document in documents],
+            "page_starts": [list(document.page_starts) or None for document in documents],
+        }
+        values = self._columns_of([document.values for document in documents])
+        hashes = row_hashes([*(columns[name] for name in CONTENT_COLUMNS["raw_documents"]), *_hashable(values)])
+        columns |= {"row_hash": packed_hashes(hashes)} | values
+        return pa.RecordBatch.from_pydict(columns, schema=self.parsed_schema)
 
     def _chunk_batch(self, group: Sequence[_Identified], key: str) -> pa.RecordBatch:
         documents, chunks, text_hashes, ids = zip(*group, strict=True)
@@ -134,9 +177,21 @@ class Corpus:
             "before": before,
             "input_hash": [hash_input(b, c.text, h) for b, c, h in zip(before, chunks, text_hashes, strict=True)],
         }
-        hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["chunks"]])
-        columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(before, chunks)}
-        return pa.RecordBatch.from_pydict(columns, schema=SPLIT_CHUNKS)
+        values = self._columns_of([document.values for document in documents])
+        hashes = row_hashes([*(columns[name] for name in CONTENT_COLUMNS["chunks"]), *_hashable(values)])
+        columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(before, chunks)} | values
+        return pa.RecordBatch.from_pydict(columns, schema=self.split_schema)
+
+    def _columns_of(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, pa.Array]:
+        """The columns of metadata, given the values of each row."""
+        return {field.name: pa.array([row[i] for row in rows], field.type) for i, field in enumerate(self.fields)}
+
+    def _rows_of(self, batch: pa.RecordBatch) -> Iterator[_Text]:
+        columns = [batch.column(name) for name in self.text_columns]
+        known = len(TEXT_COLUMNS)
+        for i in range(batch.num_rows):  # one at a time: a batch's texts take more memory as Python's than as Arrow's
+            values = [column[i].as_py() for column in columns]
+            yield _Text(*values[:known], values=tuple(values[known:]))
 
     def _unknown_tokens(self, chunks: Sequence[Chunk]) -> list[int]:
         unknown = self.model_input.tokenizer.unknown_id
@@ -170,36 +225,15 @@ class Corpus:
         return [texts[key] for key in sorted(texts)[:count]]
 
 
-def parsed_batch(documents: Sequence[Document], key: str) -> pa.RecordBatch:
-    """Documents of the partition `key` as a batch with the schema `PARSED_DOCUMENTS`."""
-    columns: dict[str, Any] = {
-        "partition_key": [key] * len(documents),
-        "document_id": [document.document_id for document in documents],
-        "uri": [document.uri for document in documents],
-        "media_type": [document.media_type for document in documents],
-        "title": [document.title for document in documents],
-        "text": [document.text for document in documents],
-        "content_hash": [hash_text(document.text) for document in documents],
-        "byte_size": [document.byte_size for document in documents],
-        "modified_at": [document.modified_at for document in documents],
-        "metadata": [document.metadata for document in documents],
-        "file_version": [document.file_version for document in documents],
-        "page_starts": [list(document.page_starts) or None for document in documents],
-    }
-    hashes = row_hashes([columns[name] for name in CONTENT_COLUMNS["raw_documents"]])
-    return pa.RecordBatch.from_pydict(columns | {"row_hash": packed_hashes(hashes)}, schema=PARSED_DOCUMENTS)
+def _hashable(columns: Mapping[str, pa.Array]) -> list[list[Any]]:
+    """The values of columns as they are read from a table, so that a row's hash is the same before and after."""
+    return [column.to_pylist() for column in columns.values()]
 
 
 def _identified(document_id: str, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, str, str]]:
     """Each chunk of a document with its text hash and its id."""
     hashes = [hash_text(chunk.text) for chunk in chunks]
     yield from zip(chunks, hashes, chunk_ids(document_id, hashes), strict=True)
-
-
-def _rows_of(batch: pa.RecordBatch) -> Iterator[_Text]:
-    columns = [batch.column(name) for name in TEXT_COLUMNS]
-    for i in range(batch.num_rows):  # one at a time: the texts of a batch take more memory as Python's than as Arrow's
-        yield _Text(*(column[i].as_py() for column in columns))
 
 
 def _chunk_options(settings: Settings, space: EmbeddingSpace) -> ChunkOptions:

@@ -18,7 +18,7 @@ from embed_assets.lake.staging import Staging
 from embed_assets.lake.tables import MOST_VALUES, TableSpec, dimension_of, is_one_of, partition_predicate
 from embed_assets.lake.vectors import VECTOR_COLUMNS, HashIndex, VectorStore, hash_keys, vector_array
 from embed_assets.records import NOT_EMBEDDABLE, TIMESTAMP, Rejection, chunk_detail
-from embed_assets.stages.chunk_rows import ROWS, ChunkInputs, ChunkRows
+from embed_assets.stages.chunk_rows import ChunkInputs, ChunkRows
 from embed_assets.stages.compute import Compute
 from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.longer_vectors import LongerVectors
@@ -219,13 +219,13 @@ class PartitionVectors:
         outcome.dropped -= int((self._previous.find(hash_keys(chunks.column("chunk_id"))) >= 0).sum())
         outcome.chunks += chunks.num_rows
         outcome.truncated += int(stored.is_truncated.sum())
-        columns = {name: chunks.column(name) for name in ROWS} | {
+        columns = {name: chunks.column(name) for name in chunks.schema.names} | {
             "partition_key": pa.repeat(pa.scalar(self.partition.key, pa.string()), chunks.num_rows),
             "is_truncated": pa.array(stored.is_truncated, pa.bool_()),
             "embedding": vector_array(stored.vectors),
             "embedded_at": pa.array(stored.embedded_at, pa.int64()).cast(TIMESTAMP),
         }
-        schema = self.target.table.schema
+        schema = self.partition.lake.full(self.target.table).schema
         rows = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         outcome.sample.add(rows)
         return rows

@@ -19,7 +19,7 @@ from embed_assets.lake.vectors import hash_keys
 from embed_assets.settings import Settings
 from embed_assets.stages.changes import Changes, is_known
 from embed_assets.stages.chunk_rows import StoredChunks
-from embed_assets.stages.corpus import TEXT_COLUMNS, Corpus
+from embed_assets.stages.corpus import Corpus
 from embed_assets.stages.elsewhere import Elsewhere
 from embed_assets.stages.embeddings import known_inputs
 from embed_assets.stages.longer_vectors import LongerVectors, find_longer
@@ -226,7 +226,7 @@ class Estimator:
             changes = self.find(partition) if self._can_read_chunks(partition.key) else None
             batches = corpus.chunks_of(partition) if changes is None else self._changed_chunks(changes)
         elif "chunks" in stale:
-            batches = corpus.chunks(tables.rows(RAW, TEXT_COLUMNS), partition.key)
+            batches = corpus.chunks(tables.rows(RAW, corpus.text_columns), partition.key)
         else:
             batches = StoredChunks(tables, self.pipeline.model.space.model_input).with_inputs(_STORED)
         for batch in batches:

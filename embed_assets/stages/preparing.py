@@ -26,9 +26,7 @@ from embed_assets.engine.hardware import available_cores
 from embed_assets.errors import PartitionError
 from embed_assets.lake.writer import Chained
 from embed_assets.records import (
-    PARSED_DOCUMENTS,
     REJECTED_ROWS,
-    SPLIT_CHUNKS,
     Document,
     Rejection,
     grouped_bytes,
@@ -39,7 +37,7 @@ from embed_assets.records import (
 from embed_assets.scratch import ArrowFile, ScratchFolder
 from embed_assets.stages.changes import Changes, is_known, row_keys
 from embed_assets.stages.chunk_rows import INPUTS
-from embed_assets.stages.corpus import Corpus, parsed_batch
+from embed_assets.stages.corpus import Corpus
 from embed_assets.workers import Stream, WorkerDied, Workers
 
 _TASK_BYTES = 1 << 19
@@ -118,10 +116,10 @@ class Preparer:
         key = task.files.key
         for group in grouped_bytes(self.corpus.documents(task.files), _text_bytes):
             documents = [item for item in group if isinstance(item, Document)]
-            parsed = [parsed_batch(documents, key)] if documents else []
+            parsed = [self.corpus.parsed_batch(documents, key)] if documents else []
             rejected = [item for item in group if isinstance(item, Rejection)]
             yield Piece(
-                self._write(PARSED_DOCUMENTS, parsed) if parsed else None,
+                self._write(self.corpus.parsed_schema, parsed) if parsed else None,
                 self._split(parsed, task) if parsed and task.splits else None,
                 self._write(REJECTED_ROWS, [rejection_batch(rejected, key, utc_now())]) if rejected else None,
             )
@@ -142,7 +140,7 @@ class Preparer:
     def _split(self, documents: Iterable[pa.RecordBatch], task: ReadTask | SplitTask) -> ArrowFile:
         for known in task.known or ():
             documents = _without(documents, row_keys(known))
-        return self._write(SPLIT_CHUNKS, self.corpus.chunks(documents, task.key))
+        return self._write(self.corpus.split_schema, self.corpus.chunks(documents, task.key))
 
     def _write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
         return ArrowFile.write(self.folder / f"{uuid.uuid4().hex}.arrow", schema, batches)

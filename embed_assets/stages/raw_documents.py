@@ -40,7 +40,7 @@ def materialize_raw_documents(
         for file in prepared.rejections:
             for batch in file:
                 rejections.add_batch(batch)
-        rows, changes = rows_in_files(RAW, partition.key, prepared.documents), prepared.changes
+        rows, changes = rows_in_files(partition.lake.full(RAW), partition.key, prepared.documents), prepared.changes
         replaced = partition.replace(RAW, rows, provenance, check, documents=prepared.read)
         own = UnreadFiles(changes.rejected if changes else frozenset())
         kept = replace_rejections(partition, rejections, own, provenance, lambda: partition.require_current(RAW))

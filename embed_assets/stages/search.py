@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embed_assets.lake.copies import Copy
-from embed_assets.lake.filters import parse_filter
+from embed_assets.lake.filters import filter_of
 from embed_assets.lake.row_source import MappedRows, StoredRows
 from embed_assets.lake.search import Search, SearchResult
 from embed_assets.lake.search import search as search_rows
@@ -26,6 +26,8 @@ class SearchOptions:
     """Most results per query."""
     where: str = ""
     """Condition on rows, as in ``year >= 2020 and partition_key = 'a'``; empty: all."""
+    groups: Sequence[str] | None = None
+    """Search only what one of these groups may see, as the documents' field `acl` says; None: everything."""
     using: CopyKind | None = None
     """The copy to find candidates in; None: an exact search."""
     distinct: bool = False
@@ -42,9 +44,10 @@ def search(
     With `mapped`, rows are read from copies of the partitions, which are brought up to date. Raises ``SettingsError``
     for a wrong filter, ``LakeError``, ``ModelError`` or ``EmbeddingError``.
     """
-    table = pipeline.embeddings_table
-    keep = parse_filter(options.where, table.schema) if options.where else None
-    wanted = Search(options.k, keep, DEFAULT_COSINE if options.distinct else None)
+    table = pipeline.lake.full(pipeline.embeddings_table)
+    keep = filter_of(options.where, options.groups, table.schema)
+    described = [column.name for column in pipeline.lake.metadata]
+    wanted = Search(options.k, keep, DEFAULT_COSINE if options.distinct else None, described)
     with Snapshot(pipeline.lake) as tables:
         source = StoredRows(tables, table) if mapped is None else mapped.of(tables, table)
         copy = None if options.using is None else Copy(tables, table.space, options.using)

@@ -29,7 +29,6 @@ from embed_assets.lake.writer import Provenance
 from embed_assets.records import Document, grouped_bytes
 from embed_assets.settings import load_settings
 from embed_assets.stages.checks import CHECKS, Subject, check
-from embed_assets.stages.corpus import parsed_batch
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets_tests.benchmarks import documents
 
@@ -143,7 +142,9 @@ def _by_stage(root: Path) -> None:
     with timed("read, parse"):
         found = [item for item in pipeline.corpus.documents(files) if isinstance(item, Document)]
     with timed("hashes, rows"):
-        batches = [parsed_batch(group, files.key) for group in grouped_bytes(found, lambda d: d.byte_size)]
+        batches = [
+            pipeline.corpus.parsed_batch(group, files.key) for group in grouped_bytes(found, lambda d: d.byte_size)
+        ]
     with timed("split"):
         _ = list(pipeline.corpus.chunks(batches, files.key))
     for spec in (RAW, CHUNK_TABLE, table):

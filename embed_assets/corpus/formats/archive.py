@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from embed_assets.corpus.formats.parsed import MissingExtra
+from embed_assets.corpus.formats.properties import open_xml_properties
 from embed_assets.corpus.items import BadRow
 
 _MAX_XML_BYTES = 32 << 20
@@ -104,6 +105,10 @@ class Archive:
         core = self.xml("docProps/core.xml")
         title = core.find("{http://purl.org/dc/elements/1.1/}title") if core is not None else None
         return str(title.text or "") if title is not None else ""
+
+    def properties(self) -> dict[str, str]:
+        """The other properties of an Open XML package."""
+        return open_xml_properties(self.xml("docProps/core.xml"))
 
     def broken(self, error: Exception) -> BadRow.Error:
         """The rejection of the document for an error of a library."""

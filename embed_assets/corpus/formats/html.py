@@ -8,6 +8,7 @@ import re
 from embed_assets.corpus.encoding import Undecodable, decode
 from embed_assets.corpus.formats.code_tables import unfold_code_tables
 from embed_assets.corpus.formats.parsed import Parsed, real_title, without_soft_hyphens
+from embed_assets.corpus.formats.properties import html_properties
 from embed_assets.corpus.items import BadRow
 
 _NOISE = (
@@ -48,6 +49,7 @@ def html_to_markdown(html: str) -> Parsed:
     """The page as Markdown, without its scripts, styles, navigation and cookie banners, but with all that a reader can
     get to see, such as tabs and answers that are folded away. Raises ``BadRow.Error``.
     """
+    properties = html_properties(html)
     html = unfold_code_tables(html.replace(_RAISED, ""))
     text = _convert(html, _NOISE)
     if not text.strip():  # a page may stand as a whole in an element that is noise elsewhere
@@ -55,7 +57,8 @@ def html_to_markdown(html: str) -> Parsed:
     text = _SUPERSCRIPT.sub(lambda m: _superscript(m[1]), text)
     text = _HEADING.sub(lambda m: m[1] + _without_permalinks(m[2]), text)
     title = _TITLE.search(_NO_TITLE.sub("", html[:_TITLE_SEARCH_CHARACTERS]))
-    return Parsed(without_soft_hyphens(text), real_title(html_entities.unescape(title[1])) if title else "")
+    found = real_title(html_entities.unescape(title[1])) if title else ""
+    return Parsed(without_soft_hyphens(text), found, properties=properties)
 
 
 def _convert(html: str, noise: tuple[str, ...]) -> str:

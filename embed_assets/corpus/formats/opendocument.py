@@ -7,6 +7,7 @@ from typing import Any
 
 from embed_assets.corpus.formats.archive import Archive
 from embed_assets.corpus.formats.parsed import Parsed, one_line, real_title, table, without_soft_hyphens
+from embed_assets.corpus.formats.properties import open_document_properties
 from embed_assets.corpus.items import BadRow
 
 _OASIS = "urn:oasis:names:tc:opendocument:xmlns"
@@ -45,7 +46,10 @@ def read_opendocument(data: bytes) -> Parsed:
         text = "\n\n".join(block for block in _blocks(body) if block.strip())
     except RecursionError as error:
         raise archive.broken(error) from error
-    return Parsed(without_soft_hyphens(text), real_title(title.text if title is not None else ""))
+    properties = open_document_properties(meta)
+    return Parsed(
+        without_soft_hyphens(text), real_title(title.text if title is not None else ""), properties=properties
+    )
 
 
 def _blocks(parent: Any) -> Iterator[str]:

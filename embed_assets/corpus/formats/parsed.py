@@ -36,6 +36,8 @@ class Parsed:
     """The code points of `text` where its pages start, the first of them 0; empty for formats without pages."""
     lost: tuple[BadRow, ...] = ()
     """Parts of the file that hold no text that could be read."""
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """What else the file says about the document, such as its author, by names in lower case."""
 
 
 class MissingExtra(Exception):

@@ -12,6 +12,7 @@ from typing import Any
 
 from embed_assets.corpus.formats.page_text import Line, joined_pages, page_ranges
 from embed_assets.corpus.formats.parsed import MissingExtra, Parsed, real_title
+from embed_assets.corpus.formats.properties import pdf_properties
 from embed_assets.corpus.items import BadRow
 
 _MAX_PAGES = 20_000
@@ -58,9 +59,11 @@ def read_pdf(data: bytes) -> Parsed:
         raise BadRow.Error("empty", "the PDF has no text (are its pages scanned, or damaged?); run OCR on it")
     if text.count(_NO_CHARACTER) > len(text) // 2:
         raise BadRow.Error("broken_file", "the PDF's fonts don't say which characters they show; run OCR on it")
-    title = real_title(pdf.get_metadata_dict().get("Title"))
+    described = pdf.get_metadata_dict()
+    title = real_title(described.get("Title"))
     silent = [i for i, page in enumerate(pages, 1) if page.is_silent]
-    return Parsed(text, title, "text/plain", _metadata(len(pages), silent), starts, _lost(len(pages), silent))
+    metadata, properties = _metadata(len(pages), silent), pdf_properties(described)
+    return Parsed(text, title, "text/plain", metadata, starts, _lost(len(pages), silent), properties)
 
 
 def _metadata(pages: int, silent: Sequence[int]) -> dict[str, str | int]:

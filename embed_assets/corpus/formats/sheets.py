@@ -47,8 +47,9 @@ def read_sheets(data: bytes) -> Parsed:
         raise BadRow.Error("encrypted", "the spreadsheet has a password; save a copy without it") from error
     except (CalamineError, ValueError, OSError) as error:
         raise BadRow.Error("broken_file", f"the spreadsheet could not be parsed: {error}") from error
-    title = real_title(archive.title()) if archive is not None and "docProps/core.xml" in archive.names else ""
-    return Parsed("\n\n".join(blocks), title)
+    if archive is None or "docProps/core.xml" not in archive.names:
+        return Parsed("\n\n".join(blocks))
+    return Parsed("\n\n".join(blocks), real_title(archive.title()), properties=archive.properties())
 
 
 def _row(row: list[Any]) -> str:

@@ -36,7 +36,7 @@ def read_slides(data: bytes) -> Parsed:
     except RecursionError as error:
         raise archive.broken(error) from error
     text = without_soft_hyphens("\n\n".join(block for block in blocks if block.strip()))
-    return Parsed(text, real_title(archive.title()), metadata={"slides": len(slides)})
+    return Parsed(text, real_title(archive.title()), metadata={"slides": len(slides)}, properties=archive.properties())
 
 
 def _slide(archive: Archive, name: str) -> Iterator[str]:

@@ -48,7 +48,8 @@ def read_word(data: bytes) -> Parsed:
         text = reader.document(root.find(f"{WORD}body"))
     except (RecursionError, ValueError) as error:
         raise archive.broken(error) from error
-    return Parsed(without_soft_hyphens(text), real_title(archive.title()) or real_title(reader.title))
+    title = real_title(archive.title()) or real_title(reader.title)
+    return Parsed(without_soft_hyphens(text), title, properties=archive.properties())
 
 
 def _by_id(root: Any) -> dict[str, Any]:
