@@ -338,6 +338,11 @@ def _without_last_nulls(row: tuple[object, ...]) -> tuple[object, ...]:
     return row[:end]
 
 
+def hashable(column: pa.Array) -> list[object]:
+    """A column's values for `row_hashes`: times as numbers, since their text depends on the libraries installed."""
+    return list((column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column).to_pylist())
+
+
 def packed_hashes(hashes: bytes) -> pa.FixedSizeBinaryArray:
     """128-bit hashes, end to end, as an Arrow array."""
     count = len(hashes) // _ROW_BYTES
@@ -385,7 +390,7 @@ class ContentVersion:
 def hashes_of(batch: pa.RecordBatch, columns: Sequence[str]) -> bytes:
     """128-bit hash of each row, end to end: as the batch's column `row_hash` has them, else computed from `columns`."""
     if "row_hash" not in batch.schema.names:
-        return row_hashes([batch.column(name).to_pylist() for name in columns])
+        return row_hashes([hashable(batch.column(name)) for name in columns])
     hashes = batch.column("row_hash")
     start = hashes.offset * _ROW_BYTES
     return memoryview(hashes.buffers()[1])[start : start + len(hashes) * _ROW_BYTES].tobytes()

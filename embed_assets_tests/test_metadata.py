@@ -224,6 +224,12 @@ def test_pages_and_office_files_say_things_about_themselves(project: Project) ->
     assert found["page.html"]["meta_keywords"] is None
     assert (found["word.docx"]["meta_author"], found["word.docx"]["meta_keywords"]) == ("Cy", "x, y")
     assert found["word.docx"]["meta_created"] == datetime(2026, 1, 31, 12, tzinfo=UTC)
+    project.write("a/other.txt", "Another file.")  # only this one is read
+    before = commits(project)
+    project.sync()
+    (project.landing / "a" / "word.docx").touch()
+    assert project.sync()["embedded"] == 0
+    assert commits(project) == {name: version + 1 for name, version in before.items()}  # none for the touched file
 
 
 @pytest.mark.parametrize(

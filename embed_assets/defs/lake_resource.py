@@ -71,7 +71,7 @@ class EmbeddingLake(dg.ConfigurableResource[None]):
             return pipeline.lake.full(space_table(active))
         if table not in tables:
             raise LakeError(f"the lake has no table {table!r}; it has {', '.join(tables)}")
-        return pipeline.lake.full(tables[table])
+        return tables[table]
 
     def _batches(
         self, spec: TableSpec, columns: Sequence[str], partitions: Sequence[str] | None

@@ -271,7 +271,8 @@ _CODE_MEANS = {
 
 def tables_of(pipeline: Pipeline) -> dict[str, TableSpec]:
     """The lake's tables by kind: of each asset, and "rejected_documents"."""
-    return {spec.kind: spec for spec in (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)}
+    specs = (RAW, REJECTED, CHUNK_TABLE, pipeline.embeddings_table)
+    return {spec.kind: pipeline.lake.full(spec) for spec in specs}
 
 
 def load_history(

@@ -30,6 +30,7 @@ from embed_assets.records import (
     chunk_ids,
     grouped_bytes,
     hash_text,
+    hashable,
     packed_hashes,
     row_hashes,
 )
@@ -151,7 +152,9 @@ class Corpus:
             "page_starts": [list(document.page_starts) or None for document in documents],
         }
         values = self._columns_of([document.values for document in documents])
-        hashes = row_hashes([*(columns[name] for name in CONTENT_COLUMNS["raw_documents"]), *_hashable(values)])
+        hashes = row_hashes(
+            [*(columns[name] for name in CONTENT_COLUMNS["raw_documents"]), *map(hashable, values.values())]
+        )
         columns |= {"row_hash": packed_hashes(hashes)} | values
         return pa.RecordBatch.from_pydict(columns, schema=self.parsed_schema)
 
@@ -178,8 +181,8 @@ class Corpus:
             "input_hash": [hash_input(b, c.text, h) for b, c, h in zip(before, chunks, text_hashes, strict=True)],
         }
         values = self._columns_of([document.values for document in documents])
-        hashes = row_hashes([*(columns[name] for name in CONTENT_COLUMNS["chunks"]), *_hashable(values)])
-        columns |= {"row_hash": packed_hashes(hashes), "input_ids": self._input_ids(before, chunks)} | values
+        hashes = _row_hashes("chunks", columns, values)
+        columns |= {"row_hash": hashes, "input_ids": self._input_ids(before, chunks)} | values
         return pa.RecordBatch.from_pydict(columns, schema=self.split_schema)
 
     def _columns_of(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, pa.Array]:
@@ -225,9 +228,10 @@ class Corpus:
         return [texts[key] for key in sorted(texts)[:count]]
 
 
-def _hashable(columns: Mapping[str, pa.Array]) -> list[list[Any]]:
-    """The values of columns as they are read from a table, so that a row's hash is the same before and after."""
-    return [column.to_pylist() for column in columns.values()]
+def _row_hashes(kind: str, columns: Mapping[str, Any], values: Mapping[str, pa.Array]) -> pa.Array:
+    """Hashes of the rows of a table of this kind, with the columns of metadata `values`."""
+    content = [columns[name] for name in CONTENT_COLUMNS[kind]]
+    return packed_hashes(row_hashes([*content, *map(hashable, values.values())]))
 
 
 def _identified(document_id: str, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, str, str]]:
