@@ -100,13 +100,22 @@ class Embeddings:
 
     def numpy(self) -> Vectors:
         """The vectors as a matrix, with their ids. Raises ``LakeError`` if they can't be read."""
-        ids, parts = [], []
+        ids: list[pa.RecordBatch] = []
+        matrix, rows = np.empty((0, 0), np.float32), 0
         for batch in self._read(["partition_key", "document_id", "chunk_id", "embedding"]):
+            vectors = vectors_of(batch)
+            if not rows:  # as large as it may get: memory is only taken for the rows that are filled
+                matrix = np.empty((self._most_rows(), vectors.shape[1]), np.float32)
+            matrix[rows : rows + len(vectors)] = vectors
+            rows += len(vectors)
             ids.append(batch.select([0, 1, 2]))
-            parts.append(vectors_of(batch))
         schema = pa.schema([self.table.schema.field(name) for name in ("partition_key", "document_id", "chunk_id")])
-        matrix = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-        return Vectors(pa.Table.from_batches(ids, schema), matrix)
+        return Vectors(pa.Table.from_batches(ids, schema), matrix[:rows])
+
+    def _most_rows(self) -> int:
+        """Rows of the table, of which the filter may leave out some."""
+        files = files_by_partition(self.lake.root, self.table, self._delta())
+        return sum(file.rows for some in files.values() for file in some)
 
     def _read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with Snapshot(self.lake) as tables:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -119,8 +120,8 @@ def parse_filter(text: str, schema: pa.Schema) -> Filter:
 
     Raises ``SettingsError`` if it has another grammar, names no column, or compares a column with another type.
     """
-    depth = max((text[: i + 1].count("(") - text[: i + 1].count(")") for i in range(len(text))), default=0)
-    if max(depth, len(re.findall(r"\bnot\b", text, re.I))) > _MOST_DEPTH:
+    depths = accumulate((c == "(") - (c == ")") for c in text)
+    if max(max(depths, default=0), len(re.findall(r"\bnot\b", text, re.I))) > _MOST_DEPTH:
         raise SettingsError(f"a filter must have at most {_MOST_DEPTH} nested levels; simplify it")
     try:
         found = _Compiler(schema).transform(_PARSER.parse(text))
@@ -138,6 +139,11 @@ def parse_filter(text: str, schema: pa.Schema) -> Filter:
         raise
     assert isinstance(found, Filter)
     return found
+
+
+def _known(column: pa.Array, mask: pa.BooleanArray) -> pa.BooleanArray:
+    """The mask with null where the column is null."""
+    return pc.if_else(pc.is_valid(column), mask, pa.scalar(None, pa.bool_()))
 
 
 def filter_of(where: str, groups: Iterable[str] | None, schema: pa.Schema) -> Filter | None:
@@ -231,6 +237,10 @@ class _Compiler(Transformer[Token, Any]):
         return Filter(frozenset([column]), lambda batch: compare(batch.column(column), scalar), only)
 
     def member(self, name: Token, *values: Value) -> Filter:
+        column = self._column(name)
+        if pa.types.is_string(self._schema.field(column).type):
+            found = one_of(column, [self._scalar(name, value).as_py() for value in values])
+            return Filter(found.columns, lambda batch: _known(batch.column(column), found.mask(batch)), found.only)
         return self.either(*(self.comparison(name, Token("COMPARISON", "="), value) for value in values))
 
     def no_member(self, name: Token, *values: Value) -> Filter:
