@@ -79,18 +79,17 @@ class ModelInput:
         end = int(spans[min(self.context_tokens, len(spans)) - 1][0]) if len(spans) else 0
         return line[: min(end, len(line) - 1)].rstrip()
 
-    def token_ids(self, before: Sequence[str], ids: Sequence[np.ndarray]) -> list[np.ndarray | None]:
-        """int32 ids of the inputs of chunks, given what is before their texts, and the ids of these.
+    def first_ids(self, before: Sequence[str]) -> list[np.ndarray | None]:
+        """int32 ids, special ones included, that inputs begin with, given what is before each chunk's text.
 
-        None for a chunk where the end of what is before may change the first tokens of the text.
+        None where the end of what is before may change the first tokens of the text.
         """
-        first, last = self.tokenizer.added_ids
+        special, _ = self.tokenizer.added_ids
         distinct = list(dict.fromkeys(before))
-        starts: dict[str, np.ndarray | None] = {"": first}
+        found: dict[str, np.ndarray | None] = {"": special}
         cut = [b for b in distinct if b and self.tokenizer.splits_at_whitespace and b[-1] in " \t\n\r"]
-        starts |= {b: np.concatenate([first, e]) for b, e in zip(cut, self.tokenizer.encode(cut), strict=True)}
-        found = (starts.get(each) for each in before)
-        return [None if s is None else np.concatenate([s, own, last]) for s, own in zip(found, ids, strict=True)]
+        found |= {b: np.concatenate([special, e]) for b, e in zip(cut, self.tokenizer.encode(cut), strict=True)}
+        return [found.get(each) for each in before]
 
 
 def hash_input(before: str, text: str, text_hash: str) -> str:

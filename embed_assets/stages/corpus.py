@@ -202,12 +202,14 @@ class Corpus:
 
     def _input_ids(self, before: Sequence[str], chunks: Sequence[Chunk]) -> pa.Array:
         """list<int32>: token ids of the model's input for each chunk; null where only its tokenizer can tell them."""
-        found = self.model_input.token_ids(before, [chunk.token_ids for chunk in chunks])
-        offsets = np.zeros(len(found) + 1, np.int32)
-        np.cumsum([0 if ids is None else len(ids) for ids in found], out=offsets[1:])
-        values = np.concatenate([np.empty(0, np.int32), *(ids for ids in found if ids is not None)])
-        is_null = pa.array([ids is None for ids in found])
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()), mask=is_null)
+        first, (_, last) = self.model_input.first_ids(before), self.model_input.tokenizer.added_ids
+        known = [(ids, c.token_ids, last) for ids, c in zip(first, chunks, strict=True) if ids is not None]
+        is_known = np.array([ids is not None for ids in first])
+        offsets = np.zeros(len(first) + 1, np.int32)
+        offsets[1:][is_known] = [sum(map(len, parts)) for parts in known]
+        np.cumsum(offsets, out=offsets)
+        values = np.concatenate([np.empty(0, np.int32), *(part for parts in known for part in parts)])
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()), mask=pa.array(~is_known))
 
     def sample(self, count: int, max_tokens: int | None = None) -> list[str]:
         """Texts of up to `count` chunks (of at most `max_tokens`, if given), deterministic for the same corpus.

@@ -71,7 +71,8 @@ def test_a_context_has_no_more_tokens_than_it_may(
 @given(st.lists(st.tuples(st.sampled_from(["", "a: ", "Title > H\n\n"]), st.text(max_size=40)), min_size=1, max_size=8))
 def test_token_ids_are_those_of_the_whole_input(pairs: list[tuple[str, str]]) -> None:
     before, texts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    found = form().token_ids(before, [tokens.ids for tokens in TOKENIZER.tokens(texts)])
+    first, own, (_, last) = form().first_ids(before), TOKENIZER.tokens(texts), TOKENIZER.added_ids
+    found = [None if ids is None else np.concatenate([ids, o.ids, last]) for ids, o in zip(first, own, strict=True)]
     whole = TOKENIZER.tokenize([b + t for b, t in pairs], 512)
     for i, ids in enumerate(found):
         assert ids is not None
@@ -79,8 +80,7 @@ def test_token_ids_are_those_of_the_whole_input(pairs: list[tuple[str, str]]) ->
 
 
 def test_the_ids_of_a_seam_within_a_word_are_left_to_the_tokenizer() -> None:
-    ids = [np.array([1, 2], np.int32)] * 2
-    found = form().token_ids(["passage:", ""], ids)
+    found = form().first_ids(["passage:", ""])
     assert found[0] is None and found[1] is not None
 
 
