@@ -154,7 +154,8 @@ def test_search(project: Project) -> None:
     project.sync()
     results = project.json("search", "# Head\n\nThe exact text.", "-k", "1")["results"]
     assert len(results) == 1
-    assert results[0].keys() == {"score", "partition_key", "document_id", "chunk_id", "uri", "heading_path", "text"}
+    promised = {"score", "partition_key", "document_id", "chunk_id", "uri", "heading_path", "text", "metadata"}
+    assert promised <= results[0].keys()
     assert results[0]["document_id"] == "one.md"
     assert results[0]["score"] == pytest.approx(1.0, abs=1e-5)
 
