@@ -26,7 +26,7 @@ from embed_assets.lake.tables import Lake, TableSpec
 from embed_assets.lake.widening import Width
 from embed_assets.records import CopyKind
 from embed_assets.scratch import ScratchFolder
-from embed_assets.settings import load_settings
+from embed_assets.settings import Settings, load_settings
 from embed_assets.stages.generations import pipeline_of
 from embed_assets.stages.pipeline import Pipeline
 from embed_assets.stages.search import SearchOptions
@@ -146,7 +146,7 @@ def read_embeddings(
     takes it; with `groups`, only what one of them may see. No model is needed. Raises ``SettingsError`` for a wrong
     filter, ``LakeError`` if there is no such table.
     """
-    found = Lake.from_settings(load_settings(**({} if lake is None else {"lake": lake})))
+    found = Lake.from_settings(_settings(lake))
     chosen = space or find_spaces(found, "").active
     delta = None if chosen is None else found.open_path(space_table(chosen).path, version)
     if chosen is None or delta is None:
@@ -166,7 +166,7 @@ class Searcher:
 
     def __init__(self, lake: str | None = None) -> None:
         """`lake`, by default EMBED_LAKE, is searched with the model that made its vectors. Raises ``UserError``."""
-        self._configured = Pipeline.from_settings(load_settings(**({} if lake is None else {"lake": lake})))
+        self._configured = Pipeline.from_settings(_settings(lake))
         self._pipelines: dict[str, Pipeline] = {}
         self._mapped: dict[str, MappedRows] = {}
         self._folder = ScratchFolder()
@@ -215,6 +215,11 @@ class Searcher:
             is_small = _EXPANSION * _byte_size(pipeline.lake, table) < _MOST_OF_DISK * free
             self._mapped = {table.space: MappedRows(self._folder.path)} if is_small else {}
         return self._mapped.get(table.space)
+
+
+def _settings(lake: str | None) -> Settings:
+    """The settings as they are now, with this lake if one is named. Raises ``SettingsError``."""
+    return load_settings() if lake is None else load_settings(lake=lake)
 
 
 def _byte_size(lake: Lake, table: TableSpec) -> int:
@@ -275,7 +280,7 @@ def search(
 
 def _searcher(lake: str | None) -> Searcher:
     """The searcher of the settings as they are now."""
-    settings = load_settings(**({} if lake is None else {"lake": lake}))
+    settings = _settings(lake)
     key = f"{Lake.from_settings(settings).root} {settings.model_dump_json()}"  # the current folder may have changed
     with _searchers_lock:
         if key not in _searchers:

@@ -269,14 +269,11 @@ class _Compiler(Transformer[Token, Any]):
         return self.without(self.is_null(name))
 
     def contains(self, name: Token, value: Value) -> Filter:
-        return self.any_of(str(name), [value])
-
-    def any_of(self, name: str, values: Sequence[Value]) -> Filter:
         column = self._column(name, allows_lists=True)
         kind = self._schema.field(column).type
         if not pa.types.is_list(kind):
             raise SettingsError(f"contains looks into lists, but {column} is {kind}; use = or like")
-        wanted = pa.array([self._scalar(column, value).as_py() for value in values], kind.value_type)
+        wanted = pa.array([self._scalar(column, value).as_py()], kind.value_type)
         return Filter(frozenset([column]), lambda batch: _has_one(batch.column(column), wanted))
 
     def _column(self, name: str, allows_lists: bool = False) -> str:

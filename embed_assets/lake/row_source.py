@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from embed_assets.lake.filters import Filter
+from embed_assets.lake.reader import PartitionFiles
 from embed_assets.lake.snapshot import Snapshot
 from embed_assets.lake.tables import TableSpec, partition_predicate
 from embed_assets.scratch import ArrowFile
@@ -58,7 +59,10 @@ class MappedRows:
 
     def of(self, tables: Snapshot, table: TableSpec) -> RowSource:
         """The rows of a table, always the same one, at the version of a snapshot."""
-        return _MappedVersion(self, tables, table)
+        state = tables.state(table)
+        partitions = state.partitions if state is not None else {}
+        self.keep_only(set(partitions))
+        return _MappedVersion(self, tables, table, partitions)
 
     def copied(self, tables: Snapshot, table: TableSpec, key: str, version: str) -> ArrowFile:
         """The copy of a partition, whose files in the table have the hash `version`."""
@@ -90,14 +94,12 @@ class _MappedVersion:
     mapped: MappedRows
     tables: Snapshot
     table: TableSpec
+    partitions: Mapping[str, PartitionFiles]
 
     def read(self, columns: Sequence[str], keep: Filter | None = None) -> Iterator[pa.RecordBatch]:
         """As `RowSource.read`."""
-        state = self.tables.state(self.table)
-        partitions = state.partitions if state is not None else {}
-        self.mapped.keep_only(set(partitions))
         wanted = dict(keep.only).get("partition_key") if keep is not None else None
-        for key, files in partitions.items():
+        for key, files in self.partitions.items():
             if wanted is None or key in wanted:
                 for batch in self.mapped.copied(self.tables, self.table, key, files.files):
                     yield from [batch.select(columns)] if keep is None else _kept(batch, columns, keep)

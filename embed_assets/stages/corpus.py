@@ -152,10 +152,7 @@ class Corpus:
             "page_starts": [list(document.page_starts) or None for document in documents],
         }
         values = self._columns_of([document.values for document in documents])
-        hashes = row_hashes(
-            [*(columns[name] for name in CONTENT_COLUMNS["raw_documents"]), *map(hashable, values.values())]
-        )
-        columns |= {"row_hash": packed_hashes(hashes)} | values
+        columns |= {"row_hash": _row_hashes("raw_documents", columns, values)} | values
         return pa.RecordBatch.from_pydict(columns, schema=self.parsed_schema)
 
     def _chunk_batch(self, group: Sequence[_Identified], key: str) -> pa.RecordBatch:
