@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from embed_assets.cluster.worker import Done
@@ -55,6 +56,14 @@ def ray_cluster(nodes: int, cpus: int = 1, **head: Any) -> Iterator[Any]:
 def kill(node: Any) -> None:
     """End a node and all its processes, as a power cut does."""
     node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def is_at_work(node: Any) -> bool:
+    """Whether a worker on it embeds a window. Ray names an actor's process after the method under way."""
+    with contextlib.suppress(psutil.Error):  # a process that ended since it was listed
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        return any("Replica.run" in " ".join(child.cmdline()) for child in raylet.children())
+    return False
 
 
 def windows_of(compute: Compute, texts: Iterable[tuple[str, int]], expected: int) -> Iterator[Window]:

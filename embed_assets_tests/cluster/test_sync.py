@@ -22,7 +22,7 @@ from dagster import DagsterEventType
 
 from embed_assets.defs.instance import open_instance
 from embed_assets.lake.staging import batches_of
-from embed_assets_tests.cluster.clusters import STORE_BYTES, kill, ray_cluster
+from embed_assets_tests.cluster.clusters import STORE_BYTES, is_at_work, kill, ray_cluster
 from embed_assets_tests.conftest import SAMPLE_MODEL, Project
 from embed_assets_tests.defs.dagster_runs import latest
 
@@ -131,7 +131,12 @@ def test_a_lost_node_costs_its_windows(project: Project, cluster: Any) -> None:
     local = project.sync()
     expected = table(project)
     with sync_in_the_middle(project, cluster, RAY_REPLICAS="3") as process:
-        kill(cluster.worker_nodes.pop())
+        # Windows may be staged before every node has a worker: the loss of one without is nothing to tell.
+        while not (at_work := [node for node in cluster.worker_nodes if is_at_work(node)]):
+            assert process.poll() is None, "there was no middle"
+            time.sleep(0.1)
+        cluster.worker_nodes.remove(at_work[0])
+        kill(at_work[0])
         stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "was lost" in stderr and "windows are given to others" in stderr
