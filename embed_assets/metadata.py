@@ -37,6 +37,9 @@ class MetadataField:
     kind: str
     """Key of `_KINDS`."""
 
+    def __str__(self) -> str:
+        return f"{self.name}:{self.kind}"
+
     @property
     def column(self) -> pa.Field:
         """The column that it becomes."""

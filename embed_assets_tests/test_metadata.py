@@ -53,7 +53,7 @@ def commits(project: Project) -> dict[str, int]:
 def test_fields_become_typed_columns_of_existing_tables_without_embedding(corpus: Project) -> None:
     corpus.set(METADATA=FIELDS)
     reasons = [row["assets"]["raw_documents"]["reasons"] for row in corpus.json("plan")["partitions"]]
-    assert all("the parser or its settings" in reason for each in reasons for reason in each)
+    assert all("EMBED_METADATA adds author:string" in reason for each in reasons for reason in each)
     assert corpus.sync()["embedded"] == 0
     for table in ("raw_documents", "chunks", "embeddings"):
         assert values(corpus, table) == {
@@ -81,7 +81,7 @@ def test_a_dropped_field_is_null_from_then_on_and_a_new_one_is_added(corpus: Pro
     corpus.set(METADATA="year:int")
     corpus.sync()
     corpus.set(METADATA="author:string")
-    assert "the parser or its settings" in corpus.run("plan").stdout
+    assert "EMBED_METADATA drops year:int, adds author:string" in corpus.run("plan").stdout
     assert corpus.sync()["embedded"] == 0
     assert values(corpus)["rows.jsonl#r1"] == {"meta_author": "Ann"}
     pipeline = corpus.pipeline()
@@ -90,6 +90,15 @@ def test_a_dropped_field_is_null_from_then_on_and_a_new_one_is_added(corpus: Pro
     corpus.set(METADATA="")
     assert corpus.sync()["embedded"] == 0
     assert {row["state"] for row in corpus.sync()["partitions"].values()} == {"fresh"}
+
+
+def test_the_plan_says_what_else_changed_of_fields_and_parser(corpus: Project) -> None:
+    corpus.set(METADATA="year:int,author:string")
+    corpus.sync()
+    corpus.set(METADATA="author:string,year:int")
+    assert "EMBED_METADATA has another order" in corpus.run("plan").stdout
+    corpus.set(METADATA="year:int,author:string", TEXT_COLUMN="author")
+    assert "the parser or its settings" in corpus.run("plan").stdout
 
 
 def test_a_value_of_another_type_is_a_rejection_with_the_rows_name(corpus: Project) -> None:

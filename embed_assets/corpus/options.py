@@ -45,8 +45,13 @@ class ParseOptions:
     def version(self) -> str:
         """Code version of raw_documents: changes when the same bytes would give different documents."""
         columns = f"{self.text_column}/{self.id_column}/{self.title_column}/{self.text_format}"
-        fields = "".join(f"/{field.name}:{field.kind}" for field in self.metadata)
+        fields = "".join(f"/{field}" for field in self.metadata)
         return hash_text(f"{PARSER_VERSION}/{columns}/{self.max_file_bytes}{fields}")[:12]
+
+    @property
+    def fields(self) -> str:
+        """The fields of metadata, as in ``year:int,acl:list<string>``."""
+        return ",".join(map(str, self.metadata))
 
     @property
     def needed_columns(self) -> tuple[str, ...]:

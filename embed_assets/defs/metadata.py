@@ -65,6 +65,7 @@ class MetadataWriter:
             metadata |= {"table_version": replaced.table_version, "table_id": replaced.table_id}
         if asset == "raw_documents":
             metadata["source"] = self._pipeline.corpus.source.root
+            metadata["metadata_fields"] = self._pipeline.corpus.parsing.fields
         if is_embeddings:
             metadata |= {
                 "reused_percent": round(100 * work.reused / work.chunks, 2) if work.chunks else 0.0,

@@ -63,6 +63,8 @@ class Record:
     """Hash of the files that held the rows; '' in records from before version 0.2."""
     source: str = ""
     """Location that documents were read from; '' for other assets, and in records from before version 0.2."""
+    fields: str | None = None
+    """EMBED_METADATA when documents were read; None for other assets, and in older records."""
     run_id: str = ""
     """The run that recorded it; '' if it was recorded outside of runs."""
     timestamp: float = 0.0
@@ -122,6 +124,8 @@ class History:
     names: Names = field(default_factory=Names)
     source: str = ""
     """Location that documents are read from now."""
+    fields: str = ""
+    """EMBED_METADATA now."""
     spaces: Mapping[str, History] = field(default_factory=dict)
     """Of embeddings alone: the spaces that are kept up to date besides the configured one, by name."""
 
@@ -199,7 +203,9 @@ class History:
         if self._is_from_elsewhere(record):
             reasons.append(f"its documents were read from {record.source!r}")
         if record.code_version != code_version:
-            reasons.append(f"code changed: {record.code_version} -> {code_version} ({_CODE_MEANS[asset]})")
+            reasons.append(
+                f"code changed: {record.code_version} -> {code_version} ({self._code_change(asset, record)})"
+            )
         if not detects_changes(inputs.get(SOURCE) or ""):
             reasons.append(READ_EACH_TIME)
         reasons += [
@@ -215,6 +221,15 @@ class History:
         Its chunks are its own, made of the documents with the space's settings, so those of the table do not matter.
         """
         return self.status("embeddings", key, space, {"raw_documents": documents})
+
+    def _code_change(self, asset: str, record: Record) -> str:
+        """What may have changed where the code version did, as in "EMBED_METADATA drops year:int, adds day:string"."""
+        if record.fields is None or record.fields == self.fields:
+            return _CODE_MEANS[asset]
+        before, now = (list(filter(None, fields.split(","))) for fields in (record.fields, self.fields))
+        changes = [f"drops {field}" for field in before if field not in now]
+        changes += [f"adds {field}" for field in now if field not in before]
+        return f"EMBED_METADATA {', '.join(changes) or 'has another order'}"
 
     def _is_from_elsewhere(self, record: Record) -> bool:
         """Whether documents were read from another location than they are now."""
@@ -294,7 +309,7 @@ def load_history(
     tables = tables or Snapshot(pipeline.lake)
     states = {kind: tables.state(spec) for kind, spec in specs.items()}
     contents = ContentReader(tables, specs, _known_contents(earlier))
-    history = History(records, states, contents, names, pipeline.corpus.source.root)
+    history = History(records, states, contents, names, pipeline.corpus.source.root, pipeline.corpus.parsing.fields)
     before = earlier.spaces if earlier else {}
     live = find_spaces(pipeline.lake, pipeline.model.space.name).live
     return replace(history, spaces={s: space_history(instance, history, s, tables, keys, before.get(s)) for s in live})
@@ -378,6 +393,7 @@ def _record(event: StoredEvent, names: Names) -> Record:
         event.texts.get("table_id", ""),
         event.texts.get("data_files", ""),
         event.texts.get("source", ""),
+        event.texts.get("metadata_fields"),
         event.run_id,
         event.timestamp,
     )
