@@ -133,10 +133,11 @@ class Project:
         return Pipeline.from_settings(load_settings())
 
     def rows(self, *columns: str, table: str = "embeddings") -> list[dict[str, Any]]:
-        """Rows of a table, in no particular order."""
+        """Rows of a table, in no particular order; with all of their columns if none are named."""
         pipeline = self.pipeline()
-        spec = pipeline.embeddings_table if table == "embeddings" else TableSpec(table)
-        return [row for batch in Snapshot(pipeline.lake).rows(spec, columns) for row in batch.to_pylist()]
+        spec = pipeline.lake.full(pipeline.embeddings_table if table == "embeddings" else TableSpec(table))
+        found = Snapshot(pipeline.lake).rows(spec, columns or spec.schema.names)
+        return [row for batch in found for row in batch.to_pylist()]
 
 
 @pytest.fixture(scope="session")

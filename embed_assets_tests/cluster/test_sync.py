@@ -44,6 +44,7 @@ def write_documents(project: Project, partitions: int, documents: int) -> None:
 def table(project: Project) -> dict[tuple[str, str], dict[str, Any]]:
     """Rows by key, without what time made of them."""
     rows = project.rows()
+    assert rows
     for row in rows:
         del row["embedded_at"]
     return {(row["partition_key"], row["chunk_id"]): row for row in rows}
@@ -59,8 +60,9 @@ def assert_same(mine: dict[tuple[str, str], dict[str, Any]], other: dict[tuple[s
 
 @pytest.mark.long
 def test_the_table_is_the_local_engines_row_for_row(project: Project, cluster: Any) -> None:
-    project.set(MODEL=SAMPLE_MODEL, MAX_BATCH_TOKENS="1024")
+    project.set(MODEL=SAMPLE_MODEL, MAX_BATCH_TOKENS="1024", CONTEXT="title,headings", METADATA="author:string")
     write_documents(project, partitions=3, documents=3)
+    project.write("p0/_meta.json", '{"author": "Ann"}')
     local = project.sync()
     expected = table(project)
     project.set(LAKE="other", COMPUTE="ray", RAY_ADDRESS=cluster.address, REUSE="partition")
@@ -69,6 +71,7 @@ def test_the_table_is_the_local_engines_row_for_row(project: Project, cluster: A
     remote = project.sync()
     for name in ("embedded", "reused", "dropped", "tokens"):
         assert remote[name] == local[name]
+    assert {row["meta_author"] for row in project.rows()} == {"Ann", None}
     assert_same(table(project), expected)
     assert project.json("verify")["ok"]
     assert project.sync()["embedded"] == 0
