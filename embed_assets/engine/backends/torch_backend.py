@@ -14,6 +14,7 @@ import numpy as np
 from embed_assets.engine.backend import Fetched
 from embed_assets.engine.backends import features as make
 from embed_assets.engine.backends.attention import ATTENTION, register_attention
+from embed_assets.engine.backends.cpu_memory import Trimmer, bound_operator_caches
 from embed_assets.engine.backends.onednn import use_onednn_linears
 from embed_assets.engine.backends.openvino_library import has_openvino, import_openvino
 from embed_assets.engine.backends.parity import (
@@ -62,6 +63,7 @@ class TorchBackend:
         self._first_position = _first_position(model[0])
         self._device = model.device
         self._monitor = _gpu_monitor(model.device)
+        self._trimmer = Trimmer() if model.device.type == "cpu" else None
         self.layout = Layout(is_packed=path == "packed")
         self.workers = cpu_workers() if self._device.type == "cpu" and path != "encode" else 1
 
@@ -117,6 +119,8 @@ class TorchBackend:
                 features, rows = make.padded_features(self._to_device(array), batch, has_padding)
                 vectors = self._through_modules(features)
             buffer.index_copy_(0, rows, vectors[:, : self.dimension].float())
+        if self._trimmer is not None:
+            self._trimmer.after_batch()
 
     def fetch(self, buffer: torch.Tensor) -> Fetched:
         """Scale the vectors to unit length on the device and copy them to main memory, on GPUs into pinned memory.
@@ -184,6 +188,8 @@ def load_torch_backend(space: LocalSpace, device: str, precision: str, compiles:
     Raises ``ModelError`` when the model can't be loaded, and ``InaccurateError`` when no path does: not even
     SentenceTransformer's own loop.
     """
+    if device == "cpu":
+        bound_operator_caches()
     key = verdict_key(space, device, precision, compiles)
     known = recall(key)
     choices = (True, False) if device == "cpu" and not compiles else (True,)
