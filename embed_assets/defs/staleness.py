@@ -223,13 +223,13 @@ class History:
         return self.status("embeddings", key, space, {"raw_documents": documents})
 
     def _code_change(self, asset: str, record: Record) -> str:
-        """What may have changed where the code version did, as in "EMBED_METADATA drops year:int, adds day:string"."""
+        """What may have changed where the code version did, with the fields that EMBED_METADATA drops or adds."""
         if record.fields is None or record.fields == self.fields:
             return _CODE_MEANS[asset]
         before, now = (list(filter(None, fields.split(","))) for fields in (record.fields, self.fields))
         changes = [f"drops {field}" for field in before if field not in now]
         changes += [f"adds {field}" for field in now if field not in before]
-        return f"EMBED_METADATA {', '.join(changes) or 'has another order'}"
+        return f"{_CODE_MEANS[asset]}: EMBED_METADATA {', '.join(changes) or 'has another order'}"
 
     def _is_from_elsewhere(self, record: Record) -> bool:
         """Whether documents were read from another location than they are now."""

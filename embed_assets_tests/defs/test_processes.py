@@ -44,10 +44,10 @@ def instance(project: Project) -> Iterator[dg.DagsterInstance]:
 
 
 def slow_sync(project: Project) -> subprocess.Popen[str]:
-    """A slow sync, returned once its model is computing."""
+    """A sync of at least two minutes, returned once its model is computing."""
     for key in "ab":
         project.write(f"{key}/rows.jsonl", "\n".join(json.dumps({"text": f"Row {i} of {key}."}) for i in range(600)))
-    project.set(MODEL="fake:16~40")
+    project.set(MODEL="fake:16~10")
     process = project.start_sync()
     while not list((project.root / "lake").rglob("chunks/partition_key=a/*.parquet")):
         assert process.poll() is None, process.communicate()
@@ -88,6 +88,7 @@ def test_a_killed_run_is_ended_and_its_slot_freed(project: Project, instance: dg
 def test_a_second_run_waits_and_names_the_run_it_waits_for(project: Project, instance: dg.DagsterInstance) -> None:
     process = slow_sync(project)
     (holder,) = holders_of_full_pool(instance, POOL)
+    project.set(MODEL="fake:16")
     command = [str(DAGSTER), "asset", "materialize", "-m", "embed_assets.definitions", "--select", "*"]
     waiting = subprocess.Popen(
         [*command, "--partition", "b"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
