@@ -53,7 +53,8 @@ def commits(project: Project) -> dict[str, int]:
 def test_fields_become_typed_columns_of_existing_tables_without_embedding(corpus: Project) -> None:
     corpus.set(METADATA=FIELDS)
     reasons = [row["assets"]["raw_documents"]["reasons"] for row in corpus.json("plan")["partitions"]]
-    assert all("EMBED_METADATA adds author:string" in reason for each in reasons for reason in each)
+    expected = "the parser or its settings: EMBED_METADATA adds author:string"
+    assert all(expected in reason for each in reasons for reason in each)
     assert corpus.sync()["embedded"] == 0
     for table in ("raw_documents", "chunks", "embeddings"):
         assert values(corpus, table) == {
@@ -81,7 +82,7 @@ def test_a_dropped_field_is_null_from_then_on_and_a_new_one_is_added(corpus: Pro
     corpus.set(METADATA="year:int")
     corpus.sync()
     corpus.set(METADATA="author:string")
-    assert "EMBED_METADATA drops year:int, adds author:string" in corpus.run("plan").stdout
+    assert "the parser or its settings: EMBED_METADATA drops year:int, adds author:string" in corpus.run("plan").stdout
     assert corpus.sync()["embedded"] == 0
     assert values(corpus)["rows.jsonl#r1"] == {"meta_author": "Ann"}
     pipeline = corpus.pipeline()
